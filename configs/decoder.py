@@ -1,0 +1,160 @@
+"""The decoder: CLIP image embedding and caption → 64 px picture (tiny: 16 px).
+
+    python -m unclip_jax.train --config=configs/decoder.py:tiny --workdir=runs/decoder \\
+        --config.clip.bundle=runs/clip/bundle
+
+paper  512 channels and a text path of 24 layers of width 2048, 3,565,434,374 parameters (unCLIP, appendix C, table 3;
+       the topology is ADM's). For a TPU slice, with a dataset of your own.
+small  Emoji scenes of two objects, for one GPU.
+tiny   Emoji scenes of one object, for two CPU cores; trains its CLIP first if none is named. It predicts x0, which
+       learns faster in a short run than the papers' eps with a learned variance. TIME
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(size: str = "paper") -> ConfigDict:
+    config = ConfigDict()
+    config.stage = "decoder"
+    config.dtype = "bfloat16"  # of matrix products and convolutions; all else is float32
+    config.model = ConfigDict(
+        dict(
+            image_size=64,
+            embedding_dim=1024,
+            image_tokens=4,  # context tokens made of the CLIP embedding
+            learned_null=False,  # a dropped embedding is a learned vector; else zeros
+            unet=dict(
+                channels=512,
+                channel_mult=(1, 2, 3, 4),
+                res_blocks=3,
+                attention=(2, 4, 8),  # downsampling factors: 32, 16 and 8 pixels
+                middle_attention=True,
+                head_channels=64,
+                norm_groups=32,
+                dropout=0.1,
+                remat=True,
+            ),
+            text=dict(vocab_size=50257, context=256, width=2048, depth=24, heads=32),
+        )
+    )
+    config.diffusion = ConfigDict(
+        dict(
+            schedule="cosine",
+            timesteps=1000,
+            predicts="eps",
+            learned_variance=True,
+            snr_clip=(),  # (low, high): an x0 error counts clip(SNR, low, high) times; (): plain mean
+            drop_embedding=0.1,
+            drop_caption=0.5,
+        )
+    )
+    config.sampling = ConfigDict(
+        dict(
+            sampler="ddpm",  # or "ddim"
+            steps="250",
+            eta=0.0,  # of ddim
+            guidance_scale=1.25,  # the paper's for its FID table
+            clip_x0=1.0,
+        )
+    )
+    config.clip = ConfigDict(
+        dict(
+            bundle="",  # the trained CLIP: its run's workdir/bundle
+            config="",  # if no bundle is named: the CLIP config to train first, into workdir/clip
+        )
+    )
+    config.data = ConfigDict(
+        dict(
+            source="",  # "tfds:NAME" or "folder:/pictures/with/captions"
+            data_dir="~/tensorflow_datasets",
+            split="train",
+            eval_split="test",  # never trained on
+            image_feature="image",
+            caption_feature="caption",
+            tokenizer="",  # a sentencepiece model; "": one is trained on the captions
+            crop="dalle",  # random square crop and scale (arXiv 2102.12092); "center": none
+            threads=16,
+        )
+    )
+    config.optim = ConfigDict(
+        dict(
+            learning_rate=1.2e-4,
+            warmup_steps=0,
+            schedule="constant",  # "constant", or "cosine" or "linear" to zero at train.steps
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            clip_norm=0.0,  # 0: no clipping
+            ema_decay=0.9999,
+            accumulate=1,  # microbatches per step
+        )
+    )
+    config.train = ConfigDict(
+        dict(
+            steps=800_000,
+            batch_size=2048,  # over all devices
+            seed=0,
+            log_every=50,
+            checkpoint_every=5000,
+            sample_every=10000,  # evaluation and pictures of held-out examples
+            eval_size=64,
+            keep=3,  # checkpoints
+        )
+    )
+    config.mesh = ConfigDict(
+        dict(data=-1, fsdp=1)
+    )  # devices; -1: what fsdp leaves. fsdp splits parameters and Adam state
+    if size == "small":
+        config.update(
+            dict(
+                model=dict(
+                    embedding_dim=512,
+                    learned_null=True,
+                    unet=dict(channels=128, res_blocks=2, remat=False),
+                    text=dict(vocab_size=1024, context=32, width=512, depth=6, heads=8),
+                ),
+                sampling=dict(guidance_scale=2.0),
+                data=dict(source="tfds:emoji_scenes/pair_256", crop="center"),
+                optim=dict(warmup_steps=1000, ema_decay=0.999),
+                train=dict(steps=100000, batch_size=128, sample_every=5000),
+            )
+        )
+    elif size == "tiny":
+        config.update(
+            dict(
+                dtype="float32",
+                model=dict(
+                    image_size=16,
+                    embedding_dim=64,
+                    learned_null=True,
+                    unet=dict(
+                        channels=32,
+                        channel_mult=(1, 2, 4),
+                        res_blocks=1,
+                        attention=(2, 4),
+                        head_channels=32,
+                        norm_groups=8,
+                        dropout=0.0,
+                        remat=False,
+                    ),
+                    text=dict(vocab_size=512, context=24, width=64, depth=2, heads=2),
+                ),
+                diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(0.3, 5.0)),
+                sampling=dict(sampler="ddim", steps="25", guidance_scale=1.5),
+                clip=dict(config="configs/clip.py:tiny"),
+                data=dict(source="tfds:emoji_scenes/single_64", crop="center", threads=2),
+                optim=dict(
+                    learning_rate=0.002,
+                    warmup_steps=100,
+                    schedule="cosine",
+                    b2=0.99,
+                    clip_norm=1.0,
+                    ema_decay=0.995,
+                ),
+                train=dict(steps=1800, batch_size=32, checkpoint_every=500, sample_every=100000, keep=2),
+            )
+        )
+    elif size != "paper":
+        raise ValueError(f"config size {size!r}: expected paper, small or tiny")
+    return config

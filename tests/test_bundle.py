@@ -1,0 +1,180 @@
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from safetensors import safe_open
+
+from unclip_jax.bundle import check_params, load_bundle, save_bundle
+from unclip_jax.errors import UserError
+
+
+@pytest.fixture
+def model():
+    config = ConfigDict({"model": {"width": 8, "channel_mult": (1, 2, (3, 4)), "name": None}, "dtype": "bfloat16"})
+    rng = np.random.default_rng(0)
+    params = {
+        "text": {"block_0": {"kernel": jnp.asarray(rng.normal(size=(4, 8)), jnp.float32), "bias": jnp.zeros(8)}},
+        "logit_scale": jnp.float32(2.5),
+    }
+    return config, params
+
+
+def save(path, model, tokenizer=b"pieces", clip="", extra=None, stage="clip"):
+    return save_bundle(str(path), stage, *model, tokenizer, clip, extra or {})
+
+
+def test_round_trip(tmp_path, model):
+    config, params = model
+    identity = save(tmp_path / "b", model, clip="abc", extra={"steps": [64, 250], "π": 0.1})
+    bundle = load_bundle(str(tmp_path / "b"))
+    assert bundle.stage == "clip" and bundle.tokenizer_bytes == b"pieces" and bundle.clip_identity == "abc"
+    assert bundle.identity == identity and len(identity) == 64
+    assert bundle.extra == {"steps": (64, 250), "π": 0.1}
+    assert bundle.config.to_dict() == config.to_dict() and bundle.config.model.channel_mult == (1, 2, (3, 4))
+    assert jax.tree.structure(bundle.params) == jax.tree.structure(params)
+    for found, expected in zip(jax.tree.leaves(bundle.params), jax.tree.leaves(params), strict=True):
+        assert found.dtype == np.float32 and found.shape == expected.shape and np.array_equal(found, expected)
+    with pytest.raises(AttributeError):
+        bundle.config.model.widht = 9  # locked
+
+
+def test_files_are_what_any_reader_of_their_formats_expects(tmp_path, model):
+    save(tmp_path / "b", model)
+    with safe_open(tmp_path / "b" / "weights.safetensors", "numpy") as file:
+        assert sorted(file.keys()) == ["logit_scale", "text/block_0/bias", "text/block_0/kernel"]
+        assert file.get_slice("text/block_0/kernel").get_dtype() == "F32"
+    description = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert description["format"] == 1 and description["stage"] == "clip"
+    assert description["config"]["model"] == {"width": 8, "channel_mult": [1, 2, [3, 4]], "name": None}
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["b", "config.json", "tokenizer.model", "weights.safetensors"]
+
+
+def test_half_precision_is_widened_exactly(tmp_path, model):
+    save(tmp_path / "b", (model[0], {"w": jnp.asarray([1.0, 1.0078125, -3e38], jnp.bfloat16)}), tokenizer=None)
+    bundle = load_bundle(str(tmp_path / "b"))
+    assert bundle.params["w"].dtype == np.float32 and bundle.tokenizer_bytes is None
+    assert np.array_equal(bundle.params["w"], np.array([1.0, 1.0078125, jnp.bfloat16(-3e38)], np.float32))
+
+
+def test_identity_follows_content_alone(tmp_path, model):
+    config, params = model
+    first = save(tmp_path / "a", model)
+    assert save(tmp_path / "elsewhere", model, extra={"note": 1}, clip="x") == first
+    one_bit = params | {"logit_scale": np.nextafter(np.float32(2.5), np.float32(3))}
+    other = config.copy_and_resolve_references()
+    other.model.width = 9
+    identities = {
+        first,
+        save(tmp_path / "b", (config, one_bit)),
+        save(tmp_path / "c", (other, params)),
+        save(tmp_path / "d", model, tokenizer=b"other"),
+        save(tmp_path / "e", model, tokenizer=None),
+        save(tmp_path / "f", model, stage="noised_clip"),
+    }
+    assert len(identities) == 6
+
+
+def test_older_bundle_is_replaced_and_foreign_folder_is_not(tmp_path, model):
+    save(tmp_path / "b", model)
+    save(tmp_path / "b", model, tokenizer=None)
+    assert load_bundle(str(tmp_path / "b")).tokenizer_bytes is None
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("...")
+    with pytest.raises(UserError, match="exists and is not a bundle"):
+        save(tmp_path / "mine", model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "mine"]
+
+
+def test_failed_save_leaves_what_was_there(tmp_path, model, monkeypatch):
+    identity = save(tmp_path / "b", model)
+
+    def disk_full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        save(tmp_path / "b", (model[0], {"w": jnp.zeros(3)}))
+    assert load_bundle(str(tmp_path / "b")).identity == identity
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_failed_rename_leaves_what_was_there(tmp_path, model, monkeypatch):
+    identity, rename = save(tmp_path / "b", model), os.rename
+
+    def refuse(source, target):
+        if str(source).endswith("/new"):
+            raise OSError("not now")
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", refuse)
+    with pytest.raises(OSError, match="not now"):
+        save(tmp_path / "b", (model[0], {"w": jnp.zeros(3)}))
+    assert load_bundle(str(tmp_path / "b")).identity == identity
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_config_that_json_cannot_hold_is_an_error_before_anything_is_written(tmp_path, model):
+    with pytest.raises(UserError, match="what JSON cannot"):
+        save(tmp_path / "b", (ConfigDict({"dtype": jnp.float32}), model[1]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_folder_and_foreign_folder(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        load_bundle(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"is not a bundle: it has no config.json"):
+        load_bundle(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not a bundle: its config.json cannot be read"):
+        load_bundle(str(tmp_path))
+
+
+def test_truncated_missing_and_changed_files(tmp_path, model):
+    save(tmp_path / "b", model)
+    path = tmp_path / "b" / "weights.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        load_bundle(str(tmp_path / "b"))
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="sha256 differs"):
+        load_bundle(str(tmp_path / "b"))
+    path.unlink()
+    with pytest.raises(UserError, match=r"lacks weights.safetensors"):
+        load_bundle(str(tmp_path / "b"))
+    path.write_bytes(whole)
+    (tmp_path / "b" / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match="sha256 differs"):
+        load_bundle(str(tmp_path / "b"))
+
+
+def test_newer_format_is_an_error(tmp_path, model):
+    save(tmp_path / "b", model)
+    path = tmp_path / "b" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2, "library": "unclip_jax 9.0"}))
+    with pytest.raises(UserError, match=r"format 2 and was written by unclip_jax 9.0; this library reads up to 1"):
+        load_bundle(str(tmp_path / "b"))
+
+
+def test_check_params_lists_every_difference(model):
+    _, params = model
+    abstract = jax.eval_shape(lambda: params)
+    check_params(params, abstract)
+    block = {"kernel": np.zeros((8, 4)), "gain": np.zeros(8)}
+    wrong = {"text": {"block_0": block}, "logit_scale": params["logit_scale"]}
+    with pytest.raises(UserError) as error:
+        check_params(wrong, abstract)
+    assert str(error.value) == (
+        "the weights do not fit the model: missing text/block_0/bias (8,); unexpected text/block_0/gain (8,); "
+        "text/block_0/kernel is (8, 4), expected (4, 8)"
+    )
+
+
+def test_check_params_of_another_model_stays_readable():
+    leaves = {f"layer_{i}": np.zeros(1) for i in range(100)}
+    with pytest.raises(UserError, match=r"and 80 more$"):
+        check_params({}, leaves)

@@ -1,0 +1,209 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax import __version__
+from unclip_jax.errors import UserError
+from unclip_jax.training.checkpoint import Checkpointer, read_meta, restore_ema
+from unclip_jax.training.state import abstract_state, digest, init_state, root_key
+
+
+@pytest.fixture(scope="module")
+def run(toy):
+    """Trains the toy from `state` by `steps` steps on a mesh."""
+    config, compiled = toy.config(), {}
+
+    def run(mesh, steps, state):
+        step = compiled.setdefault(mesh, toy.step(toy.Stage(), config, mesh))
+        for _ in range(steps):
+            state, _ = step(state, {}, toy.batch(int(state.step), mesh), root_key(0))
+        return state
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def at_step(toy):
+    """A state of the toy that says it is at a step, with numbers that differ from step to step."""
+    rng = np.random.default_rng(0)
+    start = jax.tree.map(
+        lambda a: rng.normal(size=a.shape).astype(a.dtype), abstract(toy, toy.mesh(1, 1))
+    )
+
+    def at_step(step, mesh):
+        state = jax.tree.map(lambda leaf: leaf + leaf.dtype.type(step), start)._replace(step=np.int32(step))
+        return jax.tree.map(lambda leaf, a: jax.device_put(leaf, a.sharding), state, abstract(toy, mesh))
+
+    return at_step
+
+
+def abstract(toy, mesh):
+    return abstract_state(toy.Stage(), toy.optimizer(toy.config()), mesh)
+
+
+def saved(workdir, *states, keep=3, meta=None):
+    checkpointer = Checkpointer(str(workdir), keep)
+    for state in states:
+        checkpointer.save(state, meta or {})
+    checkpointer.close()
+
+
+def test_resumed_training_equals_uninterrupted_bit_for_bit(toy, run, tmp_path):
+    mesh = toy.mesh(2, 4)
+    optimizer = toy.optimizer(toy.config())
+    straight = digest(run(mesh, 6, init_state(toy.Stage(), optimizer, mesh, 0)))
+    checkpointer = Checkpointer(str(tmp_path), 2)
+    halfway = run(mesh, 3, init_state(toy.Stage(), optimizer, mesh, 0))
+    at_three = digest(halfway)
+    checkpointer.save(halfway, {})
+    # Training goes on, in the very buffers that are being written.
+    assert digest(run(mesh, 3, halfway)) == straight
+    checkpointer.close()
+    resumed = Checkpointer(str(tmp_path), 2).restore_latest(abstract(toy, mesh))
+    assert int(resumed.step) == 3 and digest(resumed) == at_three
+    assert digest(run(mesh, 3, resumed)) == straight
+
+
+def test_restores_onto_other_meshes(toy, at_step, tmp_path):
+    state = at_step(1, toy.mesh(2, 4))
+    saved(tmp_path, state)
+    for mesh in (toy.mesh(1, 1), toy.mesh(4, 2), toy.mesh(8, 1)):
+        target = abstract(toy, mesh)
+        restored = Checkpointer(str(tmp_path), 2).restore_latest(target)
+        assert digest(restored) == digest(state)
+        assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda a: a.sharding, target)
+
+
+def test_nothing_saved_yet_is_none(toy, tmp_path):
+    checkpointer = Checkpointer(str(tmp_path / "new"), 2)
+    assert checkpointer.latest_step() is None
+    assert checkpointer.restore_latest(abstract(toy, toy.mesh(1, 1))) is None
+    assert checkpointer.preempted(0) is False
+
+
+def test_keeps_the_last_few_and_saves_a_step_once(toy, at_step, tmp_path):
+    mesh, checkpointer = toy.mesh(1, 1), Checkpointer(str(tmp_path), 2)
+    for step in (1, 2, 3):
+        checkpointer.save(at_step(step, mesh), {})
+        checkpointer.save(at_step(step, mesh), {})
+    checkpointer.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_saving_behind_the_latest_step_is_an_error(toy, at_step, tmp_path):
+    mesh = toy.mesh(1, 1)
+    saved(tmp_path, at_step(2, mesh))
+    with pytest.raises(UserError, match="already holds step 2, so step 1 was not saved"):
+        Checkpointer(str(tmp_path), 2).save(at_step(1, mesh), {})
+
+
+def test_interrupted_save_is_ignored_and_cleaned_up(toy, at_step, tmp_path):
+    state = at_step(1, toy.mesh(1, 1))
+    saved(tmp_path, state)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
+    (folder / "2.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink()
+    checkpointer = Checkpointer(str(tmp_path), 2)
+    assert digest(checkpointer.restore_latest(abstract(toy, toy.mesh(1, 1)))) == digest(state)
+    checkpointer.save(at_step(2, toy.mesh(1, 1)), {})
+    checkpointer.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_run_killed_while_saving_leaves_the_step_before(tmp_path):
+    program = textwrap.dedent("""
+        import os, signal, sys
+        import jax, jax.numpy as jnp
+        from unclip_jax.training.checkpoint import Checkpointer
+        from unclip_jax.training.state import TrainState
+        weights = {"w": jnp.arange(2.0**24)}
+        checkpointer = Checkpointer(sys.argv[1], 2)
+        checkpointer.save(TrainState(jnp.int32(1), weights, weights, weights), {})
+        checkpointer.wait()
+        checkpointer.save(TrainState(jnp.int32(2), weights, weights, weights), {})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert any("tmp" in path.name for path in (tmp_path / "checkpoints").iterdir())
+    ema = restore_ema(str(tmp_path), {"w": jax.ShapeDtypeStruct((2**24,), jnp.float32)})
+    assert np.array_equal(ema["w"], np.arange(2.0**24)) and read_meta(str(tmp_path))["step"] == 1
+    assert Checkpointer(str(tmp_path), 2).latest_step() == 1
+
+
+def test_save_that_fails_behind_the_back_is_raised(toy, at_step, tmp_path, monkeypatch):
+    mesh, rename = toy.mesh(1, 1), os.rename
+
+    def disk_full(source, target, **options):
+        if str(target).endswith("checkpoints/1"):
+            raise OSError("disk full")
+        rename(source, target, **options)
+
+    state = at_step(1, mesh)
+    for find in ("check", "wait", "close"):
+        checkpointer = Checkpointer(str(tmp_path / find), 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", disk_full)
+            patch.setattr(os, "replace", disk_full)
+            checkpointer.save(state, {})
+            with pytest.raises(OSError, match="disk full"):
+                while True:
+                    getattr(checkpointer, find)()
+                    assert find == "check"
+        assert checkpointer.latest_step() is None
+
+
+def test_checkpoint_of_another_model_is_an_error_that_lists_the_leaves(toy, at_step, tmp_path):
+    mesh = toy.mesh(2, 4)
+    saved(tmp_path, at_step(1, mesh))
+    target = abstract(toy, mesh)
+    target.params["hidden"]["bias"] = jax.ShapeDtypeStruct((7,), jnp.float32)
+    target.params["more"] = target.ema.pop("out")
+    with pytest.raises(UserError) as error:
+        Checkpointer(str(tmp_path), 2).restore_latest(target)
+    for part in ("missing params/more/kernel (256, 16)", "unexpected ema/out/kernel (256, 16)",
+                 "params/hidden/bias is (256,), expected (7,)"):
+        assert part in str(error.value)
+
+
+def test_half_copied_checkpoint_is_an_error(toy, at_step, tmp_path):
+    saved(tmp_path, at_step(1, toy.mesh(1, 1)))
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "opt_state")
+    with pytest.raises(UserError, match="checkpoints/1 lacks opt_state"):
+        Checkpointer(str(tmp_path), 2).restore_latest(abstract(toy, toy.mesh(1, 1)))
+
+
+def test_copied_run_under_a_relative_path_restores(toy, at_step, tmp_path, monkeypatch):
+    state = at_step(1, toy.mesh(1, 1))
+    saved(tmp_path / "here", state)
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    shutil.rmtree(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    restored = Checkpointer("there", 2).restore_latest(abstract(toy, toy.mesh(2, 4)))
+    assert digest(restored) == digest(state)
+
+
+def test_ema_and_meta_are_read_alone(toy, at_step, tmp_path):
+    state = at_step(2, toy.mesh(2, 4))
+    saved(tmp_path, state, meta={"config": toy.config().to_dict()})
+    for other in ("params", "opt_state"):
+        shutil.rmtree(tmp_path / "checkpoints" / "2" / other)
+    ema = restore_ema(str(tmp_path), jax.eval_shape(toy.Stage().init, jax.random.key(0)))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ema, state.ema)
+    meta = read_meta(str(tmp_path))
+    assert meta["step"] == 2 and meta["version"] == __version__ and meta["config"]["optim"]["b2"] == 0.99
+
+
+def test_reading_where_nothing_is_makes_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint under"):
+        read_meta(str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()

@@ -1,0 +1,183 @@
+import json
+import struct
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from unclip_jax.errors import UserError
+from unclip_jax.training import metrics
+from unclip_jax.training.metrics import MetricLogger
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that moves only when told to: clock(seconds)."""
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+
+    def advance(seconds):
+        now[0] += seconds
+
+    return advance
+
+
+def logger(workdir, start_step=0, batch_size=8):
+    return MetricLogger(str(workdir), 100, batch_size, start_step, "toy")
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(workdir):
+    """(step, tag, value) of every scalar in the TensorBoard files, read record by record."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_one_json_object_a_line_and_the_same_in_tensorboard(tmp_path, clock):
+    with logger(tmp_path / "run") as log:
+        clock(2.0)
+        log.log(10, {"learning_rate": jnp.float32(0.5), "loss": jnp.float32(0.25)})
+        clock(4.0)
+        log.log(20, {"learning_rate": 0.5, "loss": 0.125})
+    assert records(tmp_path / "run") == [
+        {"step": 10, "loss": 0.25, "images_per_second": 40.0, "seconds": 2.0, "learning_rate": 0.5},
+        {"step": 20, "loss": 0.125, "images_per_second": 20.0, "seconds": 6.0, "learning_rate": 0.5},
+    ]
+    losses = [(step, value) for step, tag, value in events(tmp_path / "run") if tag == "loss"]
+    assert losses == [(10, 0.25), (20, 0.125)]
+
+
+def test_pauses_do_not_slow_images_per_second(tmp_path, clock):
+    with logger(tmp_path) as log:
+        with log.pause(jnp.ones(3)):
+            clock(60.0)  # compilation
+        clock(1.0)
+        log.log(5, {"loss": 1.0})
+        clock(1.0)
+        with log.pause():
+            clock(5.0)
+            with log.pause():
+                clock(5.0)
+            clock(5.0)
+        clock(1.0)
+        log.log(10, {"loss": 1.0})
+    assert [r["images_per_second"] for r in records(tmp_path)] == [40.0, 20.0]
+    assert [r["seconds"] for r in records(tmp_path)] == [61.0, 78.0]
+
+
+def test_resumed_run_has_no_step_twice_and_its_clock_goes_on(tmp_path, clock):
+    with logger(tmp_path) as log:
+        for step in (10, 20, 30):
+            clock(1.0)
+            log.log(step, {"loss": float(step)})
+    with logger(tmp_path, start_step=20) as log:
+        clock(1.0)
+        log.log(30, {"loss": -1.0})
+    assert [(r["step"], r["loss"], r["seconds"]) for r in records(tmp_path)] == [
+        (10, 10.0, 1.0), (20, 20.0, 2.0), (30, -1.0, 3.0),
+    ]
+    assert records(tmp_path)[-1]["images_per_second"] == 80.0  # ten steps, not thirty
+
+
+def test_a_run_from_the_start_drops_the_log_of_an_earlier_one(tmp_path):
+    with logger(tmp_path) as log:
+        log.log(10, {"loss": 1.0})
+    logger(tmp_path).close()
+    assert records(tmp_path) == []
+
+
+def test_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    with logger(tmp_path) as log:
+        log.log(10, {"loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 11, "lo')
+    logger(tmp_path, start_step=20).close()
+    assert [r["step"] for r in records(tmp_path)] == [10]
+
+
+def test_foreign_file_is_not_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("step,loss\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl is not a log of metrics"):
+        logger(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == "step,loss\n"
+
+
+def test_nan_is_null_and_survives_a_resume(tmp_path):
+    with logger(tmp_path) as log:
+        log.log(10, {"loss": jnp.float32(jnp.nan), "grad_norm": float("inf")})
+    logger(tmp_path, start_step=10).close()
+    (record,) = records(tmp_path)
+    assert record["loss"] is None and record["grad_norm"] is None
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_plain_lines_now_and_then_with_the_time_left(tmp_path, clock, capsys):
+    with logger(tmp_path, start_step=10) as log:
+        for step in range(11, 101):
+            clock(2.0)
+            log.log(step, {"loss": 0.5})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "toy: step 11/100, loss 0.5, 4 images/s, left 0:02:58"
+    assert lines[1].startswith("toy: step 16/100") and lines[-1].endswith("left 0:00:00")
+    assert len(lines) == 19  # every five steps, and the last
+
+
+def test_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with logger(tmp_path, start_step=50) as log:
+        log.log(75, {"loss": 0.5})
+    shown = capsys.readouterr().err
+    assert "toy" in shown and "75/100" in shown
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
+    with logger(tmp_path) as log, log.pause():
+        log.log(10, {"loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bucket_is_written_whole_now_and_then_and_in_every_pause(tmp_path, clock, monkeypatch):
+    from etils import epath
+
+    monkeypatch.setattr(metrics, "_check_tensorboard", lambda workdir: None)
+    local = epath.Path
+    monkeypatch.setattr(epath, "Path", lambda path: local(str(path).replace("gs://bucket", str(tmp_path))))
+
+    class Board:
+        add_scalar = close = staticmethod(lambda *args: None)
+
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir, step: Board())
+    log = MetricLogger("gs://bucket/run", 100, 8, 0, "toy")
+    log.log(1, {"loss": 1.0})
+    assert len(records(tmp_path / "run")) == 0
+    clock(61.0)
+    log.log(2, {"loss": 1.0})
+    assert len(records(tmp_path / "run")) == 2
+    log.log(3, {"loss": 1.0})
+    assert len(records(tmp_path / "run")) == 2
+    with log.pause():
+        assert len(records(tmp_path / "run")) == 3
+    log.log(4, {"loss": 1.0})
+    log.close()
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_bucket_without_its_package_is_an_error(monkeypatch):
+    from tensorboardX import record_writer
+
+    monkeypatch.setattr(record_writer, "GCS_ENABLED", False)
+    with pytest.raises(UserError, match="pip install google-cloud-storage"):
+        MetricLogger("gs://bucket/run", 100, 8, 0, "toy")

@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from unclip_jax.errors import UserError
+from unclip_jax.training.sharding import gather, global_batch, make_mesh, param_shardings
+
+
+def sizes(data, fsdp):
+    return ConfigDict({"data": data, "fsdp": fsdp})
+
+
+def test_mesh_takes_the_devices_that_fsdp_leaves():
+    mesh = make_mesh(sizes(-1, 4))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert dict(make_mesh(sizes(8, 1)).shape) == {"data": 8, "fsdp": 1}
+
+
+@pytest.mark.parametrize("data, fsdp", [(3, 2), (-1, 3), (4, 1), (-1, 16), (-1, 0), (0, 8), (-2, 4)])
+def test_mesh_that_does_not_cover_the_devices_is_an_error(data, fsdp):
+    with pytest.raises(UserError, match=f"mesh.data={data}, mesh.fsdp={fsdp}"):
+        make_mesh(sizes(data, fsdp))
+
+
+@pytest.mark.parametrize(
+    "shape, spec",
+    [
+        ((3, 3, 64, 128), P(None, None, None, "fsdp")),
+        ((3, 3, 128, 64), P(None, None, "fsdp", None)),
+        ((128, 128), P(None, "fsdp")),  # of equals the last
+        ((1001, 64), P(None, "fsdp")),  # 1001 is larger and not divisible by 4
+        ((1001, 63), P()),  # nothing divisible
+        ((127, 128), P()),  # 16,256 elements: below 2^14
+        ((2**14,), P("fsdp")),
+        ((), P()),
+    ],
+)
+def test_the_largest_divisible_axis_is_split(shape, spec):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert param_shardings({"w": leaf}, make_mesh(sizes(2, 4)))["w"].spec == spec
+
+
+def test_without_fsdp_everything_is_replicated():
+    leaf = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    assert param_shardings(leaf, make_mesh(sizes(8, 1))).spec == P()
+
+
+def test_global_batch_keeps_rows_in_order_and_splits_them_over_all_devices():
+    rows = np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)
+    array = global_batch({"x": rows}, make_mesh(sizes(2, 4)))["x"]
+    assert np.array_equal(array, rows) and array.dtype == np.uint8
+    assert sorted(shard.index[0].start for shard in array.addressable_shards) == list(range(0, 16, 2))
+
+
+def test_uneven_batch_is_an_error():
+    with pytest.raises(UserError, match="12 rows cannot be split evenly over 8 devices"):
+        global_batch(np.zeros((12, 3), np.float32), make_mesh(sizes(2, 4)))
+
+
+def test_gather_makes_parameters_whole():
+    mesh = make_mesh(sizes(2, 4))
+    weight = np.arange(2**14, dtype=np.float32)
+    split = jax.device_put(weight, param_shardings(weight, mesh))
+    whole = jax.jit(lambda w: gather(w, mesh))(split)
+    assert split.addressable_shards[0].data.shape == (2**12,)
+    assert whole.addressable_shards[0].data.shape == (2**14,) and np.array_equal(whole, weight)

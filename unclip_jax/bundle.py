@@ -1,0 +1,195 @@
+"""A trained model on disk: a folder that says what it is and loads without its training code's defaults.
+
+    DIR/config.json           what follows, and the sha256 of the whole
+    DIR/weights.safetensors   float32, named by "/"-joined parameter paths
+    DIR/tokenizer.model       sentencepiece bytes, for models that read text
+
+No pickle, and nothing is loaded half: names, shapes and checksum must all agree.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+import unclip_jax
+from unclip_jax.errors import UserError
+from unclip_jax.training.leaves import differences, named_leaves
+
+FORMAT = 1  # goes up when an older reader would misread the folder
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "weights.safetensors", "tokenizer.model"
+
+
+class Bundle(NamedTuple):
+    """A loaded model."""
+
+    stage: str  # the name of its stage
+    config: ConfigDict  # locked; sequences are tuples
+    params: dict[str, Any]  # nested dict of float32 numpy arrays
+    tokenizer_bytes: bytes | None
+    clip_identity: str  # identity of the CLIP it was trained against, or ""
+    identity: str  # hex sha256 of stage, config, weights and tokenizer: what joins stages to their CLIP
+    extra: dict[str, Any]  # whatever else was stored with it
+
+
+def save_bundle(
+    directory: str,
+    stage_name: str,
+    config: ConfigDict,
+    params: Any,
+    tokenizer_bytes: bytes | None,
+    clip_identity: str,
+    extra: dict[str, Any],
+) -> str:
+    """Writes a bundle and returns its identity. Either all of it appears under `directory` or nothing does.
+
+    params: nested dict of arrays that this process can read whole; stored as float32. extra: what JSON can hold.
+    An older bundle at `directory` is replaced; anything else there is an error, as is a config that JSON cannot hold.
+    """
+    from safetensors.numpy import save_file
+
+    if "://" in str(directory):
+        raise UserError(f"cannot write a bundle to {directory}: give a local folder, and copy it from there")
+    target = Path(directory).expanduser().absolute()
+    if target.exists() and not (target / CONFIG).exists() and not _is_empty_folder(target):
+        raise UserError(f"{target} exists and is not a bundle: give a new folder")
+    weights = {name: np.asarray(leaf, np.float32, order="C") for name, leaf in named_leaves(params).items()}
+    config = config.to_dict()
+    identity = _identity(stage_name, config, weights, tokenizer_bytes)
+    description = {
+        "format": FORMAT,
+        "library": f"unclip_jax {unclip_jax.__version__}",
+        "stage": stage_name,
+        "identity": identity,
+        "clip": clip_identity,
+        "config": config,
+        "extra": extra,
+    }
+    text = _to_json(description, indent=2)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, because a rename is atomic only within one file system.
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        new, old = beside / "new", beside / "old"
+        new.mkdir()
+        save_file(weights, new / WEIGHTS)
+        if tokenizer_bytes is not None:
+            (new / TOKENIZER).write_bytes(tokenizer_bytes)
+        (new / CONFIG).write_text(text + "\n")
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(new, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+    finally:
+        shutil.rmtree(beside)
+    return identity
+
+
+def load_bundle(directory: str) -> Bundle:
+    """Reads a bundle whole and checks it against its checksum.
+
+    Raises UserError when there is no such folder, when it is not a bundle, when a file is missing, cut short or
+    changed since it was written, and when a newer version of this library wrote it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    folder = Path(directory).expanduser()
+    description = _describe(folder)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise UserError(f"bundle {folder} lacks {WEIGHTS}: copy it again") from error
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} is damaged or cut short ({error}): copy it again") from error
+    tokenizer = (folder / TOKENIZER).read_bytes() if (folder / TOKENIZER).exists() else None
+    identity = _identity(description["stage"], description["config"], weights, tokenizer)
+    if identity != description["identity"]:
+        raise UserError(f"bundle {folder} is not what was written: its sha256 differs from the one in {CONFIG}")
+    return Bundle(
+        stage=description["stage"],
+        config=ConfigDict(_tuples(description["config"])).lock(),
+        params=_nested(weights),
+        tokenizer_bytes=tokenizer,
+        clip_identity=description["clip"],
+        identity=identity,
+        extra=_tuples(description["extra"]),
+    )
+
+
+def check_params(params: Any, abstract: Any) -> None:
+    """Raises one UserError that lists every missing, unexpected and misshapen leaf of `params`.
+
+    abstract: what the model expects, as `jax.eval_shape` of its init gives it.
+    """
+    wrong = differences(params, abstract)
+    if wrong:
+        raise UserError(f"the weights do not fit the model: {wrong}")
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    """config.json of a bundle, with all its keys there."""
+    if not folder.is_dir():
+        raise UserError(f"no bundle at {folder}: there is no such folder")
+    if not (folder / CONFIG).exists():
+        raise UserError(f"{folder} is not a bundle: it has no {CONFIG}")
+    try:
+        description = json.loads((folder / CONFIG).read_text())
+        if description["format"] > FORMAT:
+            raise UserError(
+                f"bundle {folder} has format {description['format']} and was written by {description['library']}; "
+                f"this library reads up to {FORMAT}: upgrade unclip_jax"
+            )
+        return {key: description[key] for key in ("stage", "identity", "clip", "config", "extra")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is not a bundle: its {CONFIG} cannot be read ({error!r})") from error
+
+
+def _identity(stage: str, config: dict, weights: dict[str, np.ndarray], tokenizer: bytes | None) -> str:
+    sha = hashlib.sha256()
+    sha.update(_to_json({"stage": stage, "config": config}, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        sha.update(f"\n{name} {value.dtype} {value.shape}\n".encode())
+        sha.update(value.reshape(-1).view(np.uint8))
+    sha.update(b"\ntokenizer\n" + tokenizer if tokenizer is not None else b"")
+    return sha.hexdigest()
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the config or extra of a bundle holds what JSON cannot ({error})") from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has one kind of sequence; configs are compared and hashed, so it comes back as the hashable one."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *folders, leaf = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = value
+    return tree
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())

@@ -1,0 +1,116 @@
+"""What every command does alike: one line for a mistake, a compilation cache that outlives the process, configs."""
+
+import difflib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from unclip_jax.errors import UserError
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a command's `main` on the command line and exits: 0, or 2 after one line that says what was wrong."""
+    try:
+        sys.exit(main(sys.argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def enable_compilation_cache() -> None:
+    """Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or ~/.cache/unclip_jax, and found by later processes."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/unclip_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class CompileCount:
+    """Counts the programs compiled since it was made, and those found in the cache instead."""
+
+    def __init__(self):
+        import jax
+
+        self.compiled = self.cached = 0
+        jax.monitoring.register_event_listener(self._count)
+
+    def _count(self, event: str, **_) -> None:
+        self.cached += event == "/jax/compilation_cache/cache_hits"
+        self.compiled += event == "/jax/compilation_cache/cache_misses"
+
+    def __str__(self) -> str:
+        return f"{self.compiled} programs compiled, {self.cached} from the cache"
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The locked config that "path/to/file.py:size" names; a relative path may also start at the project's root."""
+    path, _, size = spec.partition(":")
+    places = [Path(path), Path(__file__).parent.parent / path]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"no config file {path}: expected one such as configs/decoder.py:tiny")
+    module_spec = importlib.util.spec_from_file_location(f"config_{found.stem}", found)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    try:
+        return (module.get_config(size) if size else module.get_config()).lock()
+    except ValueError as error:
+        raise UserError(f"{spec}: {error}") from error
+
+
+def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]):
+    """Reads `--config=FILE:SIZE`, overrides such as `--config.train.steps=20`, and the command's own flags.
+
+    flags: name → (str or bool; default; help). Returns an object with an attribute per flag; its `config` is locked.
+    Raises UserError for what is missing, unknown (naming the nearest) or of the wrong type.
+    """
+    from absl import flags as absl_flags
+    from ml_collections import config_flags
+
+    absl_flags.FLAGS.mark_as_parsed()  # Grain and Orbax have flags of their own, which no command takes
+    values = absl_flags.FlagValues()
+    define = {str: absl_flags.DEFINE_string, bool: absl_flags.DEFINE_bool}
+    for name, (kind, default, text) in flags.items():
+        define[kind](name, default, text, flag_values=values)
+    absl_flags.DEFINE_bool("help", False, "show this", flag_values=values, short_name="h")
+    if not {"--help", "-h"}.isdisjoint(argv):
+        print(f"flags:\n  --config=FILE.py:SIZE and --config.any.key=VALUE\n{values.module_help('unclip_jax.cli')}")
+        sys.exit(0)
+    specs = [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
+    if not specs:
+        raise UserError("no config: give one such as --config=configs/decoder.py:tiny")
+    config = load_config(specs[-1])
+    argv = [arg for arg in argv if not arg.startswith("--config=")]
+    for arg in argv:
+        if arg.startswith("--config."):
+            _check_key(config, arg.removeprefix("--config.").partition("=")[0], specs[-1])
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        rest = values(argv)
+    except (absl_flags.Error, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+    return values
+
+
+def _check_key(config: ConfigDict, key: str, spec: str) -> None:
+    node = config
+    for i, name in enumerate(key.split(".")):
+        if not isinstance(node, ConfigDict) or name not in node:
+            known = sorted(_keys(config))
+            nearest = difflib.get_close_matches(key, known, 1, 0) or known[:1]
+            wrong = ".".join(key.split(".")[: i + 1])
+            raise UserError(f"--config.{key}: {spec} has no key {wrong!r}; the nearest is --config.{nearest[0]}")
+        node = node[name]
+
+
+def _keys(config: ConfigDict, prefix: str = ""):
+    for name, value in config.items():
+        yield from _keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [f"{prefix}{name}"]

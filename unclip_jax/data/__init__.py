@@ -1,0 +1,1 @@
+"""From records on disk to this process's rows of global batch k."""

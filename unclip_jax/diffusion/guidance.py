@@ -1,0 +1,99 @@
+"""Wrappers that turn a denoiser into another, innermost first:
+
+    denoiser = make_denoiser(network, schedule, "eps", learned_variance=True)
+    denoiser = clip_x0(classifier_free(denoiser, scale), schedule, 1.0)
+
+CLIP guidance comes in two forms: `condition_eps` wraps a denoiser and suits DDIM, `condition_mean` wraps a step and
+suits DDPM. Scales may be traced.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.diffusion.process import Denoiser, Prediction, eps_from_x0, x0_from_eps
+from unclip_jax.diffusion.samplers import Step
+from unclip_jax.diffusion.schedule import NoiseSchedule, gather
+
+Gradient = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, original timesteps (B,) int32) -> shape of x_t
+
+
+def classifier_free(denoiser: Denoiser, scale) -> Denoiser:
+    """Classifier-free guidance: unconditional + scale (conditional - unconditional), for x0 and eps alike.
+
+    The given denoiser predicts for 2B rows, B conditional ones and then the same B unconditional; the result takes B.
+    scale 1 is the conditional prediction, 0 the unconditional one (GLIDE, arXiv 2112.10741, section 2.3). The log
+    variance is the conditional one, unguided.
+    """
+
+    def denoise(x_t, i):
+        both = denoiser(jnp.concatenate([x_t, x_t]), i)
+        mix = jnp.asarray(scale, jnp.float32)
+
+        def guide(rows):
+            conditional, unconditional = jnp.split(rows, 2)
+            return mix * conditional + (1 - mix) * unconditional
+
+        log_variance = None if both.log_variance is None else jnp.split(both.log_variance, 2)[0]
+        return Prediction(guide(both.x0), guide(both.eps), log_variance)
+
+    return denoise
+
+
+def clip_x0(denoiser: Denoiser, schedule: NoiseSchedule, limit) -> Denoiser:
+    """Clips the predicted x0 to [-limit, limit]; eps becomes what that x0 implies."""
+
+    def denoise(x_t, i):
+        prediction = denoiser(x_t, i)
+        limit_ = jnp.asarray(limit, jnp.float32)
+        x0 = jnp.clip(prediction.x0, -limit_, limit_)
+        return prediction._replace(x0=x0, eps=eps_from_x0(schedule, x_t, i, x0))
+
+    return denoise
+
+
+def known_pixels(denoiser: Denoiser, schedule: NoiseSchedule, x0, known) -> Denoiser:
+    """Puts the true x0 wherever `known` (bool, broadcasts against x0) is True; eps becomes what that implies."""
+
+    def denoise(x_t, i):
+        prediction = denoiser(x_t, i)
+        filled = jnp.where(known, x0, prediction.x0)
+        return prediction._replace(x0=filled, eps=eps_from_x0(schedule, x_t, i, filled))
+
+    return denoise
+
+
+def condition_mean(step: Step, gradient: Gradient, scale) -> Step:
+    """Shifts the mean of p(x_{t-1} | x_t) by scale * variance * gradient(x_t, timesteps).
+
+    GLIDE's CLIP guidance (arXiv 2112.10741, section 2.4): the gradient is that of the scaled dot product of noised CLIP
+    embeddings, summed over the batch. The variance is the prediction's, or the posterior's where none is predicted.
+    """
+
+    def conditioned(x_t, i, prediction, schedule, noise):
+        if prediction.log_variance is None:
+            variance = gather(schedule.posterior_variance, i, x_t)
+        else:
+            variance = jnp.exp(prediction.log_variance)
+        shift = variance * gradient(x_t, _timesteps(schedule, x_t, i))
+        return step(x_t, i, prediction, schedule, noise) + jnp.asarray(scale, jnp.float32) * shift
+
+    return conditioned
+
+
+def condition_eps(denoiser: Denoiser, schedule: NoiseSchedule, gradient: Gradient, scale) -> Denoiser:
+    """Shifts eps by -scale * sqrt(beta_bar_t) * gradient(x_t, timesteps): the same guidance for deterministic steps
+    (arXiv 2105.05233, algorithm 2). x0 becomes what that eps implies."""
+
+    def denoise(x_t, i):
+        prediction = denoiser(x_t, i)
+        shift = gather(schedule.sqrt_beta_bars, i, x_t) * gradient(x_t, _timesteps(schedule, x_t, i))
+        eps = prediction.eps - jnp.asarray(scale, jnp.float32) * shift
+        return prediction._replace(x0=x0_from_eps(schedule, x_t, i, eps), eps=eps)
+
+    return denoise
+
+
+def _timesteps(schedule: NoiseSchedule, x_t, i):
+    return jnp.broadcast_to(jnp.asarray(schedule.timesteps)[i], x_t.shape[:1])

@@ -1,0 +1,78 @@
+"""Sampling: one scan over the steps of a schedule, from the noisiest to the cleanest.
+
+A step is a function (x_t, i, prediction, schedule, noise) -> x_{t-1}, with i a scalar step index and noise standard
+normal of x_t's shape. It moves x_t given what the denoiser said of it; guidance and clipping are the denoiser's matter.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.diffusion.process import Denoiser, Prediction, posterior_mean_variance
+from unclip_jax.diffusion.schedule import NoiseSchedule, gather
+
+Step = Callable[[jax.Array, jax.Array, Prediction, NoiseSchedule, jax.Array], jax.Array]
+
+
+def ddpm_step(x_t, i, prediction: Prediction, schedule: NoiseSchedule, noise):
+    """Ancestral step: x_{t-1} ~ N(posterior mean for the predicted x0, variance), without noise at i = 0.
+
+    The variance is the prediction's, or the posterior's (DDPM's smaller choice) where none is predicted.
+    """
+    mean, _, log_variance = posterior_mean_variance(schedule, prediction.x0, x_t, i)
+    if prediction.log_variance is not None:
+        log_variance = prediction.log_variance
+    return mean + jnp.where(i > 0, jnp.exp(0.5 * log_variance) * noise, 0.0)
+
+
+def ddim_step(eta) -> Step:
+    """The DDIM step (arXiv 2010.02502, eq. 12): sigma = eta sqrt(beta-tilde_t); eta = 0 is deterministic.
+
+    `eta` may be traced.
+    """
+
+    def step(x_t, i, prediction, schedule, noise):
+        variance = jnp.square(jnp.asarray(eta, jnp.float32)) * gather(schedule.posterior_variance, i, x_t)
+        signal = jnp.sqrt(gather(schedule.alpha_bars_prev, i, x_t))
+        direction = jnp.sqrt(jnp.maximum(gather(schedule.beta_bars_prev, i, x_t) - variance, 0.0))
+        return signal * prediction.x0 + direction * prediction.eps + jnp.sqrt(variance) * noise
+
+    return step
+
+
+def sample(denoiser: Denoiser, schedule: NoiseSchedule, x_T, key, step: Step = ddpm_step, noise=None):
+    """x_0 from x_T, the state at the schedule's last step; both float32 (B, ...).
+
+    The noise of step i is drawn from fold_in(key, i). `noise` (num_steps, *x_T.shape) stands in for it: noise[k] goes
+    to the k-th step taken, and `key` is then unused.
+    """
+    if noise is not None and noise.shape != (schedule.num_steps, *x_T.shape):
+        raise ValueError(f"noise of shape {noise.shape}: expected one x_T per step, {(schedule.num_steps, *x_T.shape)}")
+
+    def body(x_t, i_and_noise):
+        i, step_noise = i_and_noise
+        if step_noise is None:
+            step_noise = jax.random.normal(jax.random.fold_in(key, i), x_t.shape, x_t.dtype)
+        return step(x_t, i, denoiser(x_t, i), schedule, step_noise), None
+
+    indices = jnp.arange(schedule.num_steps - 1, -1, -1, dtype=jnp.int32)
+    return jax.lax.scan(body, x_T, (indices, noise))[0]
+
+
+def ddim_invert(denoiser: Denoiser, schedule: NoiseSchedule, x_0):
+    """x_T from which `sample` with ddim_step(0) gives x_0 back, nearly: DDIM run upwards (arXiv 2105.05233, app. F).
+
+    The image stands in for the state at step 0 and is carried up to the last step, where `sample` starts: one step
+    fewer than the schedule has. For exact reconstruction the denoiser should neither clip nor guide.
+    """
+    if schedule.num_steps < 2:
+        raise ValueError("DDIM inversion over a schedule of one step: expected at least 2 steps")
+
+    def body(x_t, i):
+        prediction = denoiser(x_t, i)
+        signal = jnp.sqrt(gather(schedule.alpha_bars_next, i, x_t))
+        direction = jnp.sqrt(gather(schedule.beta_bars_next, i, x_t))
+        return signal * prediction.x0 + direction * prediction.eps, None
+
+    return jax.lax.scan(body, x_0, jnp.arange(schedule.num_steps - 1, dtype=jnp.int32))[0]

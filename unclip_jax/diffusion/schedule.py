@@ -1,0 +1,157 @@
+"""Noise schedules: every table the formulas need, and respacing a long chain into a short one.
+
+Notation (0-based; t = 0 means one noising step applied):
+
+    alpha_t      = 1 - beta_t
+    alpha_bar_t  = prod_{i <= t} alpha_i,  alpha_bar_{-1} = 1        share of signal variance left at t
+    beta_bar_t   = 1 - alpha_bar_t                                   noise variance at t
+
+All tables are computed once in float64 on the host, so that a `NoiseSchedule` may be passed through `jax.jit` as an
+argument: each table is rounded to float32 by itself, and no difference of nearly equal float32 numbers is ever taken.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+SCHEDULES = ("cosine", "linear")
+
+
+class NoiseSchedule(NamedTuple):
+    """Tables of one chain of n steps, each of shape (n,), entry 0 the least noisy step."""
+
+    betas: Array  # beta_t: noise variance added by the step
+    timesteps: Array  # int32: index of the step in the original chain; what networks are told
+    alpha_bars: Array
+    alpha_bars_prev: Array  # one step less noisy; entry 0 is 1
+    alpha_bars_next: Array  # one step noisier; the last entry is 0
+    beta_bars: Array  # 1 - alpha_bars
+    beta_bars_prev: Array  # 1 - alpha_bars_prev
+    beta_bars_next: Array  # 1 - alpha_bars_next
+    sqrt_alpha_bars: Array
+    sqrt_beta_bars: Array
+    log_betas: Array
+    posterior_x0_weight: Array  # mean of q(x_{t-1} | x_t, x_0) = posterior_x0_weight x_0 + posterior_x_t_weight x_t
+    posterior_x_t_weight: Array
+    posterior_variance: Array  # beta-tilde_t; entry 0 is 0
+    posterior_log_variance: Array  # log beta-tilde_t; entry 0 is entry 1, since log 0 has no use
+
+    @property
+    def num_steps(self) -> int:
+        return self.betas.shape[0]
+
+
+def make_schedule(name: str, num_timesteps: int) -> NoiseSchedule:
+    """The full chain of `num_timesteps` steps.
+
+    "cosine": improved DDPM (arXiv 2102.09672, eq. 17), beta capped at 0.999.
+    "linear": DDPM's 1e-4 to 0.02, scaled by 1000 / num_timesteps so that a chain of any length ends in noise.
+    Raises ValueError for an unknown name or a length that the schedule cannot have.
+    """
+    if num_timesteps < 1:
+        raise ValueError(f"a noise schedule of {num_timesteps} steps: expected at least 1")
+    if name == "cosine":
+        u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+        f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    elif name == "linear":
+        scale = 1000 / num_timesteps
+        if 0.02 * scale >= 1:
+            raise ValueError(f"a linear noise schedule of {num_timesteps} steps: expected at least 21, or use 'cosine'")
+        betas = np.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=np.float64)
+    else:
+        raise ValueError(f"unknown noise schedule {name!r}: expected one of {', '.join(SCHEDULES)}")
+    return _tables(betas, np.arange(num_timesteps))
+
+
+def respace(schedule: NoiseSchedule, spec: str) -> NoiseSchedule:
+    """The chain that visits only some steps of `schedule`, with the noise levels of those steps unchanged.
+
+    `spec` is one of
+      "n1,n2,...": the chain cut into equal sections, n1 steps spread evenly over the first (least noisy), and so on;
+      "n": n steps spread evenly over the whole chain, both ends included (n = 1 keeps the noisiest step alone);
+      "ddimN": N steps with a constant integer stride from step 0 (which stops short of the noisiest step);
+      "fast27": GLIDE's "10,10,3,2,2" with the noisiest step replaced by the one two before it.
+    New betas are 1 - alpha_bar_k / alpha_bar_{k-1} over the kept steps, and every other table follows from them
+    (guided-diffusion's respacing). Raises ValueError when the chain has no such steps.
+    """
+    kept = np.array(_kept_steps(schedule.num_steps, spec))
+    alpha_bars = np.asarray(schedule.alpha_bars, np.float64)[kept]
+    betas = 1 - alpha_bars / np.concatenate([[1.0], alpha_bars[:-1]])
+    return _tables(betas, np.asarray(schedule.timesteps)[kept])
+
+
+def gather(table: Array, t: Array, like: Array) -> jax.Array:
+    """table[t] as float32, shaped to go with `like` (B, ...): () for a scalar t, (B, 1, ..., 1) for t of shape (B,)."""
+    values = jnp.asarray(table, jnp.float32)[t]
+    return values.reshape(values.shape + (1,) * (like.ndim - 1)) if values.ndim else values
+
+
+def _tables(betas: np.ndarray, timesteps: np.ndarray) -> NoiseSchedule:
+    alpha_bars = np.cumprod(1 - betas)
+    alpha_bars_prev = np.concatenate([[1.0], alpha_bars[:-1]])
+    alpha_bars_next = np.concatenate([alpha_bars[1:], [0.0]])
+    beta_bars, beta_bars_prev = 1 - alpha_bars, 1 - alpha_bars_prev
+    posterior_variance = betas * beta_bars_prev / beta_bars
+    # A chain of one step has no entry 1 to borrow; its only step adds no noise, so any finite number will do.
+    clipped = np.concatenate([posterior_variance[1:2], posterior_variance[1:]]) if len(betas) > 1 else betas
+    return NoiseSchedule(
+        betas=betas,
+        timesteps=timesteps.astype(np.int32),
+        alpha_bars=alpha_bars,
+        alpha_bars_prev=alpha_bars_prev,
+        alpha_bars_next=alpha_bars_next,
+        beta_bars=beta_bars,
+        beta_bars_prev=beta_bars_prev,
+        beta_bars_next=1 - alpha_bars_next,
+        sqrt_alpha_bars=np.sqrt(alpha_bars),
+        sqrt_beta_bars=np.sqrt(beta_bars),
+        log_betas=np.log(betas),
+        posterior_x0_weight=np.sqrt(alpha_bars_prev) * betas / beta_bars,
+        posterior_x_t_weight=np.sqrt(1 - betas) * beta_bars_prev / beta_bars,
+        posterior_variance=posterior_variance,
+        posterior_log_variance=np.log(clipped),
+    )
+
+
+def _kept_steps(length: int, spec: str) -> list[int]:
+    if spec == "fast27":
+        return [*_kept_steps(length, "10,10,3,2,2")[:-1], length - 3]
+    if re.fullmatch(r"ddim\d+", spec):
+        return _strided_steps(length, int(spec.removeprefix("ddim")))
+    if not re.fullmatch(r"\d+(,\d+)*", spec):
+        raise ValueError(f"respacing {spec!r}: expected a number of steps like '64', numbers per section like "
+                         "'10,10,3,2,2', 'ddim25', or 'fast27'")
+    counts = [int(count) for count in spec.split(",")]
+    return [length - 1] if counts == [1] else _section_steps(length, counts)
+
+
+def _strided_steps(length: int, count: int) -> list[int]:
+    for stride in range(1, length + 1):
+        if len(range(0, length, stride)) == count:
+            return list(range(0, length, stride))
+    raise ValueError(f"respacing 'ddim{count}': no integer stride takes {count} of {length} steps; use '{count}'")
+
+
+def _section_steps(length: int, counts: list[int]) -> list[int]:
+    short, longer = divmod(length, len(counts))
+    kept, start = [], 0
+    for section, count in enumerate(counts):
+        size = short + (section < longer)
+        if not 1 <= count <= size:
+            spec = ",".join(map(str, counts))
+            raise ValueError(f"respacing {spec!r} of {length} steps: expected between 1 and {size} in section "
+                             f"{section + 1}, not {count}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1
+        # The sum runs on as in the reference: k * stride rounds to another step now and then.
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += size
+    return kept

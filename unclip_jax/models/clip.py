@@ -1,0 +1,85 @@
+"""CLIP's two towers (arXiv 2103.00020): pictures and captions into one space of unit vectors."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from unclip_jax.models.layers import layer_norm
+from unclip_jax.models.transformer import Transformer, causal_mask, last_real
+
+
+def normalize(x):
+    """Rows of unit length; a zero row stays zero."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+class ImageTower(nn.Module):
+    """A vision transformer: pictures (B, R, R, 3), already normalised by the dataset's mean and std → (B, dim)."""
+
+    dim: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    activation: str
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, images):
+        std = nn.initializers.normal(self.width**-0.5)
+        patches = nn.Conv(
+            self.width, (self.patch, self.patch), strides=self.patch, use_bias=False, dtype=self.dtype, name="patch"
+        )(images)
+        x = patches.reshape(images.shape[0], -1, self.width).astype(jnp.float32)
+        token = self.param("class_token", std, (self.width,))
+        x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
+        x = x + self.param("positions", std, (x.shape[1], self.width))[None]
+        x = layer_norm("norm_in")(x)
+        x = Transformer(self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer")(x)
+        x = layer_norm("norm_out")(x[:, 0])
+        return nn.Dense(self.dim, use_bias=False, kernel_init=std, name="projection")(x)
+
+
+class TextTower(nn.Module):
+    """A causal transformer read at the caption's last token: tokens (B, context), length (B,) → (B, dim)."""
+
+    dim: int
+    vocab_size: int
+    context: int
+    width: int
+    depth: int
+    heads: int
+    activation: str
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, tokens, length):
+        x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="tokens")(tokens)
+        x = x + self.param("positions", nn.initializers.normal(0.01), (self.context, self.width))[None]
+        # Causality hides the padding from every real token, so padding needs no mask of its own.
+        transformer = Transformer(self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer")
+        x = layer_norm("norm")(transformer(x, causal_mask(self.context)))
+        std = nn.initializers.normal(self.width**-0.5)
+        return nn.Dense(self.dim, use_bias=False, kernel_init=std, name="projection")(last_real(x, length))
+
+
+class CLIP(nn.Module):
+    """Both towers and the learned log temperature. Embeddings come out with unit norm."""
+
+    image: ImageTower
+    text: TextTower
+    initial_scale: float  # of the dot products, before any training
+
+    def setup(self):
+        self.logit_scale = self.param("logit_scale", lambda _: jnp.log(jnp.float32(self.initial_scale)))
+
+    def __call__(self, images, tokens, length):
+        """→ image embeddings (B, dim), text embeddings (B, dim), scale of their dot products ()."""
+        return self.embed_image(images), self.embed_text(tokens, length), jnp.exp(self.logit_scale)
+
+    def embed_image(self, images):
+        return normalize(self.image(images))
+
+    def embed_text(self, tokens, length):
+        return normalize(self.text(tokens, length))

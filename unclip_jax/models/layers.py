@@ -1,0 +1,57 @@
+"""What the networks share: timestep embedding, attention, convolution and projection with the papers' initialisation.
+
+Precision: parameters are float32; matrix products and convolutions run in `dtype`; norms, softmax and timestep
+embeddings run in float32.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Uniform in +-1/sqrt(fan_in): what the papers' code leaves its convolutions and linear layers at.
+fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+Dense = functools.partial(nn.Dense, kernel_init=fan_in_uniform)
+Conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=fan_in_uniform)
+zeros = {"kernel_init": nn.initializers.zeros, "bias_init": nn.initializers.zeros}
+
+
+def timestep_embedding(timesteps, width: int):
+    """Sinusoids [cos(t f), sin(t f)], f_k = 10000^(-k / (width / 2)): (B,) integers → (B, width) float32."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepMLP(nn.Module):
+    """Timesteps (B,) → (B, out) float32: sinusoid of `width`, linear, SiLU, linear."""
+
+    width: int
+    out: int
+
+    @nn.compact
+    def __call__(self, timesteps):
+        x = Dense(self.out, name="in")(timestep_embedding(timesteps, self.width))
+        return Dense(self.out, name="out")(nn.silu(x))
+
+
+def attention(query, key, value, mask=None):
+    """Scaled dot-product attention, softmax in float32.
+
+    query (B, T, H, D), key and value (B, S, H, D); mask: bool, broadcastable to (B, H, T, S), True where attended.
+    """
+    with jax.numpy_dtype_promotion("standard"):  # the function mixes bfloat16 inputs with its float32 logits on purpose
+        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+
+
+def group_norm(x, groups: int, name: str):
+    """GroupNorm of x (B, ..., C) in float32 whatever its type, with the eps of the papers' code; float32 out."""
+    return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=jnp.float32, name=name)(x.astype(jnp.float32))
+
+
+def layer_norm(name: str):
+    """LayerNorm of float32 input with the eps of the papers' code."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name=name)

@@ -1,0 +1,46 @@
+"""The diffusion prior (arXiv 2204.06125, section 2.2): a causal transformer that predicts the un-noised CLIP image
+embedding from a caption, its CLIP text embedding, the timestep and the noised image embedding."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from unclip_jax.models.layers import Dense, TimestepMLP, layer_norm
+from unclip_jax.models.transformer import Transformer, causal_mask
+
+
+class DiffusionPrior(nn.Module):
+    """Sequence: caption tokens | CLIP text embedding | timestep | noised image embedding | query; read at the query.
+
+    Padded caption positions are hidden from everything; the four last places never are.
+    """
+
+    embedding_dim: int
+    vocab_size: int
+    context: int
+    width: int
+    depth: int
+    heads: int
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x, timesteps, tokens, length, text_embedding):
+        """x (B, embedding_dim) noised embedding, timesteps (B,), tokens (B, context), length (B,), text_embedding (B, embedding_dim) → x0
+        (B, embedding_dim) float32. length 0 and a zero text embedding are the dropped condition."""
+        small = nn.initializers.normal(0.01)
+        caption = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="tokens")
+        query = jnp.broadcast_to(self.param("query", small, (self.width,)), (x.shape[0], self.width))
+        conditions = [
+            Dense(self.width, name="text_embedding")(text_embedding),
+            TimestepMLP(self.width, self.width, name="time")(timesteps),
+            Dense(self.width, name="noised_embedding")(x),
+            query,
+        ]
+        h = jnp.concatenate([caption(tokens), jnp.stack(conditions, axis=1)], axis=1)
+        h = h + self.param("positions", small, (self.context + 4, self.width))[None]
+
+        places = jnp.arange(self.context + 4)[None, :]
+        visible = (places < length[:, None]) | (places >= self.context)
+        mask = causal_mask(self.context + 4) & visible[:, None, None, :]
+        h = Transformer(self.depth, self.heads, "gelu", self.dtype, self.remat, name="transformer")(h, mask)
+        return Dense(self.embedding_dim, name="out")(layer_norm("norm")(h[:, -1]))

@@ -1,0 +1,106 @@
+"""The one transformer: pre-norm blocks, scanned over depth so that 24 layers compile as fast as one.
+
+Used by both CLIP towers, the decoder's text path and the diffusion prior. What is attended is said by a mask alone.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.models.layers import attention, layer_norm
+
+ACTIVATIONS = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+def causal_mask(length: int):
+    """(1, 1, length, length) bool: position i sees positions up to i."""
+    return jnp.tril(jnp.ones((1, 1, length, length), bool))
+
+
+class Block(nn.Module):
+    """x += MHA(LN(x)); x += MLP(LN(x)), with CLIP's initialisation for a stack of `depth` such blocks."""
+
+    heads: int
+    depth: int
+    activation: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, mask):
+        width = x.shape[-1]
+        residual = (2 * self.depth) ** -0.5  # keeps the residual stream's variance independent of depth
+
+        def dense(features, std, name):
+            return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name)
+
+        qkv = dense(3 * width, width**-0.5, "qkv")(layer_norm("norm_1")(x))
+        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.heads, width // self.heads)
+        h = attention(qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], mask)
+        x = x + dense(width, width**-0.5 * residual, "out")(h.reshape(x.shape)).astype(x.dtype)
+
+        h = dense(4 * width, (2 * width) ** -0.5, "mlp_in")(layer_norm("norm_2")(x))
+        h = dense(width, width**-0.5 * residual, "mlp_out")(ACTIVATIONS[self.activation](h))
+        return x + h.astype(x.dtype)
+
+
+class Transformer(nn.Module):
+    """(B, T, width) → (B, T, width) float32 residual stream. mask as in `layers.attention`; None: all see all."""
+
+    depth: int
+    heads: int
+    activation: str
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+
+        def step(module, carry, _):
+            return module(carry, mask), None
+
+        scanned = nn.scan(
+            step,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "depth"},
+        )
+        block = block(self.heads, self.depth, self.activation, self.dtype, name="blocks")
+        return scanned(block, x.astype(jnp.float32), None)[0]
+
+
+class TextTransformer(nn.Module):
+    """GLIDE's text path: tokens → features for every position, padding included (arXiv 2112.10741 and its code).
+
+    Positions past a caption's length hold a learned padding vector of their own and are attended like any other; the
+    empty caption is all padding. No attention mask.
+    """
+
+    vocab_size: int
+    context: int
+    width: int
+    depth: int
+    heads: int
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, tokens, length):
+        """tokens (B, context) int32, length (B,) int32 real tokens → (B, context, width) float32, layer-normed."""
+        table = nn.initializers.normal(0.01)
+        x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="tokens")(tokens)
+        x = x + self.param("positions", table, (self.context, self.width))[None]
+        padding = self.param("padding", table, (self.context, self.width))
+        real = jnp.arange(self.context)[None, :] < length[:, None]
+        x = jnp.where(real[:, :, None], x, padding[None])
+        x = Transformer(self.depth, self.heads, "gelu", self.dtype, self.remat, name="transformer")(x)
+        return layer_norm("norm")(x)
+
+
+def last_real(x, length):
+    """The rows of x (B, T, C) at position length - 1: (B, C)."""
+    return jax.vmap(lambda row, n: row[n - 1])(x, length)

@@ -1,0 +1,175 @@
+"""The ADM U-Net (arXiv 2105.05233) with GLIDE's text conditioning (2112.10741) and unCLIP's CLIP embedding (2204.06125).
+
+Two classes: `UNet` knows an embedding to add to its timestep's and a sequence to attend to; `Decoder` makes both from
+a caption and a CLIP image embedding. The upsamplers are a `UNet` without attention.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.models.layers import Conv3x3, Dense, TimestepMLP, attention, fan_in_uniform, group_norm, zeros
+from unclip_jax.models.transformer import TextTransformer
+
+
+def downsample(x):
+    """2×2 average pooling."""
+    return 0.25 * nn.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID")
+
+
+def upsample(x):
+    """Nearest neighbour, ×2."""
+    b, h, w, c = x.shape
+    return jax.image.resize(x, (b, 2 * h, 2 * w, c), "nearest")
+
+
+def same(x):
+    """No resampling."""
+    return x
+
+
+class ResBlock(nn.Module):
+    """x (B, H, W, C), emb (B, E) → (B, H', W', features): the timestep scales and shifts the second norm (FiLM)."""
+
+    features: int
+    groups: int
+    dropout: float
+    dtype: jnp.dtype
+    resample: callable = same
+
+    @nn.compact
+    def __call__(self, x, emb, deterministic: bool):
+        h = nn.silu(group_norm(x, self.groups, "norm_in")).astype(self.dtype)
+        h, x = self.resample(h), self.resample(x)
+        h = Conv3x3(self.features, dtype=self.dtype, name="conv_in")(h)
+        film = Dense(2 * self.features, dtype=self.dtype, name="film")(nn.silu(emb))
+        scale, shift = jnp.split(film.astype(jnp.float32)[:, None, None, :], 2, axis=-1)
+        h = nn.silu(group_norm(h, self.groups, "norm_out") * (1 + scale) + shift)
+        h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
+        h = Conv3x3(self.features, dtype=self.dtype, **zeros, name="conv_out")(h)
+        if x.shape[-1] != self.features:
+            x = nn.Conv(self.features, (1, 1), dtype=self.dtype, kernel_init=fan_in_uniform, name="skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over pixels; a context (B, S, W) gives extra keys and values in front of the pixels' own."""
+
+    head_channels: int
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, context):
+        b, height, width, c = x.shape
+        heads = c // self.head_channels
+
+        def split(y, parts):
+            return jnp.split(y.reshape(b, -1, parts * heads, self.head_channels), parts, axis=2)
+
+        h = group_norm(x, self.groups, "norm").reshape(b, height * width, c)
+        query, key, value = split(Dense(3 * c, dtype=self.dtype, name="qkv")(h), 3)
+        if context is not None:
+            context_key, context_value = split(Dense(2 * c, dtype=self.dtype, name="context_kv")(context), 2)
+            key = jnp.concatenate([context_key, key], axis=1)
+            value = jnp.concatenate([context_value, value], axis=1)
+        h = attention(query, key, value).reshape(b, height, width, c)
+        return x + Dense(c, dtype=self.dtype, **zeros, name="out")(h)
+
+
+class UNet(nn.Module):
+    """x (B, H, W, C), timesteps (B,) → (B, H, W, out_channels) float32."""
+
+    channels: int  # of the first level; the others have channels × channel_mult
+    channel_mult: tuple[int, ...]
+    res_blocks: int  # per level; one more on the way up
+    attention: tuple[int, ...]  # downsampling factors of the levels that attend
+    middle_attention: bool
+    head_channels: int
+    norm_groups: int
+    out_channels: int
+    dropout: float
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, x, timesteps, emb=None, context=None, deterministic: bool = True):
+        """emb (B, 4·channels): added to the timestep's embedding. context (B, S, W): attended by every attention."""
+        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+
+        time = TimestepMLP(self.channels, 4 * self.channels, name="time")(timesteps)
+        emb = time if emb is None else time + emb.astype(jnp.float32)
+
+        def res(h, features, name, resample=same):
+            block = res_block(features, self.norm_groups, self.dropout, self.dtype, resample, name=name)
+            return block(h, emb, deterministic)
+
+        def attend(h, name):
+            return attention_block(self.head_channels, self.norm_groups, self.dtype, name=name)(h, context)
+
+        widths = [self.channels * mult for mult in self.channel_mult]
+        last = len(widths) - 1
+        h = Conv3x3(widths[0], dtype=self.dtype, name="conv_in")(x)
+        skips = [h]
+        for level, width in enumerate(widths):
+            for i in range(self.res_blocks):
+                h = res(h, width, f"down_{level}_{i}_res")
+                if 2**level in self.attention:
+                    h = attend(h, f"down_{level}_{i}_attention")
+                skips.append(h)
+            if level < last:
+                h = res(h, width, f"down_{level}_resample", downsample)
+                skips.append(h)
+
+        h = res(h, widths[-1], "middle_0_res")
+        if self.middle_attention:
+            h = attend(h, "middle_attention")
+        h = res(h, widths[-1], "middle_1_res")
+
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(self.res_blocks + 1):
+                h = res(jnp.concatenate([h, skips.pop()], axis=-1), width, f"up_{level}_{i}_res")
+                if 2**level in self.attention:
+                    h = attend(h, f"up_{level}_{i}_attention")
+            if level > 0:
+                h = res(h, width, f"up_{level}_resample", upsample)
+
+        h = nn.silu(group_norm(h, self.norm_groups, "norm_out"))
+        return Conv3x3(self.out_channels, **zeros, name="conv_out")(h)
+
+
+class Conditioning(NamedTuple):
+    """What a decoder's U-Net is told besides the noisy picture; computed once per sampling run."""
+
+    emb: jax.Array  # (B, 4·channels), added to the timestep embedding
+    context: jax.Array  # (B, text context + image tokens, text width), attended
+
+
+class Conditioner(nn.Module):
+    """Captions and CLIP image embeddings → Conditioning."""
+
+    text: TextTransformer
+    emb_width: int  # 4·channels of the U-Net
+    image_tokens: int
+    learned_null: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens, length, image_embedding, has_embedding) -> Conditioning:
+        """tokens (B, context), length (B,); 0 drops the caption. image_embedding (B, d) of unit norm; has_embedding (B,)
+        bool; False drops the embedding."""
+        text = self.text(tokens, length)
+        emb = Dense(self.emb_width, name="text_to_emb")(text[:, -1])
+
+        dim = image_embedding.shape[-1]
+        null = self.param("null_embedding", nn.initializers.zeros, (dim,)) if self.learned_null else jnp.zeros(dim)
+        # × sqrt(d): elements of order one, as the other inputs of the sum have.
+        z = jnp.where(has_embedding[:, None], image_embedding * dim**0.5, null[None])
+        emb = emb + Dense(self.emb_width, name="image_to_emb")(z)
+        width = text.shape[-1]
+        tokens = Dense(self.image_tokens * width, dtype=self.dtype, name="image_to_tokens")(z)
+        image = tokens.astype(text.dtype).reshape(-1, self.image_tokens, width)
+        return Conditioning(emb, jnp.concatenate([text, image], axis=1))

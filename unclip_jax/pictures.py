@@ -1,0 +1,59 @@
+"""PNG files that people look at: pictures with their prompt inside, grids, and grids with captions under them."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+GAP = 4  # pixels between pictures of a grid
+INK, PAPER = (40, 40, 40), (255, 255, 255)
+
+
+def save_png(path: str | Path, image: np.ndarray, metadata: dict | None = None) -> None:
+    """Writes uint8 (H, W, 3), complete or not at all; `metadata` goes into text chunks (JSON unless str)."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in (metadata or {}).items():
+        info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(suffix=".png", dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        Image.fromarray(np.asarray(image)).save(file, "PNG", pnginfo=info)
+    os.chmod(beside, 0o644)
+    os.replace(beside, path)
+
+
+def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | None = None) -> np.ndarray:
+    """uint8 (N, H, W, 3) → one uint8 picture, rows of `columns` (a square by default), each over its caption."""
+    images = np.asarray(images)
+    count, height, width, _ = images.shape
+    columns = columns or int(np.ceil(count**0.5))
+    rows = -(-count // columns)
+    text_height = 0
+    if captions:
+        font = ImageFont.load_default(max(9, width // 16))
+        wrapped = [_wrapped(caption, font, width) for caption in captions]
+        line = sum(font.getmetrics())
+        text_height = line * max(len(lines) for lines in wrapped) + GAP
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + text_height + GAP) + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = GAP + i % columns * (width + GAP), GAP + i // columns * (height + text_height + GAP)
+        sheet.paste(Image.fromarray(image), (x, y))
+        for k, words in enumerate(wrapped[i] if captions else []):
+            draw.text((x + (width - font.getlength(words)) / 2, y + height + 1 + k * line), words, INK, font)
+    return np.asarray(sheet)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -1,0 +1,75 @@
+"""Draws pictures for captions with a trained cascade.
+
+    python -m unclip_jax.sample --bundle OUT/bundle --prompt "a red apple on a yellow background" -n 4
+
+Writes OUT/PROMPT_SEED_I.png, with prompt, seed and settings inside, and OUT/grid.png. The same seed draws the same
+pictures. A second run finds its programs compiled, whatever the prompt, seed and guidance scales.
+"""
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+from unclip_jax import __version__, cli, pictures
+from unclip_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors on one line like everybody's."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (python -m {self.prog} --help lists the options)")
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(prog="unclip_jax.sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--bundle", required=True, help="folder of a trained cascade")
+    parser.add_argument("--prompt", required=True, action="append", help="what to draw; may be repeated")
+    parser.add_argument("-n", "--n", type=int, default=4, help="pictures per prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, help="of the decoder; 1: none; default: the trained config's")
+    parser.add_argument("--prior-guidance", type=float, help="of the prior; likewise")
+    parser.add_argument("--out", default="samples", help="folder to write to")
+    args = parser.parse_args(argv[1:])
+    if args.n < 1:
+        raise UserError(f"--n {args.n}: expected at least 1 picture per prompt")
+    out = Path(args.out)
+    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+        raise UserError(f"--out {out} is a file or lies below one: give a folder")
+
+    began = time.monotonic()
+    cli.enable_compilation_cache()
+    compiles = cli.CompileCount()
+    from unclip_jax.cascade import Cascade
+
+    cascade = Cascade.load(args.bundle)
+    cascade.check_prompts(args.prompt)
+    texts = [prompt for prompt in args.prompt for _ in range(args.n)]
+    images = cascade.generate(texts, args.seed, args.guidance, args.prior_guidance)["images"][-1]
+    settings = {
+        "n": args.n,
+        "guidance": args.guidance if args.guidance is not None else _trained_scale(cascade.decoder),
+        "prior_guidance": args.prior_guidance if args.prior_guidance is not None else _trained_scale(cascade.prior),
+        "decoder": cascade.decoder.identity,
+        "prior": cascade.prior.identity,
+        "version": __version__,
+    }
+    for i, (text, image) in enumerate(zip(texts, images, strict=True)):
+        name = re.sub(r"\W+", "_", text).strip("_")[:60]
+        path = out / f"{name}_{args.seed}_{i}.png"
+        pictures.save_png(path, image, {"prompt": text, "seed": str(args.seed), "index": str(i), "settings": settings})
+        print(path)
+    pictures.save_png(out / "grid.png", pictures.grid(images, args.n, texts), {"seed": str(args.seed)})
+    print(out / "grid.png")
+    print(f"{len(images)} pictures in {time.monotonic() - began:.1f} s, {compiles}", file=sys.stderr)
+    return 0
+
+
+def _trained_scale(model) -> float:
+    return model.stage.config.sampling.guidance_scale
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,28 @@
+"""Every kind of trained model: one file each, found by the name that configs give in `stage`."""
+
+from ml_collections import ConfigDict
+
+from unclip_jax.errors import UserError
+from unclip_jax.stages.base import Stage
+from unclip_jax.stages.clip import Clip
+from unclip_jax.stages.decoder import Decoder
+from unclip_jax.stages.prior_diffusion import PriorDiffusion
+from unclip_jax.stages.upsampler import Upsampler
+
+STAGES = {"clip": Clip, "prior_diffusion": PriorDiffusion, "decoder": Decoder, "upsampler": Upsampler}
+
+
+def make_stage(config: ConfigDict, clip: Stage | None = None) -> Stage:
+    """The stage that `config.stage` names; `clip` for those that live in a CLIP's space.
+
+    Raises UserError for an unknown stage and for an embedding size that is not the CLIP's.
+    """
+    if config.stage not in STAGES:
+        raise UserError(f"stage {config.stage!r} does not exist: expected one of {', '.join(STAGES)}")
+    stage = STAGES[config.stage]
+    if not stage.needs_clip:
+        return stage(config)
+    dim = config.model.embedding_dim
+    if clip is not None and clip.dim != dim:
+        raise UserError(f"the config expects embeddings of {dim} numbers, but its CLIP makes {clip.dim}: set the same")
+    return stage(config, clip)

@@ -1,0 +1,121 @@
+"""What every stage is, and the few lines that all diffusion stages share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from unclip_jax.diffusion.guidance import classifier_free, clip_x0
+from unclip_jax.diffusion.losses import training_loss
+from unclip_jax.diffusion.process import make_denoiser, q_sample
+from unclip_jax.diffusion.samplers import ddim_step, ddpm_step, sample
+from unclip_jax.diffusion.schedule import make_schedule, respace
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One kind of trained model: what its batch is, what its loss is, how it samples.
+
+    Built from a config (and, where the model lives in CLIP's space, the CLIP stage); construction computes nothing.
+    Parameters are plain dicts. `frozen` is the parameters of that CLIP, or {}.
+    """
+
+    config: ConfigDict
+    clip: "Stage | None" = None
+    needs_clip: ClassVar[bool] = False
+
+    @property
+    def images(self) -> dict[str, int]:
+        """Name → side in pixels of each square uint8 picture in a batch, all cut from the same crop."""
+        raise TypeError(f"{type(self).__name__} does not say which pictures it takes")
+
+    @property
+    def patch(self) -> int | None:
+        """Side of the random window of "image" that is trained on; None: the whole picture."""
+        return None
+
+    @property
+    def texts(self) -> dict[str, tuple[str, int, bool]]:
+        """Name → (whose tokenizer: "own" or "clip", context, whether start and end tokens are added)."""
+        return {}
+
+    def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a batch's arrays."""
+        spec = {}
+        for name, size in self.images.items():
+            side = self.patch if name == "image" and self.patch else size
+            spec[name] = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8)
+        for name, (_, context, _) in self.texts.items():
+            spec[name] = jax.ShapeDtypeStruct((batch_size, context), jnp.int32)
+            spec[f"{name}_length"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        return spec
+
+    def init(self, key) -> Params:
+        """Fresh parameters."""
+        raise TypeError(f"{type(self).__name__} has no parameters")
+
+    def loss(self, params: Params, frozen: Params, batch: dict, key) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean loss of a batch and the scalars worth logging beside it."""
+        raise TypeError(f"{type(self).__name__} has no loss")
+
+    def evaluate(self, params: Params, frozen: Params, batch: dict, key) -> tuple[dict, jax.Array | None]:
+        """Scalars of a held-out batch and, where the stage draws, its pictures: uint8 (rows, H, W, 3)."""
+        raise TypeError(f"{type(self).__name__} has no evaluation")
+
+    def project(self, params: Params) -> Params:
+        """Back to the allowed parameters, after each update."""
+        return params
+
+
+def to_float(images):
+    """uint8 → float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(images):
+    """Float in [-1, 1] → uint8."""
+    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def output_channels(config: ConfigDict, channels: int) -> int:
+    """Channels a network puts out for `channels` of data: twice as many where it learns its variance."""
+    return 2 * channels if config.diffusion.learned_variance else channels
+
+
+def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
+    """The papers' loss at one uniformly drawn timestep per row: (mean loss, mean of each term).
+
+    network(x_t, timesteps) → output; x0 (B, ...) float32.
+    """
+    d = config.diffusion
+    schedule = make_schedule(d.schedule, d.timesteps)
+    key_t, key_noise = jax.random.split(key)
+    t = jax.random.randint(key_t, x0.shape[:1], 0, d.timesteps)
+    noise = jax.random.normal(key_noise, x0.shape)
+    x_t = q_sample(schedule, x0, t, noise)
+    snr_clip = tuple(d.snr_clip) or None
+    output = network(x_t, t)
+    losses, terms = training_loss(schedule, output, x0, x_t, noise, t, d.predicts, d.learned_variance, snr_clip)
+    return jnp.mean(losses), {name: jnp.mean(term) for name, term in terms.items()}
+
+
+def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], key, guidance_scale=None):
+    """Samples x0 of `shape` by `config.sampling`.
+
+    With a guidance scale (may be traced), `network` answers for 2B rows, the conditional B first.
+    """
+    s, d = config.sampling, config.diffusion
+    schedule = respace(make_schedule(d.schedule, d.timesteps), s.steps)
+    denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
+    if guidance_scale is not None:
+        denoiser = classifier_free(denoiser, guidance_scale)
+    if s.clip_x0:
+        denoiser = clip_x0(denoiser, schedule, s.clip_x0)
+    step = ddpm_step if s.sampler == "ddpm" else ddim_step(s.eta)
+    key_start, key_steps = jax.random.split(key)
+    return sample(denoiser, schedule, jax.random.normal(key_start, shape), key_steps, step)

@@ -1,0 +1,169 @@
+"""Checkpoints of training: Orbax, one folder a step, written behind the training loop's back.
+
+WORKDIR/checkpoints/STEP holds four items: `params`, `ema`, `opt_state` and `meta` (JSON). They are apart so that
+sampling reads the average alone. A folder takes its name when it is complete, so an interrupted save leaves a
+temporary folder that is never read, and that the next run over WORKDIR removes. Arrays are read back onto the mesh
+that is asked for, whatever mesh wrote them.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+import unclip_jax
+from unclip_jax.errors import UserError
+from unclip_jax.training.leaves import differences
+from unclip_jax.training.state import TrainState
+
+TREES = ("params", "ema", "opt_state")
+
+
+class Checkpointer:
+    """Saves and restores the train state under `workdir` (a local folder or gs://...), keeping the last `keep` steps.
+
+    Every process must make the same calls in the same order.
+    """
+
+    def __init__(self, workdir: str, keep: int):
+        import orbax.checkpoint as ocp
+
+        if keep < 1:
+            raise UserError(f"train.keep={keep}: at least one checkpoint must be kept")
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+        )
+        self._manager = _manager(workdir, options)
+
+    def save(self, state: TrainState, meta: dict) -> None:
+        """Starts to save `state` under its own step, and returns once the arrays are copied off the devices.
+
+        meta: what JSON can hold, for example the config; `step` and the library's `version` are added. A step that
+        is there already is left alone. When writing fails, the next `check`, `save` or `wait` raises its error.
+        """
+        import orbax.checkpoint as ocp
+
+        step = int(state.step)
+        self.wait()
+        if step in self._manager.all_steps():
+            return
+        items = {name: ocp.args.StandardSave(getattr(state, name)) for name in TREES}
+        meta = {**meta, "step": step, "version": unclip_jax.__version__}
+        if not self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))):
+            raise UserError(
+                f"{self._manager.directory} already holds step {self.latest_step()}, so step {step} was not saved: "
+                "resume from there, or train in a new workdir"
+            )
+
+    def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
+        """The newest complete checkpoint laid out as `abstract_state` says, or None where there is none yet.
+
+        Raises UserError, listing leaves and shapes, when the checkpoint was written by another model or optimizer.
+        """
+        step = self.latest_step()
+        if step is None:
+            return None
+        trees = _restore(self._manager, step, {name: getattr(abstract_state, name) for name in TREES})
+        counter = abstract_state.step
+        return TrainState(step=jax.device_put(np.asarray(step, counter.dtype), counter.sharding), **trees)
+
+    def latest_step(self) -> int | None:
+        """The newest step that is complete, or is being written by this run."""
+        return self._manager.latest_step()
+
+    def preempted(self, step: int) -> bool:
+        """True once the machine is about to be taken away: save, wait and stop. Ask at every step, on every process."""
+        return self._manager.reached_preemption(step)
+
+    def check(self) -> None:
+        """Raises the error of a save that failed in the background; does not wait for one that is still writing."""
+        # Orbax's own check_for_errors stays silent here: its finishing thread has taken the error by then.
+        if not self._manager.is_saving_in_progress():
+            self._manager.wait_until_finished()
+
+    def wait(self) -> None:
+        """Blocks until every save is complete, and raises the error of one that failed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then frees the background threads."""
+        self.wait()
+        self._manager.close()
+
+
+def restore_ema(workdir: str, abstract_params: Any) -> Any:
+    """The averaged parameters of the newest checkpoint under `workdir`; nothing else is read.
+
+    abstract_params: ShapeDtypeStructs with the shardings to restore onto; a leaf without one comes back whole on the
+    first local device. Raises UserError when there is no checkpoint, or when it holds other leaves.
+    """
+
+    def placed(leaf):
+        sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    manager, step = _open_to_read(workdir)
+    try:
+        return _restore(manager, step, {"ema": jax.tree.map(placed, abstract_params)})["ema"]
+    finally:
+        manager.close()
+
+
+def read_meta(workdir: str) -> dict:
+    """The `meta` of the newest checkpoint under `workdir`: `step`, `version` and what the caller of `save` added."""
+    import orbax.checkpoint as ocp
+
+    manager, step = _open_to_read(workdir)
+    try:
+        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    finally:
+        manager.close()
+
+
+def _manager(workdir: str, options: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    # Orbax refuses relative paths.
+    folder = workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
+    handlers = {name: ocp.StandardCheckpointHandler() for name in TREES} | {"meta": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(f"{folder.rstrip('/')}/checkpoints", item_handlers=handlers, options=options)
+
+
+def _open_to_read(workdir: str) -> tuple[Any, int]:
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    nothing = UserError(f"no checkpoint under {workdir}: expected {workdir}/checkpoints/STEP, as training writes it")
+    if not epath.Path(os.path.expanduser(workdir), "checkpoints").exists():
+        raise nothing
+    manager = _manager(workdir, ocp.CheckpointManagerOptions(create=False, read_only=True))
+    step = manager.latest_step()
+    if step is None:
+        manager.close()
+        raise nothing
+    return manager, step
+
+
+def _restore(manager: Any, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    where = f"{manager.directory}/{step}"
+    found = manager.item_metadata(step)
+    broken = [name for name in abstract if found.get(name) is None]
+    if broken:
+        raise UserError(
+            f"checkpoint {where} lacks {', '.join(broken)}: it is damaged or half copied; copy it again, "
+            "or remove that folder to go on from the step before it"
+        )
+    stored = {name: found[name].tree for name in abstract}
+    wrong = differences(stored, abstract)
+    if wrong:
+        raise UserError(
+            f"checkpoint {where} does not fit this config ({wrong}): use the config it was trained with, "
+            "or a new workdir"
+        )
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    return {name: restored[name] for name in abstract}

@@ -1,0 +1,95 @@
+"""The mesh, and the one rule that lays parameters, their average and Adam's state out over it.
+
+The mesh has two axes. Rows of a batch are split over both; large parameters are split over "fsdp" only, so that
+"data" counts the copies of the model (ZeRO over "fsdp", plain data parallelism over "data"). Models know nothing of
+this: the loss sees whole parameters (`gather`), the optimizer sees each device's own part.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from unclip_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+SMALLEST_SPLIT = 2**14  # elements; below this a leaf costs more to gather than it saves in memory
+
+
+def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
+    """A mesh of axes ("data", "fsdp") over `devices` (all of them by default).
+
+    `mesh.data` of -1 means: the devices that `mesh.fsdp` leaves. Raises UserError when the sizes do not multiply to
+    the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, data, fsdp = len(devices), mesh.data, mesh.fsdp
+    if fsdp < 1 or (data < 1 and data != -1):
+        raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp}: expected positive sizes, or -1 for data")
+    if data == -1:
+        data = count // fsdp
+    if data * fsdp != count:
+        raise UserError(
+            f"mesh.data={mesh.data}, mesh.fsdp={fsdp} do not cover {count} {devices[0].platform} devices exactly: "
+            "their product must be that number (mesh.data=-1 takes what mesh.fsdp leaves)"
+        )
+    # Auto, not make_mesh's default Explicit, in which a convolution with a sharded kernel is an error.
+    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of `tree`, whose leaves have a `.shape`: parameters, EMA or optimizer state.
+
+    The largest axis that the size of "fsdp" divides is split (the last one of equals); a leaf of fewer than
+    `SMALLEST_SPLIT` elements, or with no such axis, is replicated. The rule reads shapes alone, so a parameter, its
+    average and its Adam moments always lie alike.
+    """
+    size = mesh.shape["fsdp"]
+
+    def sharding(leaf):
+        axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
+        if size == 1 or not axes or np.prod(leaf.shape, dtype=np.int64) < SMALLEST_SPLIT:
+            return NamedSharding(mesh, P())
+        split = max(axes, key=lambda i: (leaf.shape[i], i))
+        return NamedSharding(mesh, P(*["fsdp" if i == split else None for i in range(len(leaf.shape))]))
+
+    return jax.tree.map(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows (the leading axis) split over every device of the mesh."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def gather(params: Any, mesh: Mesh) -> Any:
+    """`params` whole on every device, inside a jitted loss.
+
+    Left to propagation, a convolution with a split kernel becomes a swarm of permutes and all-to-alls; gathered
+    first, each parameter costs one all-gather, and its gradient is summed over the whole mesh.
+    """
+    return jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+
+def global_batch(arrays: Any, mesh: Mesh) -> Any:
+    """This host's rows -> global arrays split by `batch_sharding`; rows lie in the order of the processes.
+
+    arrays: pytree of numpy arrays (rows of this host, ...). Raises UserError when the global number of rows cannot be
+    split evenly over the mesh.
+    """
+    sharding = batch_sharding(mesh)
+
+    def globalize(rows):
+        total = len(rows) * jax.process_count()
+        if total % mesh.size:
+            raise UserError(f"a batch of {total} rows cannot be split evenly over {mesh.size} devices")
+        return jax.make_array_from_process_local_data(sharding, rows, (total, *rows.shape[1:]))
+
+    return jax.tree.map(globalize, arrays)

@@ -1,0 +1,166 @@
+"""The state of training and the one step that advances it.
+
+Everything random in step k comes from `fold_in(root, k)`, so a run that is stopped and resumed at k is the same run.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from unclip_jax.errors import UserError
+from unclip_jax.training.leaves import named_leaves
+from unclip_jax.training.optimizer import ema_update
+from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather, param_shardings, replicated
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint must hold: a pytree."""
+
+    step: jax.Array  # int32 scalar: steps taken, skipped ones included
+    params: Any  # float32
+    ema: Any  # like params
+    opt_state: Any
+
+
+def root_key(seed: int) -> jax.Array:
+    """The key that every step of training folds its number into; independent of the one that parameters start from."""
+    return jax.random.fold_in(jax.random.key(seed), 1)
+
+
+def abstract_state(stage: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs that carry their shardings over `mesh`; computes and allocates nothing."""
+    shapes = jax.eval_shape(lambda: _initial(stage, optimizer, 0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        param_shardings(shapes, mesh),
+    )
+
+
+def init_state(stage: Any, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """The state before step 0, made in place on the devices that keep it: the same numbers on every mesh."""
+    shardings = _shardings(abstract_state(stage, optimizer, mesh))
+    return jax.jit(lambda: _initial(stage, optimizer, seed), out_shardings=shardings)()
+
+
+def make_train_step(
+    stage: Any, optimizer: optax.GradientTransformation, learning_rate: Callable, config: ConfigDict, mesh: Mesh
+) -> Callable:
+    """The jitted step (state, frozen, batch, root key) -> (state, metrics). The state handed in is given away.
+
+    batch: pytree of (rows, ...) arrays, split by `batch_sharding`; rows must be a multiple of devices times
+    `config.optim.accumulate`. The rows are dealt into that many microbatches and the gradients of their mean losses
+    averaged, which equals one pass over the whole batch where the loss is a mean over rows (a contrastive loss is
+    not: it only sees the pairs of its microbatch).
+
+    metrics: float32 scalars, the stage's own (averaged over microbatches) and loss, grad_norm (before clipping),
+    param_norm, learning_rate (the one applied) and skipped. A step whose loss or gradient norm is not finite sets
+    `skipped` to 1 and leaves params, EMA and optimizer state as they were; `step` still moves on.
+
+    Raises UserError when `config.train.batch_size` does not split evenly.
+    """
+    microbatches = config.optim.accumulate
+    if config.train.batch_size % (mesh.size * microbatches):
+        raise UserError(
+            f"train.batch_size={config.train.batch_size} cannot be split evenly into optim.accumulate={microbatches} "
+            f"microbatches over {mesh.size} devices: make it a multiple of {mesh.size * microbatches}"
+        )
+    optimizer = optax.with_extra_args_support(optimizer)
+    shardings = _shardings(abstract_state(stage, optimizer, mesh))
+
+    def step(state, frozen, batch, root):
+        key = jax.random.fold_in(root, state.step)
+        loss, metrics, grads = _gradients(stage, state.params, frozen, batch, key, microbatches, mesh, shardings.params)
+        grad_norm = optax.tree.norm(grads)
+        rate = learning_rate(state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        params = stage.project(optax.apply_updates(state.params, updates))
+        ema = ema_update(state.ema, params, state.step, config.optim.ema_decay)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        params, ema, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state), state[1:]
+        )
+        metrics = metrics | {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": rate,
+            "skipped": 1.0 - finite.astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, None, batch_sharding(mesh), None),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def digest(state: TrainState) -> str:
+    """Hex sha256 over the leaves of params, EMA and optimizer state in the order of their names.
+
+    Each leaf gives its name, dtype, shape and bytes. Every process must call this, since it gathers split leaves;
+    all get the same answer, whatever the mesh.
+    """
+    sha = hashlib.sha256()
+    for name, leaf in named_leaves(state._asdict()).items():
+        if name == "step":
+            continue
+        value = _whole(leaf)
+        sha.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        sha.update(np.ascontiguousarray(value).tobytes())
+    return sha.hexdigest()
+
+
+def _initial(stage: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    # Folded, like root_key, because split(key)[i] equals fold_in(key, i): the two uses must not share a key.
+    params = stage.init(jax.random.fold_in(jax.random.key(seed), 0))
+    return TrainState(jnp.zeros([], jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def _shardings(abstract: TrainState) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings):
+    """Mean loss, mean metrics and mean gradients over the microbatches of `batch`; gradients lie as params do."""
+
+    def loss_of(params, rows, key):
+        loss, metrics = stage.loss(gather(params, mesh), frozen, rows, key)
+        return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), (loss, metrics))
+
+    def deal(rows):
+        # Microbatch m takes rows m, m + M, ...: each device deals out its own rows and nothing moves between them.
+        hands = jnp.swapaxes(rows.reshape(-1, microbatches, *rows.shape[1:]), 0, 1)
+        return jax.lax.with_sharding_constraint(hands, NamedSharding(mesh, P(None, BATCH_AXES)))
+
+    def add_one(total, part):
+        rows, m = part
+        values, grads = jax.value_and_grad(loss_of, has_aux=True)(params, rows, jax.random.fold_in(key, m))
+        return jax.tree.map(jnp.add, total, (values, jax.lax.with_sharding_constraint(grads, shardings))), None
+
+    hands = jax.tree.map(deal, batch)
+    first = jax.tree.map(lambda rows: rows[0], hands)
+    values = jax.eval_shape(loss_of, params, first, key)
+    values, grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (values, params))
+    zeros = (values, jax.lax.with_sharding_constraint(grads, shardings))
+    total, _ = jax.lax.scan(add_one, zeros, (hands, jnp.arange(microbatches)), unroll=microbatches == 1)
+    (loss, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
+    return loss, metrics, grads
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
