@@ -1,5 +1,6 @@
 """What every command does alike: one line for a mistake, a compilation cache that outlives the process, configs."""
 
+import argparse
 import difflib
 import importlib.util
 import os
@@ -10,6 +11,24 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors on one line like everybody's and its help as it was written."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (python -m {self.prog} --help lists the options)")
+
+
+def output_folder(name: str) -> Path:
+    """The folder that --out names, which need not exist. Raises UserError where it cannot be one."""
+    folder = Path(name).expanduser()
+    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
+        raise UserError(f"--out {name} is a file or lies below one: give a folder")
+    return folder
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -72,6 +91,10 @@ def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]):
     """
     from absl import flags as absl_flags
     from ml_collections import config_flags
+
+    if "--config" in argv[:-1]:  # written with a space
+        at = argv.index("--config")
+        argv = [*argv[:at], f"--config={argv[at + 1]}", *argv[at + 2 :]]
 
     absl_flags.FLAGS.mark_as_parsed()  # Grain and Orbax have flags of their own, which no command takes
     values = absl_flags.FlagValues()

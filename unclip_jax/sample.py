@@ -6,25 +6,16 @@ Writes OUT/PROMPT_SEED_I.png, with prompt, seed and settings inside, and OUT/gri
 pictures. A second run finds its programs compiled, whatever the prompt, seed and guidance scales.
 """
 
-import argparse
 import re
 import sys
 import time
-from pathlib import Path
 
 from unclip_jax import __version__, cli, pictures
 from unclip_jax.errors import UserError
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors on one line like everybody's."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (python -m {self.prog} --help lists the options)")
-
-
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="unclip_jax.sample", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = cli.Parser(prog="unclip_jax.sample", description=__doc__)
     parser.add_argument("--bundle", required=True, help="folder of a trained cascade")
     parser.add_argument("--prompt", required=True, action="append", help="what to draw; may be repeated")
     parser.add_argument("-n", "--n", type=int, default=4, help="pictures per prompt")
@@ -35,9 +26,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv[1:])
     if args.n < 1:
         raise UserError(f"--n {args.n}: expected at least 1 picture per prompt")
-    out = Path(args.out)
-    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
-        raise UserError(f"--out {out} is a file or lies below one: give a folder")
+    out = cli.output_folder(args.out)
 
     began = time.monotonic()
     cli.enable_compilation_cache()

@@ -79,6 +79,15 @@ def test_weight_decay_spares_gains_and_biases():
     }
 
 
+def test_update_without_a_gradient_is_the_decay_of_kernels_alone(toy):
+    optimizer = make_optimizer(constant(toy, weight_decay=0.5), 10)
+    params = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full((2,), 3.0)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params, step=jnp.int32(0))
+    np.testing.assert_allclose(updates["kernel"], -0.1 * 0.5 * 3.0, rtol=1e-6)
+    assert np.array_equal(updates["bias"], np.zeros(2))
+
+
 @pytest.mark.parametrize(
     "schedule, expected",
     [

@@ -12,6 +12,7 @@ from unclip_jax.data import emoji_scenes
 
 _GRID = 16  # what pictures and drawings are averaged to: coarse, so that a shift by a few percent costs little
 _FILL = 0.875  # side of a drawing within the window that is looked at
+_SHIFTS = (-0.02, 0.0, 0.02)  # fractions of the frame by which an object may be out of its place, tried both ways
 _CHUNK = 64  # pictures compared at once
 
 
@@ -67,14 +68,19 @@ def _nearest_drawing(images: np.ndarray, backgrounds: np.ndarray, place: tuple[f
     """Which drawing of this side is at this place (middle; right and down; all fractions of the frame)."""
     names = emoji_scenes.objects()
     colour, opaque = _drawings()
-    right, down = (_averaging(images.shape[1], middle, side / _FILL) for middle in place)
     found = []
     for start in range(0, len(images), _CHUNK):
-        seen = np.einsum("ys,xt,nstc->nyxc", down, right, images[start : start + _CHUNK].astype(np.float32))
+        pictures = images[start : start + _CHUNK].astype(np.float32)
         plain = backgrounds[start : start + _CHUNK, None, None, None, :]
         expected = colour[None] + (1 - opaque[None]) * plain
-        distances = np.square(seen[:, None] - expected).mean(axis=(2, 3, 4))
-        found += [names[k] for k in distances.argmin(axis=1)]
+        nearest = np.full((len(pictures), len(names)), np.inf, np.float32)
+        for down in _SHIFTS:
+            rows = np.tensordot(_averaging(images.shape[1], place[1] + down, side / _FILL), pictures, (1, 1))
+            for right in _SHIFTS:
+                seen = np.tensordot(_averaging(images.shape[1], place[0] + right, side / _FILL), rows, (1, 2))
+                seen = seen.transpose(2, 1, 0, 3)[:, None]
+                nearest = np.minimum(nearest, np.square(seen - expected).mean(axis=(2, 3, 4)))
+        found += [names[k] for k in nearest.argmin(axis=1)]
     return found
 
 

