@@ -130,7 +130,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     b2=0.99,
                     ema_decay=0.99,
                 ),
-                train=dict(steps=400, batch_size=128, checkpoint_every=500, sample_every=100000, keep=2),
+                train=dict(steps=300, batch_size=128, checkpoint_every=500, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":

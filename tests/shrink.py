@@ -1,6 +1,9 @@
 """The tiny configs made smaller still, so that a test compiles them in seconds; and batches that look real."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax import cli
@@ -32,13 +35,27 @@ def small_config(name):
     return config.lock()
 
 
+def random_params(stage, seed=0):
+    """Parameters in which nothing is zero, so that every path through the network is open."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        spread = 0.5 / max(1, np.prod(leaf.shape[:-1])) ** 0.5 if leaf.ndim > 1 else 0.3
+        return jnp.asarray(rng.normal(size=leaf.shape) * spread + 0.02, leaf.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(stage.init, jax.random.key(0)))
+
+
+@functools.cache
 def small_stage(name):
-    """(stage, frozen parameters) of the shrunk config, its CLIP untrained."""
+    """(stage, frozen parameters, parameters) of the shrunk config; its CLIP is random too."""
     config = small_config(name)
     if "clip" not in config:
-        return make_stage(config), {}
-    clip = make_stage(small_config("clip"))
-    return make_stage(config, clip), clip.init(jax.random.key(7))
+        stage, frozen = make_stage(config), {}
+    else:
+        clip = make_stage(small_config("clip"))
+        stage, frozen = make_stage(config, clip), random_params(clip, 7)
+    return stage, frozen, random_params(stage)
 
 
 def random_batch(stage, batch_size, seed=0):

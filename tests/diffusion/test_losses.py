@@ -71,10 +71,12 @@ def test_bound_trains_the_variance_alone(predicts):
     assert np.all(np.isfinite(of_vb))
 
 
-def test_vlb_is_the_kl_of_two_gaussians():
+@pytest.mark.parametrize("log_ratio", [-1.5, 0.2, 1.5])
+@pytest.mark.parametrize("x0_hat", [0.4, 0.9])
+def test_vlb_is_the_kl_of_two_gaussians(x0_hat, log_ratio):
     """For t > 0, by integrating the two densities numerically in float64."""
-    i, x0, x_t, x0_hat, log_variance = 10, 0.4, 0.1, 0.9, float(CHAIN.log_betas[10]) - 0.2
-    s = CHAIN
+    s, i, x0, x_t = CHAIN, 10, 0.4, 0.1
+    log_variance = s.posterior_log_variance[i] + log_ratio
     true_mean = s.posterior_x0_weight[i] * x0 + s.posterior_x_t_weight[i] * x_t
     mean = s.posterior_x0_weight[i] * x0_hat + s.posterior_x_t_weight[i] * x_t
     true_var, var = s.posterior_variance[i], np.exp(log_variance)
@@ -82,7 +84,7 @@ def test_vlb_is_the_kl_of_two_gaussians():
     log_q = -0.5 * ((x - true_mean) ** 2 / true_var + np.log(2 * np.pi * true_var))
     log_p = -0.5 * ((x - mean) ** 2 / var + np.log(2 * np.pi * var))
     kl = np.trapezoid(np.exp(log_q) * (log_q - log_p), x)
-    full = [jnp.full((1, 3), value) for value in (x0, x_t, x0_hat, log_variance)]
+    full = [jnp.full((1, 3), value, jnp.float32) for value in (x0, x_t, x0_hat, log_variance)]
     bits = vlb_bits(s, full[0], full[1], jnp.array([i]), full[2], full[3])
     np.testing.assert_allclose(bits, kl / np.log(2), rtol=1e-4)
 

@@ -75,6 +75,11 @@ def test_respacing_64_and_250():
     assert list(steps[-4:]) == [987, 991, 995, 999] and len(steps) == 250
 
 
+def test_respacing_adds_up_its_stride_in_floating_point():
+    """10 strides of 49.95 are 499.5, which rounds to 500, but added one by one they fall short of it."""
+    assert respace(COSINE, "21").timesteps[10] == 499
+
+
 @pytest.mark.parametrize("spec", ["fast27", "64", "ddim25"])
 def test_respacing_keeps_noise_levels(spec):
     respaced = respace(LINEAR, spec)

@@ -139,7 +139,7 @@ def test_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     with logger(tmp_path, start_step=50) as log:
         log.log(75, {"loss": 0.5})
     shown = capsys.readouterr().err
-    assert "toy" in shown and "75/100" in shown
+    assert "toy" in shown and "75%|" in shown and "75/100" in shown
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

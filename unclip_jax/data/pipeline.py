@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from unclip_jax.data.sources import Source
+from unclip_jax.data.transforms import UnreadableRecord
 from unclip_jax.errors import UserError
 
 Transform = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]
@@ -95,11 +96,13 @@ class _Readable:
         """Record `index`, or the next that can be read; randomness from (seed, position)."""
         tries = min(len(self._source), TRIES)
         for i in range(index, index + tries):
-            record = self._source[i % len(self._source)]
+            key = f"number {i % len(self._source)}"
             try:
+                record = self._source[i % len(self._source)]
+                key = record["key"]
                 return self._transform(record, np.random.default_rng((self._seed, position)))
-            except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for damaged files
-                self._note(record["key"], error)
+            except (UnreadableRecord, OSError) as error:  # OSError: the file itself cannot be read
+                self._note(key, error)
         raise UserError(f"none of {tries} records in a row could be read: is this a dataset of pictures?")
 
     def _note(self, key: str, error: Exception) -> None:

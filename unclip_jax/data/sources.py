@@ -58,12 +58,10 @@ class FolderSource:
         if self.uncaptioned:
             print(f"{folder}: {self.uncaptioned} of {len(pictures)} pictures have no caption: skipped", file=sys.stderr)
         names = [p.relative_to(folder).as_posix() for p in captioned]
-        order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
-        held_out = set(order[: max(1, len(order) // TEST_SHARE)]) if len(order) > 1 else set()
-        chosen = [i for i in range(len(names)) if (i in held_out) == (split == "test")]
-        if not chosen:
+        if len(names) == 1:
             raise UserError(f"{folder} has one captioned picture: at least two are needed, one of them to hold out")
-        self._folder, self._names = folder, [names[i] for i in chosen]
+        held_out = _held_out(names)
+        self._folder, self._names = folder, [name for name in names if (name in held_out) == (split == "test")]
 
     def __len__(self) -> int:
         return len(self._names)
@@ -74,18 +72,31 @@ class FolderSource:
         return {"image": picture.read_bytes(), "caption": caption, "key": self._names[index]}
 
 
+def _held_out(names: list[str]) -> set[str]:
+    """About one in TEST_SHARE, each by its own name alone; at least one of them is in, and one is out."""
+
+    def draw(name: str) -> float:
+        # Without the ending: two pictures with one caption are on one side.
+        return int.from_bytes(hashlib.sha256(os.path.splitext(name)[0].encode()).digest()[:8]) / 2**64
+
+    chosen = {name for name in names if draw(name) < 1 / TEST_SHARE} or {min(names, key=draw)}
+    return chosen if len(chosen) < len(names) else chosen - {max(names, key=draw)}
+
+
 class TfdsSource:
     """A prepared TFDS dataset in a random-access format (ArrayRecord), pictures left encoded."""
 
     def __init__(self, name: str, split: str, data_dir: str, image_feature: str, caption_feature: str):
         builder = _builder(name, data_dir)
-        if split not in builder.info.splits:
+        if split.partition("[")[0] not in builder.info.splits:  # "train[:99%]" is a split of TFDS too
             raise UserError(f"{name} has no split {split!r}: it has {', '.join(builder.info.splits)}")
         for feature in (image_feature, caption_feature):
             if feature not in builder.info.features:
                 raise UserError(f"{name} has no feature {feature!r}: it has {', '.join(builder.info.features)}")
         import tensorflow_datasets as tfds
 
+        if not isinstance(builder.info.features[image_feature], tfds.features.Image):
+            raise UserError(f"feature {image_feature!r} of {name} is no picture: {builder.info.features[image_feature]}")
         self._name, self._split = name, split
         self._image, self._caption = image_feature, caption_feature
         try:

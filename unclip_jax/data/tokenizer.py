@@ -58,27 +58,35 @@ class Tokenizer:
         return self._processor.decode([int(i) for i in ids if i not in (PAD, START, END)])
 
 
-def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding of at most `vocab_size` pieces; the same captions give the same pieces."""
+def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int) -> Tokenizer:
+    """Byte-pair encoding of at most `vocab_size` pieces; the same captions give the same pieces.
+
+    captions: of each record, one or several. Raises UserError where there are none, and where `vocab_size` has no room
+    for 256 bytes, 4 marks and the captions' letters.
+    """
     from sentencepiece import SentencePieceTrainer
 
-    captions = [line for caption in captions if (line := " ".join(caption.split()))]
+    texts = (text for record in captions for text in ([record] if isinstance(record, str) else record))
+    captions = [line for text in texts if (line := " ".join(text.split()))]
     if not captions:
         raise UserError("no captions to train a tokenizer on: the dataset has none")
     model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(captions),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        normalization_rule_name="nmt_nfkc_cf",
-        pad_id=PAD,
-        unk_id=UNKNOWN,
-        bos_id=START,
-        eos_id=END,
-        num_threads=1,
-        minloglevel=2,
-    )
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(captions),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="nmt_nfkc_cf",
+            pad_id=PAD,
+            unk_id=UNKNOWN,
+            bos_id=START,
+            eos_id=END,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"no tokenizer of vocab_size={vocab_size}: {' '.join(str(error).split())}") from error
     return Tokenizer(model.getvalue())

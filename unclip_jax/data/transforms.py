@@ -11,6 +11,10 @@ CROPS = ("center", "dalle")
 ALIGNMENT = 4  # corners of patches are multiples of this, so that low-resolution pixels are whole
 
 
+class UnreadableRecord(Exception):
+    """The record's picture or caption cannot be used: says why."""
+
+
 class ToExample:
     """(record, rng) → {picture name: uint8 (size, size, 3), text name: int32 (context,), NAME_length: int32 ()}.
 
@@ -27,32 +31,47 @@ class ToExample:
     ):
         if crop not in CROPS:
             raise UserError(f"data.crop is {crop!r}: expected one of {', '.join(CROPS)}")
+        if patch is not None and not (0 < patch <= images["image"] and patch % ALIGNMENT == 0):
+            raise UserError(f"patch is {patch}: expected a multiple of {ALIGNMENT} up to the picture's {images['image']}")
         self.images, self.texts, self.crop, self.patch = images, texts, crop, patch
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Raises OSError or ValueError for a picture that cannot be read."""
+        """Raises UnreadableRecord."""
         square = square_crop(decode(record["image"]), max(self.images.values()), self.crop, rng)
         example = {name: area_resize(square, size) for name, size in self.images.items()}
         if self.patch:
             example["image"] = _window(example["image"], self.patch, rng)
-        captions = record["caption"]
-        caption = captions if isinstance(captions, str) else captions[rng.integers(len(captions))]
+        caption = _one_of(record["caption"], rng)
         for name, (tokenizer, context, ends) in self.texts.items():
             ids, lengths = tokenizer.encode([caption], context, ends)
             example[name], example[f"{name}_length"] = ids[0], lengths[0]
         return example
 
 
+def _one_of(captions: str | list[str], rng: np.random.Generator) -> str:
+    if isinstance(captions, str):
+        return captions
+    if not captions:
+        raise UnreadableRecord("it has no caption")
+    return captions[rng.integers(len(captions))]
+
+
 def decode(data: bytes) -> np.ndarray:
-    """A picture file's bytes → uint8 RGB (H, W, 3), upright, transparency on white."""
+    """A picture file's bytes → uint8 RGB (H, W, 3), upright, transparency on white. Raises UnreadableRecord."""
     from PIL import Image, ImageOps
 
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return np.asarray(picture.convert("RGB"))
+    try:
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if picture.mode.startswith("I;16"):
+            # Pillow would clip 16 bits to the lowest 8 instead of scaling them.
+            return np.stack([np.asarray(picture) >> 8] * 3, axis=-1).astype(np.uint8)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture)
+        return np.asarray(picture.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
+        raise UnreadableRecord(f"{type(error).__name__}: {error}") from error
 
 
 def square_crop(image: np.ndarray, size: int, crop: str, rng: np.random.Generator) -> np.ndarray:
@@ -77,12 +96,26 @@ def square_crop(image: np.ndarray, size: int, crop: str, rng: np.random.Generato
 
 def area_resize(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 square → uint8 (size, size, 3), each pixel the mean of what it covers (enlarging: bicubic)."""
-    from PIL import Image
-
     if image.shape[0] == size:
         return np.ascontiguousarray(image)
-    kernel = Image.Resampling.BOX if image.shape[0] > size else Image.Resampling.BICUBIC
-    return np.asarray(Image.fromarray(image).resize((size, size), kernel))
+    if image.shape[0] < size:
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+    columns = _average_rows(image, size).swapaxes(0, 1)
+    return np.rint(_average_rows(columns, size).swapaxes(0, 1)).astype(np.uint8)
+
+
+def _average_rows(image: np.ndarray, n: int) -> np.ndarray:
+    """Means of n equal bands of rows, float32. (Pillow's box filter takes each row as wholly in or out.)"""
+    edges = np.arange(n) * (len(image) / n)
+    first = edges.astype(int)
+    bands = np.add.reduceat(image, first, axis=0, dtype=np.float32)
+    # A row cut by an edge is so far all in the lower band: the part above the edge goes to the upper one.
+    above = image[first] * (edges - first).astype(np.float32)[:, None, None]
+    bands -= above
+    bands[:-1] += above[1:]
+    return bands * np.float32(n / len(image))
 
 
 def _window(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:

@@ -133,16 +133,12 @@ def _manager(workdir: str, options: Any) -> Any:
 
 def _open_to_read(workdir: str) -> tuple[Any, int]:
     import orbax.checkpoint as ocp
-    from etils import epath
 
-    nothing = UserError(f"no checkpoint under {workdir}: expected {workdir}/checkpoints/STEP, as training writes it")
-    if not epath.Path(os.path.expanduser(workdir), "checkpoints").exists():
-        raise nothing
     manager = _manager(workdir, ocp.CheckpointManagerOptions(create=False, read_only=True))
     step = manager.latest_step()
     if step is None:
         manager.close()
-        raise nothing
+        raise UserError(f"no checkpoint under {workdir}: expected {workdir}/checkpoints/STEP, as training writes it")
     return manager, step
 
 
