@@ -118,7 +118,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     ),
                 ),
                 diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(0.3, 5.0)),
-                sampling=dict(steps="10"),
+                sampling=dict(steps="8"),
                 data=dict(source="tfds:emoji_scenes/single_64", crop="center", threads=2),
                 optim=dict(
                     learning_rate=0.002,

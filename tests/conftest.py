@@ -1,5 +1,10 @@
 """Every test runs on eight simulated devices, with strict dtype and rank promotion."""
 
+import os
+
+# Tests compile hundreds of small programs and run each once: LLVM's effort would be most of their time.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
 import jax
 
 jax.config.update("jax_platforms", "cpu")

@@ -1,12 +1,18 @@
 """The tiny configs made smaller still, so that a test compiles them in seconds; and batches that look real."""
 
+import contextlib
 import functools
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from PIL import Image
 
 from unclip_jax import cli
+from unclip_jax.bundle import save_bundle
+from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.stages import make_stage
 
 CONFIGS = ("clip", "prior_diffusion", "decoder", "upsampler_256", "upsampler_1024")
@@ -70,3 +76,64 @@ def random_batch(stage, batch_size, seed=0):
         else:
             batch[name] = rng.integers(1, 200, spec.shape).astype(spec.dtype)
     return batch
+
+
+THINGS = ("apple", "castle", "fox", "ghost", "lemon", "rocket", "tent", "whale")
+COLOURS = ("red", "blue", "green")
+CAPTIONS = [f"{article} {colour} {thing}" for article in ("a", "one") for colour in COLOURS for thing in THINGS]
+
+
+def save_pictures(folder, count=12):
+    """A dataset of `count` plain pictures of 24 pixels, each with a caption beside it."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (24, 24), (20 * i, 255 - 20 * i, 90)).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(CAPTIONS[i])
+    return folder
+
+
+@functools.cache
+def tokenizer_bytes():
+    """A sentencepiece model of `CAPTIONS`, no larger than the tiny configs' vocabulary."""
+    return train_tokenizer(CAPTIONS, 512).model_bytes
+
+
+def save_cascade(folder, clip_of_decoder=None):
+    """A folder of random bundles as `Cascade.load` reads it; `clip_of_decoder`: a false identity of its CLIP."""
+    identity = save_bundle(folder / "clip", "clip", *_random_model("clip"), tokenizer_bytes(), "", {})
+    for name, config in (("prior", "prior_diffusion"), ("decoder", "decoder")):
+        clip = clip_of_decoder if name == "decoder" and clip_of_decoder else identity
+        save_bundle(folder / name, config, *_random_model(config), tokenizer_bytes(), clip, {})
+    for name in ("upsampler_256", "upsampler_1024"):
+        save_bundle(folder / name, "upsampler", *_random_model(name), None, "", {})
+    return folder
+
+
+def _random_model(name):
+    stage, _, params = small_stage(name)
+    return stage.config, params
+
+
+@functools.cache
+def _cache_folder():
+    return tempfile.TemporaryDirectory(prefix="unclip_jax_tests_")
+
+
+@contextlib.contextmanager
+def compilation_cache():
+    """Inside, a program that another test compiled inside is found and not compiled again."""
+    options = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in options}
+    jax.config.update("jax_compilation_cache_dir", _cache_folder().name)
+    cli.enable_compilation_cache()
+    reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()

@@ -19,6 +19,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.stages import Stage, make_stage
 
 UPSAMPLERS = ("upsampler_256", "upsampler_1024")
+PRIORS = ("prior_diffusion",)
 ROWS = 16  # at most so many pictures at once: bounds memory, and keeps the shapes few
 
 
@@ -51,18 +52,21 @@ class Cascade:
         root = Path(folder).expanduser()
         if not root.is_dir():
             raise UserError(f"no bundle at {root}: expected a folder with clip/, prior/ and decoder/")
-        clip = _load(root / "clip", None)
-        prior, decoder = (_load(root / name, clip) for name in ("prior", "decoder"))
-        return cls(clip, prior, decoder, [_load(root / name, clip) for name in UPSAMPLERS if (root / name).exists()])
+        clip = _load(root / "clip", ("clip",), None)
+        prior, decoder = _load(root / "prior", PRIORS, clip), _load(root / "decoder", ("decoder",), clip)
+        upsamplers = [root / name for name in UPSAMPLERS if (root / name).exists()]
+        return cls(clip, prior, decoder, [_load(path, ("upsampler",), clip) for path in upsamplers])
 
     def text_embeddings(self, texts: list[str]) -> np.ndarray:
         """CLIP text embeddings."""
         arrays = _tokens(self.clip, texts, self.clip.stage.config.model.text.context, ends=True)
-        return np.concatenate([self._embed_texts(self.clip.params, *rows) for rows in _chunks(*arrays)])
+        rows = [self._embed_texts(self.clip.params, *chunk) for chunk in _chunks(*arrays)]
+        return np.concatenate(rows)[: len(texts)]
 
     def image_embeddings(self, images: np.ndarray) -> np.ndarray:
         """CLIP image embeddings of pictures at CLIP's own size."""
-        return np.concatenate([self._embed_images(self.clip.params, *rows) for rows in _chunks(images)])
+        rows = [self._embed_images(self.clip.params, *chunk) for chunk in _chunks(images)]
+        return np.concatenate(rows)[: len(images)]
 
     def embeddings(self, texts: list[str], key, guidance_scale: float | None = None) -> np.ndarray:
         """The prior's image embeddings for captions. guidance_scale: None is the trained config's."""
@@ -124,8 +128,10 @@ class Cascade:
         return np.concatenate(drawn)[: len(next(iter(conditions.values())))]
 
 
-def _load(folder: Path, clip: Model | None) -> Model:
+def _load(folder: Path, stages: tuple[str, ...], clip: Model | None) -> Model:
     bundle = load_bundle(str(folder))
+    if bundle.stage not in stages:
+        raise UserError(f"{folder} holds a model of stage {bundle.stage!r}: expected {' or '.join(stages)}")
     if bundle.clip_identity and bundle.clip_identity != clip.identity:
         raise UserError(f"{folder} was trained against another CLIP than the one beside it: use the CLIP it knows")
     stage = make_stage(bundle.config, clip.stage if clip else None)

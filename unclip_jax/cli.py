@@ -23,11 +23,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (python -m {self.prog} --help lists the options)")
 
 
-def output_folder(name: str) -> Path:
-    """The folder that --out names, which need not exist. Raises UserError where it cannot be one."""
+def output_folder(name: str, option: str = "--out") -> Path:
+    """The folder that `option` names, which need not exist. Raises UserError where it cannot be one."""
     folder = Path(name).expanduser()
     if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
-        raise UserError(f"--out {name} is a file or lies below one: give a folder")
+        raise UserError(f"{option} {name} is a file or lies below one: give a folder")
     return folder
 
 

@@ -1,5 +1,6 @@
 """PNG files that people look at: pictures with their prompt inside, grids, and grids with captions under them."""
 
+import io
 import json
 import os
 import tempfile
@@ -17,11 +18,13 @@ def save_png(path: str | Path, image: np.ndarray, metadata: dict | None = None) 
     info = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
         info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    encoded = io.BytesIO()
+    Image.fromarray(np.asarray(image)).save(encoded, "PNG", pnginfo=info)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(suffix=".png", dir=path.parent)
     with os.fdopen(handle, "wb") as file:
-        Image.fromarray(np.asarray(image)).save(file, "PNG", pnginfo=info)
+        file.write(encoded.getvalue())
     os.chmod(beside, 0o644)
     os.replace(beside, path)
 

@@ -89,7 +89,7 @@ def _config(spec: str, out: Path, args):
     config = cli.load_config(spec).unlock()
     config.data.data_dir = str(out / "data")
     config.train.seed = args.seed
-    if args.steps:
+    if args.steps is not None:
         config.train.steps = args.steps
     if "clip" in config:
         config.clip.bundle = str(out / "bundle" / "clip")

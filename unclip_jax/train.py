@@ -25,6 +25,7 @@ from unclip_jax.data.pipeline import batches, evaluation_batch
 from unclip_jax.data.sources import open_source
 from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unclip_jax.data.transforms import ToExample
+from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.training.checkpoint import Checkpointer
@@ -33,6 +34,7 @@ from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh, replicated
 from unclip_jax.training.state import abstract_state, digest, init_state, make_train_step, root_key
 
+SAMPLERS = ("ddpm", "ddim")
 TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
 
 
@@ -56,8 +58,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
     """
     check_config(config, workdir)
     mesh = make_mesh(config.mesh)
-    upstream = _upstream(config, workdir)
-    stage = make_stage(config, upstream.stage)
+    upstream = _upstream(config, workdir, mesh)
+    stage, optimizer, train_step = _assemble(config, upstream.stage, mesh)
     source = _open(config, config.data.split)
     tokenizer = _tokenizer(config, stage, source, workdir)
     to_example = _to_example(config, stage, tokenizer, upstream.tokenizer)
@@ -65,9 +67,6 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
         _open(config, config.data.eval_split), to_example, config.train.eval_size, config.train.seed
     )
 
-    rate = learning_rate(config.optim, config.train.steps)
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    train_step = make_train_step(stage, optimizer, rate, config, mesh)
     checkpointer = Checkpointer(workdir, config.train.keep)
     state = checkpointer.restore_latest(abstract_state(stage, optimizer, mesh))
     start = int(state.step) if state else 0
@@ -128,15 +127,31 @@ def check_config(config: ConfigDict, workdir: str) -> None:
             raise UserError(f"train.{name} is {config.train[name]}: expected at least 1")
     if not config.data.source:
         raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
-    if "://" not in workdir and os.path.exists(workdir) and not os.path.isdir(workdir):
-        raise UserError(f"workdir {workdir} is a file: give a folder")
+    if "://" not in workdir:
+        cli.output_folder(workdir, "workdir")
     if config.stage == "clip" and config.optim.accumulate > 1:
         raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
+    if "diffusion" in config:
+        d, s = config.diffusion, config.sampling
+        try:
+            respace(make_schedule(d.schedule, d.timesteps), s.steps)
+        except ValueError as error:
+            raise UserError(f"diffusion or sampling: {error}") from error
+        if s.sampler not in SAMPLERS:
+            raise UserError(f"sampling.sampler is {s.sampler!r}: expected one of {', '.join(SAMPLERS)}")
     if config.stage == "upsampler":
         m = config.model
         smallest = m.factor * 2 ** (len(m.unet.channel_mult) - 1)
         if m.patch > m.image_size or m.patch % smallest:
             raise UserError(f"model.patch is {m.patch}: expected a multiple of {smallest}, at most {m.image_size}")
+
+
+def _assemble(config: ConfigDict, clip: Stage | None, mesh):
+    """The stage, its optimizer and its train step, from shapes alone. Raises UserError where they cannot fit."""
+    stage = make_stage(config, clip)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    rate = learning_rate(config.optim, config.train.steps)
+    return stage, optimizer, make_train_step(stage, optimizer, rate, config, mesh)
 
 
 class Upstream(NamedTuple):
@@ -148,7 +163,7 @@ class Upstream(NamedTuple):
     identity: str
 
 
-def _upstream(config: ConfigDict, workdir: str) -> Upstream:
+def _upstream(config: ConfigDict, workdir: str, mesh) -> Upstream:
     """Loads `config.clip.bundle`, or trains `config.clip.config` first where no bundle is named."""
     if "clip" not in config:
         return Upstream(None, {}, None, "")
@@ -163,6 +178,7 @@ def _upstream(config: ConfigDict, workdir: str) -> Upstream:
             for name in ("source", "data_dir", "split", "eval_split", "image_feature", "caption_feature", "threads"):
                 clip_config.data[name] = config.data[name]
             clip_config.mesh = config.mesh
+            _assemble(config, make_stage(clip_config), mesh)  # what cannot fit is said before CLIP is trained
             if run(clip_config, os.path.join(workdir, "clip")) is None:
                 raise UserError("stopped while training CLIP: the same command goes on from there")
     bundle = load_bundle(folder)

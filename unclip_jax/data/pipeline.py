@@ -20,7 +20,7 @@ TRIES = 1000  # neighbours tried in place of an unreadable record
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """Batches as dicts of stacked arrays, and `skipped`: unreadable records met so far, each met again counted again."""
+    """Batches as dicts of stacked arrays, and `skipped`: unreadable records met so far, counted whenever met."""
 
     def __init__(self, iterator: Iterator, readable: "_Readable"):
         self._iterator, self._readable = iterator, readable

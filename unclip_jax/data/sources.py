@@ -5,11 +5,14 @@ access: `len(source)`, `source[i]`.
 """
 
 import contextlib
+import difflib
 import hashlib
 import os
 import sys
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from unclip_jax.errors import UserError
 
@@ -96,13 +99,21 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         if not isinstance(builder.info.features[image_feature], tfds.features.Image):
-            raise UserError(f"feature {image_feature!r} of {name} is no picture: {builder.info.features[image_feature]}")
+            found = type(builder.info.features[image_feature]).__name__
+            raise UserError(f"{name} has no picture in {image_feature!r}: it holds {found}")
         self._name, self._split = name, split
         self._image, self._caption = image_feature, caption_feature
         try:
             self._records = builder.as_data_source(split, decoders={image_feature: tfds.decode.SkipDecoding()})
         except NotImplementedError as error:
-            raise UserError(f"{name} is not stored for random access: prepare it with file_format=array_record") from error
+            raise UserError(f"{name} has no random access: build it again with file_format=array_record") from error
+        except ValueError as error:
+            raise UserError(f"{name} cannot give split {split!r}: {' '.join(str(error).split())}") from error
+        if not len(self._records):
+            raise UserError(f"split {split!r} of {name} is empty")
+        if not _is_text(self._records[0][caption_feature]):
+            found = type(builder.info.features[caption_feature]).__name__
+            raise UserError(f"{name} has no text in {caption_feature!r}: it holds {found}")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -114,6 +125,10 @@ class TfdsSource:
             "caption": _text(record[self._caption]),
             "key": f"{self._name}/{self._split}/{index}",
         }
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str | bytes) or (not isinstance(value, dict) and np.ndim(value) == 1)
 
 
 def _text(value):
@@ -136,21 +151,38 @@ def _builder(name: str, data_dir: str):
             raise UserError(f"{dataset} has no config {config!r}: it has {', '.join(EmojiScenes.builder_configs)}")
         builder = EmojiScenes(config=config, data_dir=data_dir, file_format="array_record")
         if not builder.data_path.exists():
-            print(f"drawing {name} into {builder.data_path}", file=sys.stderr, flush=True)
-            tfds.disable_progress_bar()
-            with _quiet():
-                builder.download_and_prepare()
+            _draw(builder)
+            builder = EmojiScenes(config=config, data_dir=data_dir, file_format="array_record")
         return builder
+    # From the files alone: the code of TFDS's own datasets imports TensorFlow.
+    from etils import epath
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        builtin = tfds.list_builders(with_community_datasets=False)  # the others are listed on the network
+        if dataset in builtin:
+            advice = f"run tfds build {name} --file_format=array_record --data_dir={data_dir}"
+        else:
+            near = difflib.get_close_matches(dataset, [EmojiScenes.name, *builtin])
+            advice = f"of like name are {', '.join(near) or 'none'}"
+        there = ", ".join(sorted(p.name for p in epath.Path(data_dir).glob("*") if p.is_dir())) or "none"
+        raise UserError(f"no dataset {name!r} in {data_dir}, where there are: {there}; {advice}") from error
+
+
+def _draw(builder) -> None:
+    import tensorflow_datasets as tfds
+
+    print(f"drawing {builder.info.full_name} into {builder.data_path}", file=sys.stderr, flush=True)
+    tfds.disable_progress_bar()
     try:
         with _quiet():
-            builder = tfds.builder(name, data_dir=data_dir, try_gcs=False)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise UserError(f"no dataset {name!r} in TFDS or {data_dir}: see tfds.list_builders(), or use folder:PATH") from error
-    if not builder.data_path.exists():
-        raise UserError(
-            f"{name} is not prepared in {data_dir}: run tfds build {name} --file_format=array_record --data_dir={data_dir}"
-        )
-    return builder
+            builder.download_and_prepare()
+    except OSError:
+        # Several processes may start at once: TFDS renames a finished folder into place, and the first one wins.
+        if not builder.data_path.exists():
+            raise
 
 
 @contextlib.contextmanager

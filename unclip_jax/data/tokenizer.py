@@ -24,7 +24,7 @@ class Tokenizer:
         try:
             self._processor = SentencePieceProcessor(model_proto=model_bytes)
         except RuntimeError as error:
-            raise UserError("the tokenizer is not a sentencepiece model: give a .model file of sentencepiece") from error
+            raise UserError("the tokenizer is not a sentencepiece model: give a .model file of it") from error
 
     def __reduce__(self):
         return Tokenizer, (self.model_bytes,)

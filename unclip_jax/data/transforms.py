@@ -32,7 +32,7 @@ class ToExample:
         if crop not in CROPS:
             raise UserError(f"data.crop is {crop!r}: expected one of {', '.join(CROPS)}")
         if patch is not None and not (0 < patch <= images["image"] and patch % ALIGNMENT == 0):
-            raise UserError(f"patch is {patch}: expected a multiple of {ALIGNMENT} up to the picture's {images['image']}")
+            raise UserError(f"patch is {patch}: expected a multiple of {ALIGNMENT}, at most {images['image']}")
         self.images, self.texts, self.crop, self.patch = images, texts, crop, patch
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The one transformer: pre-norm blocks, scanned over depth so that 24 layers compile as fast as one.
+"""The one transformer: pre-norm blocks with stacked parameters, scanned over depth so that 24 compile as fast as one.
 
 Used by both CLIP towers, the decoder's text path and the diffusion prior. What is attended is said by a mask alone.
 """
@@ -13,6 +13,9 @@ ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
+
+
+UNROLLED = 4  # blocks: a stack this shallow compiles as fast without its loop, and a CPU runs loops on one thread
 
 
 def causal_mask(length: int):
@@ -67,6 +70,7 @@ class Transformer(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=self.depth,
+            unroll=self.depth if self.depth <= UNROLLED else 1,
             metadata_params={nn.PARTITION_NAME: "depth"},
         )
         block = block(self.heads, self.depth, self.activation, self.dtype, name="blocks")

@@ -138,6 +138,12 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
         loss, metrics = stage.loss(gather(params, mesh), frozen, rows, key)
         return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), (loss, metrics))
 
+    differentiate = jax.value_and_grad(loss_of, has_aux=True)
+    if microbatches == 1:
+        # No loop around a single pass: XLA's CPU convolutions run on one slow thread inside loops.
+        (loss, metrics), grads = differentiate(params, batch, jax.random.fold_in(key, 0))
+        return loss, metrics, jax.lax.with_sharding_constraint(grads, shardings)
+
     def deal(rows):
         # Microbatch m takes rows m, m + M, ...: each device deals out its own rows and nothing moves between them.
         hands = jnp.swapaxes(rows.reshape(-1, microbatches, *rows.shape[1:]), 0, 1)
@@ -145,7 +151,7 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
 
     def add_one(total, part):
         rows, m = part
-        values, grads = jax.value_and_grad(loss_of, has_aux=True)(params, rows, jax.random.fold_in(key, m))
+        values, grads = differentiate(params, rows, jax.random.fold_in(key, m))
         return jax.tree.map(jnp.add, total, (values, jax.lax.with_sharding_constraint(grads, shardings))), None
 
     hands = jax.tree.map(deal, batch)
@@ -153,7 +159,7 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
     values = jax.eval_shape(loss_of, params, first, key)
     values, grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (values, params))
     zeros = (values, jax.lax.with_sharding_constraint(grads, shardings))
-    total, _ = jax.lax.scan(add_one, zeros, (hands, jnp.arange(microbatches)), unroll=microbatches == 1)
+    total, _ = jax.lax.scan(add_one, zeros, (hands, jnp.arange(microbatches)))
     (loss, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
     return loss, metrics, grads
 

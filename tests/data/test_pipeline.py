@@ -1,0 +1,162 @@
+"""Batch k is a function of (seed, k): whatever the processes, the threads, and the step that a run starts from."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from unclip_jax.data.emoji_scenes import encode_png
+from unclip_jax.data.pipeline import batches, evaluation_batch
+from unclip_jax.data.sources import open_source
+from unclip_jax.data.transforms import ToExample, UnreadableRecord
+from unclip_jax.errors import UserError
+
+N = 50
+
+
+class Numbers:
+    """Records 0..n-1; those in `broken` cannot be transformed, those in `lost` not even be read."""
+
+    def __init__(self, n=N, broken=(), lost=()):
+        self.n, self.broken, self.lost = n, set(broken), set(lost)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        if index in self.lost:
+            raise FileNotFoundError(f"{index} is gone")
+        return {"image": index, "caption": "", "key": f"number-{index}", "broken": index in self.broken}
+
+
+def transform(record, rng):
+    if record["broken"]:
+        raise UnreadableRecord("torn")
+    return {"index": np.int32(record["image"]), "noise": rng.random(3)}
+
+
+def take(n, source=None, batch_size=8, seed=0, **options):
+    it = batches(source or Numbers(), transform, batch_size, seed, **options)
+    return [next(it) for _ in range(n)]
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_batches_are_stacked():
+    batch = take(1)[0]
+    assert batch["index"].shape == (8,) and batch["index"].dtype == np.int32 and batch["noise"].shape == (8, 3)
+
+
+def test_each_example_once_an_epoch_and_shuffled_anew():
+    seen = np.concatenate([batch["index"] for batch in take(25)])  # 4 epochs of 50
+    epochs = seen.reshape(4, N)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(N))
+        assert np.mean(epoch == np.arange(N)) < 0.2
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_global_batch_is_the_same_for_any_number_of_processes(process_count):
+    alone = take(9)
+    shares = [take(9, process_index=p, process_count=process_count) for p in range(process_count)]
+    steps = zip(*shares, strict=True)
+    together = [{name: np.concatenate([share[name] for share in step]) for name in step[0]} for step in steps]
+    assert_same(together, alone)
+
+
+def test_start_step_continues_the_run():
+    whole = take(12)
+    assert_same(take(5, start_step=7), whole[7:])
+    second = {"process_index": 1, "process_count": 2}
+    assert_same(take(2, start_step=10, **second), take(12, **second)[10:])
+
+
+def test_threads_change_nothing():
+    assert_same(take(20, threads=8), take(20, threads=1))
+
+
+def test_seed_changes_order_and_randomness():
+    one, other = take(2), take(2, seed=1)
+    assert not np.array_equal(one[0]["index"], other[0]["index"])
+    assert not np.array_equal(one[0]["noise"], other[0]["noise"])
+    assert_same(one, take(2))
+
+
+def test_randomness_is_new_for_each_example_and_epoch():
+    noise = np.concatenate([batch["noise"] for batch in take(25)])
+    assert len(np.unique(noise)) == noise.size
+
+
+def test_fewer_records_than_rows():
+    rows = take(3, Numbers(3))[0]["index"]
+    assert rows.shape == (8,) and set(rows) == {0, 1, 2}
+
+
+def test_unreadable_records_are_replaced_by_the_next_and_named(caplog):
+    broken, lost = {3, 4, 49}, {20}
+    whole = np.concatenate([batch["index"] for batch in take(25)])
+    with caplog.at_level(logging.WARNING):
+        it = batches(Numbers(broken=broken, lost=lost), transform, 8, 0, threads=2)
+        spoiled = np.concatenate([next(it)["index"] for _ in range(25)])
+    following = {3: 5, 4: 5, 49: 0, 20: 21}
+    np.testing.assert_array_equal(spoiled, [following.get(k, k) for k in whole])
+    # In 4 epochs each bad record comes up 4 times, and 4 also whenever 3 does; more may be read ahead.
+    assert 4 * 5 <= it.skipped <= 4 * 5 + 8
+    assert "number-3" in caplog.text and "torn" in caplog.text and "20 is gone" in caplog.text
+
+
+def test_good_records_are_not_counted():
+    it = batches(Numbers(), transform, 8, 0)
+    next(it)
+    assert it.skipped == 0
+
+
+def test_nothing_readable():
+    with pytest.raises(UserError, match="none of 5 records"):
+        batches(Numbers(5, broken=range(5)), transform, 8, 0)
+    with pytest.raises(UserError, match="none of 5 records"):
+        evaluation_batch(Numbers(5, lost=range(5)), transform, 4, 0)
+
+
+def test_mistakes_of_a_transform_are_not_taken_for_bad_records():
+    def wrong(record, rng):
+        raise ValueError("a mistake in the code")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        next(batches(Numbers(), wrong, 8, 0))
+
+
+def test_rows_that_cannot_be_shared():
+    with pytest.raises(UserError, match=r"batch_size=8 .* 3 processes"):
+        batches(Numbers(), transform, 8, 0, process_count=3)
+
+
+def test_evaluation_batch():
+    batch = evaluation_batch(Numbers(), transform, 5, 0)
+    np.testing.assert_array_equal(batch["index"], range(5))
+    np.testing.assert_array_equal(batch["noise"], evaluation_batch(Numbers(), transform, 9, 0)["noise"][:5])
+    np.testing.assert_array_equal(evaluation_batch(Numbers(3), transform, 5, 0)["index"], range(3))
+    np.testing.assert_array_equal(evaluation_batch(Numbers(broken=[1]), transform, 4, 0)["index"], [0, 2, 2, 3])
+
+
+def test_damaged_files_in_a_folder(tmp_path, caplog):
+    """Of twelve pictures one is cut off, one is empty and one is text; the others are seen (less the one held out)."""
+    for k in range(12):
+        data = encode_png(np.full((16, 16, 3), 20 * k, np.uint8))
+        data = {3: data[: len(data) // 2], 5: b"", 7: b"<html>not found</html>"}.get(k, data)
+        (tmp_path / f"{k}.png").write_bytes(data)
+        (tmp_path / f"{k}.txt").write_text(f"shade {k}")
+    source = open_source(f"folder:{tmp_path}", "train", "", "", "")
+    to_example = ToExample({"image": 8}, {}, "center", None)
+    with caplog.at_level(logging.WARNING):
+        it = batches(source, to_example, 4, 0)
+        seen = np.concatenate([next(it)["image"][:, 0, 0, 0] for _ in range(12)])
+    assert set(seen) <= {20 * k for k in range(12) if k not in (3, 5, 7)} and len(set(seen)) >= 8
+    assert it.skipped > 0 and all(f"{k}.png" in caplog.text for k in (3, 5, 7))

@@ -1,0 +1,191 @@
+"""Opening what users have, and one clear line where it cannot be opened."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip_jax.data.emoji_scenes import encode_png, scenes
+from unclip_jax.data.sources import open_source
+from unclip_jax.errors import UserError
+
+PNG = encode_png(np.zeros((4, 4, 3), np.uint8))
+
+
+def folder_of(path, names, caption="a caption of {}"):
+    for name in names:
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(PNG)
+        file.with_suffix(".txt").write_text(caption.format(file.stem), encoding="utf-8")
+    return f"folder:{path}"
+
+
+def opened(spec, split="train", data_dir="", image="image", caption="caption"):
+    return open_source(spec, split, str(data_dir), image, caption)
+
+
+def names(source):
+    return [source[k]["key"] for k in range(len(source))]
+
+
+def test_folder(tmp_path):
+    spec = folder_of(tmp_path, ["b/2.png", "a.JPG", "b/1.jpeg", "c.webp"])
+    (tmp_path / "notes.md").write_text("no picture")
+    train, test = opened(spec), opened(spec, "test")
+    assert sorted(names(train) + names(test)) == ["a.JPG", "b/1.jpeg", "b/2.png", "c.webp"]
+    assert names(train) == sorted(names(train)) and len(test) == 1
+    record = train[0]
+    assert record["image"] == PNG and record["caption"] == f"a caption of {record['key'].split('/')[-1].split('.')[0]}"
+    assert pickle.loads(pickle.dumps(train))[0] == record
+
+
+def test_split_of_a_folder_goes_by_name_alone(tmp_path):
+    many = [f"{k:04d}.png" for k in range(3000)]
+    few = folder_of(tmp_path / "few", many[::3])
+    all_of_them = folder_of(tmp_path / "all", many)
+    held_out = {split: set(names(opened(few, split))) for split in ("train", "test")}
+    now = {split: set(names(opened(all_of_them, split))) for split in ("train", "test")}
+    assert held_out["train"] <= now["train"] and held_out["test"] <= now["test"]
+    assert not now["train"] & now["test"] and now["train"] | now["test"] == set(many)
+    assert 35 <= len(now["test"]) <= 85  # 60 ± 3 standard deviations of a binomial
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_both_splits_have_something(tmp_path, n):
+    spec = folder_of(tmp_path, [f"{k}.png" for k in range(n)])
+    assert len(opened(spec)) == n - 1 and len(opened(spec, "test")) == 1
+
+
+def test_captions_of_odd_encodings(tmp_path):
+    spec = folder_of(tmp_path, ["a.png", "b.png", "c.png"])
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_bytes("caf\xe9 \n".encode("latin-1"))
+    assert opened(spec)[0]["caption"] == "caf\ufffd"
+
+
+def test_pictures_without_a_caption_are_left_out(tmp_path, capsys):
+    spec = folder_of(tmp_path, ["a.png", "b.png", "c.png"])
+    (tmp_path / "b.txt").unlink()
+    assert sorted(names(opened(spec)) + names(opened(spec, "test"))) == ["a.png", "c.png"]
+    assert "1 of 3" in capsys.readouterr().err
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(UserError, match=r"no folder .*nowhere"):
+        opened(f"folder:{tmp_path}/nowhere")
+    with pytest.raises(UserError, match="no pictures"):
+        opened(f"folder:{tmp_path}")
+    spec = folder_of(tmp_path, ["a.png"])
+    with pytest.raises(UserError, match="at least two"):
+        opened(spec)
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match="1 pictures but no captions"):
+        opened(spec)
+    with pytest.raises(UserError, match=r"'validation'.*train or test"):
+        opened(spec, "validation")
+    with pytest.raises(UserError, match="expected tfds:NAME or folder:PATH"):
+        opened(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tfds")
+
+
+def test_emoji_scenes_are_drawn_on_first_use(data_dir, capsys):
+    source = opened("tfds:emoji_scenes/single_64", "test", data_dir)
+    assert "drawing emoji_scenes/single_64" in capsys.readouterr().err
+    assert len(source) == 64
+    assert {source[k]["caption"] for k in range(64)} == {text for _, text in scenes("single", "test")}
+    picture = Image.open(io.BytesIO(source[3]["image"]))
+    assert picture.size == (64, 64) and picture.format == "PNG"
+    again = opened("tfds:emoji_scenes/single_64", "test", data_dir)
+    assert capsys.readouterr().err == "" and again[5] == source[5]
+    assert pickle.loads(pickle.dumps(source))[5] == source[5]
+    assert len(opened("tfds:emoji_scenes/single_64", "train[:10%]", data_dir)) == 256
+
+
+def test_another_process_was_first(tmp_path, monkeypatch):
+    from unclip_jax.data.emoji_scenes import EmojiScenes
+
+    draw = EmojiScenes.download_and_prepare
+
+    def draw_and_fail(builder):
+        draw(EmojiScenes(config=builder.builder_config.name, data_dir=tmp_path, file_format="array_record"))
+        raise FileExistsError("the folder is there")
+
+    monkeypatch.setattr(EmojiScenes, "download_and_prepare", draw_and_fail)
+    assert len(opened("tfds:emoji_scenes/single_64", "test", tmp_path)) == 64
+
+
+@pytest.fixture(scope="module")
+def foreign(data_dir):
+    """Someone else's dataset, with two captions a picture, prepared in both formats."""
+    import tensorflow_datasets as tfds
+
+    class Foreign(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        url_infos = {}  # noqa: RUF012
+
+        def _info(self):
+            features = {
+                "picture": tfds.features.Image(shape=(4, 4, 3)),
+                "captions": tfds.features.Sequence(tfds.features.Text()),
+                "nested": {"text": tfds.features.Sequence(tfds.features.Text())},
+                "label": np.int64,
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"validation": self._generate_examples()}
+
+        def _generate_examples(self):
+            for k in range(3):
+                captions = {"captions": [f"one {k}", f"two {k}"], "nested": {"text": ["x"]}}
+                yield k, {"picture": io.BytesIO(PNG), "label": k} | captions
+
+    Foreign(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return data_dir
+
+
+def test_any_tfds_dataset(foreign):
+    source = opened("tfds:foreign", "validation", foreign, "picture", "captions")
+    assert len(source) == 3 and source[0]["image"] == PNG
+    said = sorted(tuple(source[k]["caption"]) for k in range(3))
+    assert said == [("one 0", "two 0"), ("one 1", "two 1"), ("one 2", "two 2")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "split", "image", "caption", "line"),
+    [
+        ("tfds:foreign", "train", "picture", "captions", "no split 'train': it has validation"),
+        ("tfds:foreign", "validation[:x]", "picture", "captions", r"cannot give split 'validation\[:x\]'"),
+        ("tfds:foreign", "validation", "image", "captions", "no feature 'image': it has .*picture"),
+        ("tfds:foreign", "validation", "picture", "text", "no feature 'text': it has .*captions"),
+        ("tfds:foreign", "validation", "picture", "label", "no text in 'label'"),
+        ("tfds:foreign", "validation", "picture", "nested", "no text in 'nested'"),
+        ("tfds:foreign", "validation", "label", "captions", "no picture in 'label'"),
+        ("tfds:foriegn", "train", "image", "caption", "no dataset 'foriegn'.*: .*foreign"),
+        ("tfds:emoji_scene", "train", "image", "caption", "no dataset 'emoji_scene'.*like name are emoji_scenes"),
+        ("tfds:emoji_scenes/single_65", "train", "image", "caption", "no config 'single_65': .*single_64"),
+        ("tfds:mnist", "train", "image", "caption", "no dataset 'mnist'.*tfds build mnist"),
+    ],
+)
+def test_tfds_errors(foreign, spec, split, image, caption, line):
+    with pytest.raises(UserError, match=line) as error:
+        opened(spec, split, foreign, image, caption)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_is_fetched_to_say_that_a_dataset_is_missing(foreign, monkeypatch):
+    import socket
+
+    def refuse(*_):
+        raise AssertionError("looked on the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises(UserError, match="no dataset"):
+        opened("tfds:nosuchthing", "train", foreign)

@@ -1,0 +1,160 @@
+"""The chain of stages: shapes, seeds, guidance without compiling, chunks, and bundles that do not belong together."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from shrink import compilation_cache, save_cascade
+
+from unclip_jax import cascade as module
+from unclip_jax.cascade import Cascade
+from unclip_jax.errors import UserError
+
+TEXTS = ["a red apple", "one blue whale"]
+SIDES = (8, 32, 128)  # the shrunk decoder's, and four times the side after each upsampler
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_cascade(tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture(scope="module")
+def cascade(folder):
+    """The whole cascade, in chunks of two rows: every test shares one shape, compiled once."""
+    with pytest.MonkeyPatch.context() as patch, compilation_cache():
+        patch.setattr(module, "ROWS", 2)
+        yield Cascade.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def small(cascade):
+    """The same models without the upsamplers, which listen to no guidance."""
+    return Cascade(cascade.clip, cascade.prior, cascade.decoder, [])
+
+
+@pytest.fixture(scope="module")
+def drawn(cascade):
+    return cascade.generate(TEXTS, seed=0)
+
+
+def test_pictures_of_every_size(drawn):
+    assert [image.shape for image in drawn["images"]] == [(2, side, side, 3) for side in SIDES]
+    assert all(image.dtype == np.uint8 for image in drawn["images"])
+    np.testing.assert_allclose(np.linalg.norm(drawn["embeddings"], axis=-1), 1, rtol=1e-5)
+
+
+def test_a_seed_is_a_picture(cascade, drawn):
+    again, other = cascade.generate(TEXTS, seed=0), cascade.generate(TEXTS, seed=1)
+    for first, same, different in zip(drawn["images"], again["images"], other["images"], strict=True):
+        np.testing.assert_array_equal(first, same)
+        assert not np.array_equal(first, different)
+    assert not np.allclose(drawn["embeddings"], other["embeddings"])
+
+
+def test_captions_of_one_batch_are_drawn_apart(small):
+    both = small.generate(TEXTS, seed=0)
+    swapped = small.generate([TEXTS[0], "a green tent"], seed=0)
+    np.testing.assert_array_equal(both["images"][0][0], swapped["images"][0][0])
+    assert not np.array_equal(both["images"][0][1], swapped["images"][0][1])
+    copies = small.generate([TEXTS[0]] * 2, seed=0)["images"][0]
+    assert not np.array_equal(*copies), "two pictures of one caption must differ"
+
+
+def test_each_guidance_scale_reaches_its_own_model(small, drawn):
+    trained = small.prior.stage.config.sampling.guidance_scale, small.decoder.stage.config.sampling.guidance_scale
+    named = small.generate(TEXTS, 0, prior_guidance_scale=trained[0], guidance_scale=trained[1])
+    np.testing.assert_array_equal(named["images"][0], drawn["images"][0])
+    decoder = small.generate(TEXTS, 0, guidance_scale=trained[1] + 4)
+    np.testing.assert_array_equal(decoder["embeddings"], drawn["embeddings"])
+    assert not np.array_equal(decoder["images"][0], drawn["images"][0])
+    prior = small.generate(TEXTS, 0, prior_guidance_scale=trained[0] + 4)
+    assert not np.allclose(prior["embeddings"], drawn["embeddings"])
+
+
+def test_guidance_scales_seeds_and_prompts_compile_nothing(cascade, small, drawn):
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda x: x + 1)(np.float32(0))
+    assert compiled, "the listener must hear a compilation"
+    compiled.clear()
+    for scale in (0.0, 1.0, 1.25, 3.0, 8.0):
+        for seed in (1, 2, 3):
+            small.generate(["one green fox", "a blue tent"], seed, scale, 1 + scale)
+    cascade.generate(["one green fox", "a blue tent"], 4, 2.0)
+    assert not compiled
+
+
+def test_seventeen_prompts_are_seventeen_pictures(small):
+    texts = [f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("fox", "tent", "lemon", "ghost")]
+    texts += texts[:5]
+    many = small.generate(texts, seed=0)
+    assert many["embeddings"].shape == (17, 8) and many["images"][0].shape == (17, 8, 8, 3)
+    first = small.generate(texts[:2], seed=0)
+    np.testing.assert_array_equal(many["images"][0][:2], first["images"][0])
+    assert len({image.tobytes() for image in many["images"][0]}) == 17, "each chunk needs noise of its own"
+    embeddings, pair = small.text_embeddings(texts), small.text_embeddings([texts[16], texts[0]])
+    assert embeddings.shape == (17, 8)
+    np.testing.assert_allclose(embeddings[[16, 0]], pair, rtol=1e-5, atol=1e-6)
+    assert small.image_embeddings(np.zeros((3, 16, 16, 3), np.uint8)).shape == (3, 8)
+
+
+def test_chunks_fill_up_the_last_and_stay_small(monkeypatch):
+    monkeypatch.setattr(module, "ROWS", 16)
+    numbers, squares = np.arange(17), np.arange(17) ** 2
+    chunks = list(module._chunks(numbers, squares))
+    assert [[len(part) for part in chunk] for chunk in chunks] == [[16, 16], [16, 16]]
+    np.testing.assert_array_equal(chunks[1][1], [256] * 16)
+    assert [len(part) for part, in module._chunks(numbers[:3])] == [3]
+
+
+def test_without_upsamplers_the_decoders_picture_is_the_last(small):
+    assert [image.shape for image in small.generate(TEXTS, 0)["images"]] == [(2, 8, 8, 3)]
+
+
+@pytest.mark.parametrize("missing", ["clip", "prior", "decoder"])
+def test_missing_stage_is_named(tmp_path, folder, missing):
+    for name in {"clip", "prior", "decoder"} - {missing}:
+        (tmp_path / name).symlink_to(folder / name)
+    with pytest.raises(UserError, match=f"/{missing}"):
+        Cascade.load(str(tmp_path))
+
+
+def test_missing_folder_says_what_is_expected(tmp_path):
+    with pytest.raises(UserError, match="expected a folder with clip/, prior/ and decoder/"):
+        Cascade.load(str(tmp_path / "nothing"))
+
+
+def test_decoder_of_another_clip_is_refused(tmp_path):
+    with pytest.raises(UserError, match="decoder was trained against another CLIP"):
+        Cascade.load(str(save_cascade(tmp_path, clip_of_decoder="f" * 64)))
+
+
+@pytest.mark.parametrize(("place", "holds"), [("clip", "decoder"), ("decoder", "prior"), ("upsampler_256", "clip")])
+def test_stage_in_anothers_place_is_refused(tmp_path, folder, place, holds):
+    for name in {"clip", "prior", "decoder"} - {place}:
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / place).symlink_to(folder / holds)
+    stage = json.loads((folder / holds / "config.json").read_text())["stage"]
+    with pytest.raises(UserError, match=f"{place} holds a model of stage '{stage}'"):
+        Cascade.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [("", "empty"), (" \n", "empty"), ("a red apple " * 834, "tokens: CLIP reads 10"), ("q" * 10_000, "shorten it")],
+)
+def test_prompts_that_cannot_be_drawn(cascade, prompt, says):
+    with pytest.raises(UserError, match=says) as caught:
+        cascade.check_prompts(["a red apple", prompt])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_good_prompts_pass(cascade):
+    cascade.check_prompts(["a red apple", "RED", "🍎", "un œuf"])

@@ -1,0 +1,70 @@
+"""PNG files with their prompt inside, and grids whose pictures and captions lie where they should."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unclip_jax.pictures import GAP, PAPER, grid, save_png
+
+
+def noise(count, height=6, width=10, seed=0):
+    return np.random.default_rng(seed).integers(0, 200, (count, height, width, 3)).astype(np.uint8)
+
+
+def test_png_keeps_pixels_and_text_of_any_script(tmp_path):
+    image = noise(1)[0]
+    metadata = {"prompt": "un œuf à la 京都 🍳", "settings": {"n": 2, "guidance": 1.5}}
+    save_png(tmp_path / "new" / "folder" / "a.png", image, metadata)
+    with Image.open(tmp_path / "new" / "folder" / "a.png") as file:
+        assert file.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(file), image)
+        assert file.text == {"prompt": metadata["prompt"], "settings": '{"n": 2, "guidance": 1.5}'}
+
+
+def test_png_is_readable_by_others_and_alone_in_its_folder(tmp_path):
+    for seed in (0, 1):  # the second replaces the first
+        save_png(str(tmp_path / "a.png"), noise(1, seed=seed)[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o644
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), noise(1, seed=1)[0])
+
+
+def test_what_is_no_picture_leaves_the_old_one_and_nothing_beside_it(tmp_path):
+    save_png(tmp_path / "a.png", noise(1)[0])
+    with pytest.raises(TypeError):
+        save_png(tmp_path / "a.png", np.zeros((4, 4, 3)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), noise(1)[0])
+
+
+@pytest.mark.parametrize(("count", "columns", "shape"), [(5, 3, (2, 3)), (9, None, (3, 3)), (10, None, (3, 4)), (1, 4, (1, 4))])
+def test_grid_puts_each_picture_in_its_place(count, columns, shape):
+    images = noise(count)
+    sheet = grid(images, columns).copy()
+    assert sheet.dtype == np.uint8
+    assert sheet.shape == (shape[0] * (6 + GAP) + GAP, shape[1] * (10 + GAP) + GAP, 3)
+    for i, image in enumerate(images):
+        row, column = divmod(i, shape[1])
+        top, left = GAP + row * (6 + GAP), GAP + column * (10 + GAP)
+        place = np.s_[top : top + 6, left : left + 10]
+        np.testing.assert_array_equal(sheet[place], image)
+        sheet[place] = PAPER
+    assert (sheet == PAPER).all(), "nothing is drawn between pictures"
+
+
+def test_captions_stand_under_their_own_picture():
+    side, gray = 96, np.full((4, 96, 96, 3), 128, np.uint8)
+    captions = ["an apple", "", "a long caption that takes several lines to say", "x"]
+    sheet = grid(gray, 2, captions)
+    plain = grid(gray, 2)
+    assert sheet.shape[1] == plain.shape[1] and sheet.shape[0] > plain.shape[0]
+    cell = (sheet.shape[0] - GAP) // 2
+
+    def ink(i):
+        top, left = GAP + i // 2 * cell, GAP + i % 2 * (side + GAP)
+        assert (sheet[top : top + side, left : left + side] == 128).all(), "text lies over a picture"
+        return int((sheet[top + side : top + cell, left : left + side] < 128).sum())
+
+    assert ink(1) == 0 < ink(3) < ink(0) < ink(2)
+    gaps = [sheet[:, :GAP], sheet[:, GAP + side : 2 * GAP + side], sheet[:, -GAP:]]
+    assert all((gap == PAPER).all() for gap in gaps), "text leaves its column"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Puts the last commit of this checkout on every host of the slice and installs it there, in ~/venv.
+#   tpu_scripts/setup.sh [--dry-run]
+# Run again after a commit, it replaces the code. The files themselves are copied, so no host needs access to git.
+set -euo pipefail
+source "$(dirname "$0")/common.sh"
+PYTHON=${PYTHON:-3.12} # uv installs it: the hosts' own may be too old
+
+code=$(mktemp -d)
+trap 'rm -rf "$code"' EXIT
+run git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$code/$FOLDER.tar.gz" HEAD
+tpu scp "$code/$FOLDER.tar.gz" "$NAME:" --worker=all
+on_all_hosts "set -e
+rm -rf ~/$FOLDER && mkdir ~/$FOLDER && tar -xzf ~/$FOLDER.tar.gz -C ~/$FOLDER
+[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+[ -d ~/venv ] || ~/.local/bin/uv venv --python $PYTHON ~/venv
+cd ~/$FOLDER && ~/.local/bin/uv pip install --python ~/venv/bin/python -e '.[data,tpu]'
+~/venv/bin/python -c 'import jax; print(jax.__version__)'"
