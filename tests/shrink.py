@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from ml_collections import ConfigDict
 from PIL import Image
 
 from unclip_jax import cli
@@ -137,3 +138,11 @@ def compilation_cache():
         for name, value in before.items():
             jax.config.update(name, value)
         reset_cache()
+
+
+def leaves(config, prefix=""):
+    """Every key of a config as "section.key" → its value."""
+    found = {}
+    for name, value in config.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {f"{prefix}{name}": value}
+    return found

@@ -25,6 +25,7 @@ from unclip_jax.data.pipeline import batches, evaluation_batch
 from unclip_jax.data.sources import open_source
 from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unclip_jax.data.transforms import ToExample
+from unclip_jax.diffusion.process import PREDICTS
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
 from unclip_jax.stages import Stage, make_stage
@@ -132,18 +133,26 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     if config.stage == "clip" and config.optim.accumulate > 1:
         raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
     if "diffusion" in config:
-        d, s = config.diffusion, config.sampling
-        try:
-            respace(make_schedule(d.schedule, d.timesteps), s.steps)
-        except ValueError as error:
-            raise UserError(f"diffusion or sampling: {error}") from error
-        if s.sampler not in SAMPLERS:
-            raise UserError(f"sampling.sampler is {s.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+        _check_diffusion(config)
     if config.stage == "upsampler":
         m = config.model
         smallest = m.factor * 2 ** (len(m.unet.channel_mult) - 1)
         if m.patch > m.image_size or m.patch % smallest:
             raise UserError(f"model.patch is {m.patch}: expected a multiple of {smallest}, at most {m.image_size}")
+
+
+def _check_diffusion(config: ConfigDict) -> None:
+    d, s = config.diffusion, config.sampling
+    try:
+        respace(make_schedule(d.schedule, d.timesteps), s.steps)
+    except ValueError as error:
+        raise UserError(f"diffusion or sampling: {error}") from error
+    if d.predicts not in PREDICTS:
+        raise UserError(f"diffusion.predicts is {d.predicts!r}: expected one of {', '.join(PREDICTS)}")
+    if d.snr_clip and d.predicts != "x0":
+        raise UserError("diffusion.snr_clip weighs errors of x0: set it to () where diffusion.predicts is eps")
+    if s.sampler not in SAMPLERS:
+        raise UserError(f"sampling.sampler is {s.sampler!r}: expected one of {', '.join(SAMPLERS)}")
 
 
 def _assemble(config: ConfigDict, clip: Stage | None, mesh):

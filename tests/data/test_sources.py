@@ -42,6 +42,12 @@ def test_folder(tmp_path):
     assert pickle.loads(pickle.dumps(train))[0] == record
 
 
+def test_order_is_by_name_whatever_the_file_system_says(tmp_path):
+    spec = folder_of(tmp_path, [f"{name}/{k}.png" for k in (3, 1, 2) for name in "zqafmc"])
+    found = names(opened(spec))
+    assert found == sorted(found) and len(found) >= 16
+
+
 def test_split_of_a_folder_goes_by_name_alone(tmp_path):
     many = [f"{k:04d}.png" for k in range(3000)]
     few = folder_of(tmp_path / "few", many[::3])
