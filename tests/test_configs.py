@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from shrink import CONFIGS, leaves
 
-from unclip_jax import cli, train
+from unclip_jax import cli, plan, train
 from unclip_jax.data.emoji_scenes import EmojiScenes
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.stages import make_stage
@@ -185,11 +185,10 @@ def test_stages_of_a_size_make_a_cascade(size):
     make_stage(prior, make_stage(clip)), make_stage(decoder, make_stage(clip))
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_and_update_hold_together(name, size):
+def test_papers_loss_and_update_hold_together(name):
     """By shapes alone: nothing of these models is allocated."""
-    config, clip = load(name, size), make_stage(load("clip", size))
+    config, clip = load(name, "paper"), make_stage(load("clip", "paper"))
     stage = make_stage(config, clip if "clip" in config else None)
     frozen = jax.eval_shape(clip.init, jax.random.key(0)) if "clip" in config else {}
     params = jax.eval_shape(stage.init, jax.random.key(0))
@@ -200,3 +199,11 @@ def test_loss_and_update_hold_together(name, size):
     update = lambda p: optimizer.update(p, optimizer.init(p), p, step=jnp.int32(0))[0]  # noqa: E731
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert shapes(jax.eval_shape(update, params)) == shapes(params)
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_smaller_models_are_smaller(name, size):
+    """Their networks fit together, each size well below the one before."""
+    smaller, larger = (sum(plan.parameters(load(name, s)).values()) for s in (size, SIZES[SIZES.index(size) - 1]))
+    assert 0 < 2 * smaller < larger

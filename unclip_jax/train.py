@@ -24,7 +24,7 @@ from unclip_jax.bundle import check_params, load_bundle, save_bundle
 from unclip_jax.data.pipeline import batches, evaluation_batch
 from unclip_jax.data.sources import open_source
 from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
-from unclip_jax.data.transforms import ToExample
+from unclip_jax.data.transforms import CROPS, ToExample
 from unclip_jax.diffusion.process import PREDICTS
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
@@ -33,14 +33,14 @@ from unclip_jax.training.checkpoint import Checkpointer
 from unclip_jax.training.metrics import MetricLogger
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh, replicated
-from unclip_jax.training.state import abstract_state, digest, init_state, make_train_step, root_key
+from unclip_jax.training.state import abstract_state, digest, init_state, make_train_step, root_key, whole
 
 SAMPLERS = ("ddpm", "ddim")
 TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
 
 
 def main(argv: list[str]) -> int:
-    flags = cli.parse(argv, {"workdir": (str, None, "folder of the run, local or gs://")})
+    flags = cli.parse(argv, {"workdir": (str, None, "folder of the run")})
     if not flags.workdir:
         raise UserError("no --workdir: give the folder that the run writes to, such as --workdir=runs/decoder")
     cli.enable_compilation_cache()
@@ -115,9 +115,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
         _say(f"stopped at step {int(state.step)} of {steps}, saved: the same command goes on from there")
         return None
     scalars = look(state)
+    average = jax.tree.map(whole, state.ema)
     if jax.process_index() == 0:
         model = tokenizer.model_bytes if tokenizer else None
-        save_bundle(os.path.join(workdir, "bundle"), config.stage, config, state.ema, model, upstream.identity, {})
+        save_bundle(os.path.join(workdir, "bundle"), config.stage, config, average, model, upstream.identity, {})
     return {"sha256": digest(state), "metrics": scalars}
 
 
@@ -128,8 +129,14 @@ def check_config(config: ConfigDict, workdir: str) -> None:
             raise UserError(f"train.{name} is {config.train[name]}: expected at least 1")
     if not config.data.source:
         raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
-    if "://" not in workdir:
-        cli.output_folder(workdir, "workdir")
+    if config.data.crop not in CROPS:
+        raise UserError(f"data.crop is {config.data.crop!r}: expected one of {', '.join(CROPS)}")
+    named = config.data.tokenizer if "tokenizer" in config.data else ""
+    if named and not epath.Path(named).exists():
+        raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
+    if "://" in workdir:
+        raise UserError(f"workdir {workdir} is no local folder: give one, and copy its bundle/ where you want it")
+    cli.output_folder(workdir, "workdir")
     if config.stage == "clip" and config.optim.accumulate > 1:
         raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
     if "diffusion" in config:
@@ -212,8 +219,6 @@ def _tokenizer(config: ConfigDict, stage: Stage, source, workdir: str) -> Tokeni
     named = epath.Path(config.data.tokenizer) if config.data.tokenizer else stored
     if named.exists():
         tokenizer = Tokenizer(named.read_bytes())
-    elif config.data.tokenizer:
-        raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
     else:
         count = min(len(source), TOKENIZER_CAPTIONS)
         tokenizer = train_tokenizer((source[i]["caption"] for i in range(count)), vocab_size)
@@ -245,7 +250,7 @@ def _record(workdir: str, step: int, scalars: dict[str, float], images) -> None:
     lines = (folder / "evaluation.jsonl").read_text() if (folder / "evaluation.jsonl").exists() else ""
     (folder / "evaluation.jsonl").write_text(lines + json.dumps({"step": step} | scalars) + "\n")
     _say(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
-    if images is not None and "://" not in workdir:
+    if images is not None:
         pictures.save_png(folder / "samples" / f"step_{step:08d}.png", pictures.grid(np.asarray(images)))
 
 

@@ -22,7 +22,7 @@ def conv(w, name):
 
 
 def dense(w, name, heads=1, parts=1):
-    """PyTorch linear or 1×1 convolution; the reference orders outputs (heads, parts, channels), we (parts, heads, channels)."""
+    """PyTorch linear or 1×1 convolution; outputs go from (heads, parts, channels) to (parts, heads, channels)."""
 
     def reorder(values):
         split = values.reshape(heads, parts, -1, *values.shape[1:])

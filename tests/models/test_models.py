@@ -37,7 +37,10 @@ def size(module, *inputs):
 
 @pytest.mark.parametrize(
     ("channels", "res_blocks", "mult", "attend", "context", "width", "depth", "heads", "vocab", "total"),
-    [(64, 1, (1, 2), (2,), 16, 64, 2, 2, 100, 3_486_854), (32, 2, (1, 2, 3, 4), (2, 4, 8), 32, 96, 3, 3, 512, 7_087_366)],
+    [
+        (64, 1, (1, 2), (2,), 16, 64, 2, 2, 100, 3_486_854),
+        (32, 2, (1, 2, 3, 4), (2, 4, 8), 32, 96, 3, 3, 512, 7_087_366),
+    ],
 )
 def test_small_glide_has_the_size_of_the_public_code(
     channels, res_blocks, mult, attend, context, width, depth, heads, vocab, total

@@ -58,7 +58,7 @@ def test_every_parameter_learns(name):
 
 
 def decoder_inputs(rows=4):
-    stage, frozen, params = small_stage("decoder")
+    stage, _, params = small_stage("decoder")
     batch = random_batch(stage, rows)
     z = jax.random.normal(jax.random.key(9), (rows, stage.config.model.embedding_dim))
     x = jax.random.normal(jax.random.key(8), (rows, 8, 8, 3))

@@ -25,8 +25,11 @@ class DiffusionPrior(nn.Module):
 
     @nn.compact
     def __call__(self, x, timesteps, tokens, length, text_embedding):
-        """x (B, embedding_dim) noised embedding, timesteps (B,), tokens (B, context), length (B,), text_embedding (B, embedding_dim) → x0
-        (B, embedding_dim) float32. length 0 and a zero text embedding are the dropped condition."""
+        """The un-noised embedding, float32 (B, embedding_dim).
+
+        x (B, embedding_dim): noised image embedding; text_embedding likewise; timesteps (B,); tokens (B, context);
+        length (B,) real tokens. Length 0 and a zero text embedding are the dropped condition.
+        """
         small = nn.initializers.normal(0.01)
         caption = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="tokens")
         query = jnp.broadcast_to(self.param("query", small, (self.width,)), (x.shape[0], self.width))

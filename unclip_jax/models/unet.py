@@ -1,7 +1,7 @@
-"""The ADM U-Net (arXiv 2105.05233) with GLIDE's text conditioning (2112.10741) and unCLIP's CLIP embedding (2204.06125).
+"""The ADM U-Net (arXiv 2105.05233), with GLIDE's text (2112.10741) and unCLIP's CLIP embedding (2204.06125).
 
-Two classes: `UNet` knows an embedding to add to its timestep's and a sequence to attend to; `Decoder` makes both from
-a caption and a CLIP image embedding. The upsamplers are a `UNet` without attention.
+Two classes: `UNet` knows an embedding to add to its timestep's and a sequence to attend to; `Conditioner` makes both
+from a caption and a CLIP image embedding. The upsamplers are a `UNet` without attention.
 """
 
 from typing import NamedTuple
@@ -159,8 +159,8 @@ class Conditioner(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, length, image_embedding, has_embedding) -> Conditioning:
-        """tokens (B, context), length (B,); 0 drops the caption. image_embedding (B, d) of unit norm; has_embedding (B,)
-        bool; False drops the embedding."""
+        """tokens (B, context), length (B,); length 0 drops the caption. image_embedding (B, d) of unit norm;
+        has_embedding (B,) bool; False drops the embedding."""
         text = self.text(tokens, length)
         emb = Dense(self.emb_width, name="text_to_emb")(text[:, -1])
 

@@ -115,7 +115,7 @@ def digest(state: TrainState) -> str:
     for name, leaf in named_leaves(state._asdict()).items():
         if name == "step":
             continue
-        value = _whole(leaf)
+        value = whole(leaf)
         sha.update(f"{name} {value.dtype} {value.shape}\n".encode())
         sha.update(np.ascontiguousarray(value).tobytes())
     return sha.hexdigest()
@@ -164,7 +164,8 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
     return loss, metrics, grads
 
 
-def _whole(leaf: Any) -> np.ndarray:
+def whole(leaf: Any) -> np.ndarray:
+    """The leaf in full on this host; every process must ask for it."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils
 

@@ -1,0 +1,292 @@
+"""Whole runs of `train` on a folder of twelve pictures: what they write, stop, resume, refuse and skip."""
+
+import json
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from shrink import compilation_cache, leaves, random_params, save_pictures, small_config, small_stage, tokenizer_bytes
+
+from unclip_jax import cli, train
+from unclip_jax.bundle import load_bundle, save_bundle
+from unclip_jax.errors import UserError
+from unclip_jax.stages import make_stage
+
+STEPS = 2
+PACKAGE = os.path.dirname(train.__file__)
+
+
+def config_of(name, folder, steps=STEPS, **sections):
+    config = small_config(name).unlock()
+    config.data.update(dict(source=f"folder:{folder}", threads=1))
+    config.train.update(dict(steps=steps, checkpoint_every=steps, sample_every=1000))
+    for section, values in sections.items():
+        config[section].update(values)
+    return config.lock()
+
+
+class Reads:
+    """Notes which keys of a config the package's own code reads: as an attribute, or handing on a section as `**`.
+
+    Reads by a name in a variable, as checks and copies do, are not counted.
+    """
+
+    def __init__(self, patch, config):
+        self.unread, self._names = set(leaves(config)), {}
+        self._learn(config, "")
+        get, keys = ConfigDict.__getattr__, ConfigDict.keys
+
+        def noting_get(section, name):
+            self._note(section, [name])
+            return get(section, name)
+
+        def noting_keys(section):
+            self._note(section, keys(section))
+            return keys(section)
+
+        patch.setattr(ConfigDict, "__getattr__", noting_get)
+        patch.setattr(ConfigDict, "keys", noting_keys)
+
+    def _learn(self, section, prefix):
+        self._names[id(section)] = prefix
+        for name, value in section.items():
+            if isinstance(value, ConfigDict):
+                self._learn(value, f"{prefix}{name}.")
+
+    def _note(self, section, names):
+        if sys._getframe(2).f_code.co_filename.startswith(PACKAGE) and id(section) in self._names:
+            self.unread -= {self._names[id(section)] + name for name in names}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache():
+    with compilation_cache():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return save_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory):
+    """The same pictures, and one that is cut short."""
+    folder = save_pictures(tmp_path_factory.mktemp("data") / "spoiled")
+    whole = (folder / "05.png").read_bytes()
+    (folder / "05.png").write_bytes(whole[:40])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, pictures, spoiled):
+    """Each stage trained two steps. The decoder is given no CLIP and trains its own; the prior takes that one."""
+    root, found = tmp_path_factory.mktemp("runs"), {}
+
+    def run(name, config):
+        clip_config = config_of("clip", "elsewhere")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cli, "load_config", lambda spec: {"clip.py": clip_config}[spec])
+            reads = Reads(patch, config)
+            report = train.run(config, str(root / name))
+        found[name] = SimpleNamespace(config=config, folder=root / name, report=report, unread=reads.unread)
+
+    run("decoder", config_of("decoder", pictures, clip=dict(config="clip.py")))
+    clip = str(root / "decoder" / "clip" / "bundle")
+    run("prior_diffusion", config_of("prior_diffusion", spoiled, clip=dict(bundle=clip)))
+    run("upsampler_256", config_of("upsampler_256", pictures, train=dict(sample_every=1)))
+    run("clip", config_of("clip", pictures))
+    return found
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+STAGES = pytest.mark.parametrize("name", ["clip", "prior_diffusion", "decoder", "upsampler_256"])
+
+
+@STAGES
+def test_run_leaves_metrics_checkpoint_and_bundle(runs, name):
+    run = runs[name]
+    log = lines(run.folder / "metrics.jsonl")
+    assert [line["step"] for line in log] == [1, 2]
+    for line in log:
+        assert np.isfinite([line["loss"], line["grad_norm"], line["images_per_second"]]).all() and line["skipped"] == 0
+    assert (run.folder / "checkpoints" / "2").is_dir()
+    evaluation = lines(run.folder / "evaluation.jsonl")[-1]
+    assert evaluation == {"step": 2} | run.report["metrics"] and np.isfinite(list(evaluation.values())).all()
+    assert len(run.report["sha256"]) == 64
+
+    bundle = load_bundle(str(run.folder / "bundle"))
+    assert bundle.stage == run.config.stage and bundle.config.to_dict() == run.config.to_dict()
+    own = run.folder / "tokenizer.model"
+    assert bundle.tokenizer_bytes == (own.read_bytes() if own.exists() else None)
+    assert own.exists() == (name != "upsampler_256")
+
+
+@STAGES
+def test_every_key_of_the_config_is_read(runs, name):
+    config = runs[name].config
+    idle = set()
+    if "sampling" in config and config.sampling.sampler == "ddpm":
+        idle |= {"sampling.eta"}
+    if "clip" in config and config.clip.bundle:
+        idle |= {"clip.config"}
+    assert runs[name].unread == idle
+
+
+def test_both_upsamplers_have_the_same_keys():
+    assert leaves(small_config("upsampler_256")).keys() == leaves(small_config("upsampler_1024")).keys()
+
+
+def test_decoder_without_a_clip_trains_its_own_on_its_data(runs):
+    clip = load_bundle(str(runs["decoder"].folder / "clip" / "bundle"))
+    assert clip.stage == "clip" and clip.config.data.source == runs["decoder"].config.data.source
+    for name in ("decoder", "prior_diffusion"):
+        assert load_bundle(str(runs[name].folder / "bundle")).clip_identity == clip.identity
+
+
+def test_pictures_are_drawn_on_the_way(runs):
+    folder = runs["upsampler_256"].folder
+    assert [line["step"] for line in lines(folder / "evaluation.jsonl")] == [1, 2]
+    drawn = sorted((folder / "samples").iterdir())
+    assert [path.name for path in drawn] == ["step_00000001.png", "step_00000002.png"]
+    assert Image.open(drawn[0]).size[1] > 3 * 16  # the drawn, the interpolated and the true one
+    assert not (runs["clip"].folder / "samples").exists()
+
+
+def test_unreadable_pictures_are_counted(runs):
+    assert lines(runs["prior_diffusion"].folder / "metrics.jsonl")[-1]["records_skipped"] > 0
+    assert lines(runs["clip"].folder / "metrics.jsonl")[-1]["records_skipped"] == 0
+
+
+def test_the_bundle_holds_the_average_not_the_last_parameters(runs, tmp_path):
+    """After steps 0 and 1 with d_k = (1 + k) / (10 + k): ema = (p0/10 + 9 p1/10) 2/11 + 9 p2/11."""
+    import orbax.checkpoint as ocp
+
+    stored = {
+        name: ocp.StandardCheckpointer().restore(runs["clip"].folder / "checkpoints" / "2" / name)
+        for name in ("params", "ema")
+    }
+    bundle = load_bundle(str(runs["clip"].folder / "bundle")).params["logit_scale"]
+    np.testing.assert_array_equal(bundle, stored["ema"]["logit_scale"])
+    assert bundle != stored["params"]["logit_scale"]
+
+
+def config_file(tmp_path, config):
+    """A file that --config can name, holding `config`."""
+    (tmp_path / "small.py").write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({config.to_dict()!r})\n"
+    )
+    return f"--config={tmp_path / 'small.py'}"
+
+
+def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch, capsys, pictures):
+    """Told to stop in its second step of four, then run to the end by the same command."""
+    config = config_file(tmp_path, config_of("clip", pictures, steps=4))
+    assert train.main(["train", config, f"--workdir={tmp_path / 'straight'}"]) == 0
+    straight = capsys.readouterr().out
+
+    original, calls = train.global_batch, []
+
+    def interrupting(rows, mesh):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(rows, mesh)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "global_batch", interrupting)
+    command = ["train", config, f"--workdir={tmp_path / 'stopped'}"]
+    assert train.main(command) == 130
+    assert "stopped at step 2 of 4" in capsys.readouterr().err
+    assert not (tmp_path / "stopped" / "bundle").exists()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert train.main(command) == 0
+    assert len(calls) == 4, "two steps before the stop, two after it"
+
+    resumed = capsys.readouterr().out
+    assert resumed == straight and resumed.startswith("state sha256 ")
+    losses = [[(line["step"], line["loss"]) for line in lines(tmp_path / run / "metrics.jsonl")]
+              for run in ("straight", "stopped")]  # fmt: skip
+    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [1, 2, 3, 4]
+    identities = [load_bundle(str(tmp_path / run / "bundle")).identity for run in ("straight", "stopped")]
+    assert identities[0] == identities[1]
+
+
+def test_a_second_signal_acts_at_once():
+    with train._Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_seed_changes_the_run(runs, tmp_path, pictures):
+    other = train.run(config_of("clip", pictures, train=dict(seed=1)), str(tmp_path / "other"))
+    assert other["sha256"] != runs["clip"].report["sha256"]
+
+
+def refused(tmp_path, config, says):
+    """`config` is refused in one line, before anything is trained or saved."""
+    with pytest.raises(UserError, match=says) as caught:
+        train.run(config, str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "clip").exists()
+
+
+def test_decoder_needs_a_clip_that_is_one(tmp_path, pictures):
+    stage, _, params = small_stage("decoder")
+    save_bundle(tmp_path / "other", "decoder", stage.config, params, tokenizer_bytes(), "", {})
+    config = config_of("decoder", pictures, clip=dict(bundle=str(tmp_path / "other")))
+    refused(tmp_path, config, "holds a model of stage 'decoder', not a CLIP")
+    config = config_of("decoder", pictures, clip=dict(bundle=str(tmp_path / "nothing")))
+    refused(tmp_path, config, "no bundle at")
+    config = config_of("decoder", pictures, clip=dict(bundle="", config=""))
+    refused(tmp_path, config, "clip.bundle is empty")
+
+
+def test_decoder_needs_a_clip_of_its_own_size(tmp_path, pictures):
+    config = small_config("clip").unlock()
+    config.model.dim = 16
+    save_bundle(tmp_path / "clip", "clip", config, random_params(make_stage(config)), tokenizer_bytes(), "", {})
+    config = config_of("decoder", pictures, clip=dict(bundle=str(tmp_path / "clip")))
+    refused(tmp_path, config, "embeddings of 8 numbers, but its CLIP makes 16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(train=dict(batch_size=20)), "train.batch_size=20 cannot be split evenly"),
+        (dict(model=dict(embedding_dim=16)), "embeddings of 16 numbers, but its CLIP makes 8"),
+        (dict(optim=dict(schedule="cosin")), "optim.schedule is 'cosin'"),
+        (dict(diffusion=dict(schedule="cosin")), "unknown noise schedule 'cosin'"),
+        (dict(diffusion=dict(predicts="eps")), "snr_clip weighs errors of x0"),
+        (dict(diffusion=dict(predicts="v")), "diffusion.predicts is 'v'"),
+        (dict(sampling=dict(steps="ddim64")), "no integer stride takes 64"),
+        (dict(sampling=dict(sampler="dpm")), "sampling.sampler is 'dpm'"),
+        (dict(mesh=dict(fsdp=3)), "do not cover 8"),
+        (dict(data=dict(crop="random")), "data.crop is 'random'"),
+        (dict(data=dict(tokenizer="missing.model")), "missing.model does not exist"),
+        (dict(data=dict(source="folder:/nowhere")), "no folder /nowhere"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_are_refused_before_a_clip_is_trained(tmp_path, monkeypatch, pictures, changes, says):
+    clip_config = config_of("clip", pictures)
+    config = config_of("decoder", pictures, **({"clip": dict(config="clip.py")} | changes))
+    monkeypatch.setattr(cli, "load_config", lambda spec: {"clip.py": clip_config}[spec])
+    refused(tmp_path, config, says)
+
+
+def test_a_folder_without_one_readable_picture_is_refused(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(b"no picture")
+        (tmp_path / f"{name}.txt").write_text("a red apple")
+    refused(tmp_path, config_of("clip", tmp_path), "records in a row could be read")
