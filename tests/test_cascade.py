@@ -92,7 +92,9 @@ def test_guidance_scales_seeds_and_prompts_compile_nothing(cascade, small, drawn
 
 
 def test_seventeen_prompts_are_seventeen_pictures(small):
-    texts = [f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("fox", "tent", "lemon", "ghost")]
+    texts = [
+        f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("fox", "tent", "lemon", "ghost")
+    ]
     texts += texts[:5]
     many = small.generate(texts, seed=0)
     assert many["embeddings"].shape == (17, 8) and many["images"][0].shape == (17, 8, 8, 3)
@@ -111,7 +113,7 @@ def test_chunks_fill_up_the_last_and_stay_small(monkeypatch):
     chunks = list(module._chunks(numbers, squares))
     assert [[len(part) for part in chunk] for chunk in chunks] == [[16, 16], [16, 16]]
     np.testing.assert_array_equal(chunks[1][1], [256] * 16)
-    assert [len(part) for part, in module._chunks(numbers[:3])] == [3]
+    assert [len(part) for (part,) in module._chunks(numbers[:3])] == [3]
 
 
 def test_without_upsamplers_the_decoders_picture_is_the_last(small):

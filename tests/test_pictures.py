@@ -37,7 +37,9 @@ def test_what_is_no_picture_leaves_the_old_one_and_nothing_beside_it(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), noise(1)[0])
 
 
-@pytest.mark.parametrize(("count", "columns", "shape"), [(5, 3, (2, 3)), (9, None, (3, 3)), (10, None, (3, 4)), (1, 4, (1, 4))])
+@pytest.mark.parametrize(
+    ("count", "columns", "shape"), [(5, 3, (2, 3)), (9, None, (3, 3)), (10, None, (3, 4)), (1, 4, (1, 4))]
+)
 def test_grid_puts_each_picture_in_its_place(count, columns, shape):
     images = noise(count)
     sheet = grid(images, columns).copy()

@@ -6,6 +6,7 @@ import signal
 import sys
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ from unclip_jax import cli, train
 from unclip_jax.bundle import load_bundle, save_bundle
 from unclip_jax.errors import UserError
 from unclip_jax.stages import make_stage
+from unclip_jax.training.sharding import make_mesh
 
 STEPS = 2
 PACKAGE = os.path.dirname(train.__file__)
@@ -25,6 +27,10 @@ def config_of(name, folder, steps=STEPS, **sections):
     config = small_config(name).unlock()
     config.data.update(dict(source=f"folder:{folder}", threads=1))
     config.train.update(dict(steps=steps, checkpoint_every=steps, sample_every=1000))
+    if "unet" in config.model:
+        config.model.unet.channel_mult = (1,)  # half the compilation
+    if name == "decoder":
+        config.model.unet.attention = (1,)
     for section, values in sections.items():
         config[section].update(values)
     return config.lock()
@@ -85,13 +91,17 @@ def spoiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, pictures, spoiled):
-    """Each stage trained two steps. The decoder is given no CLIP and trains its own; the prior takes that one."""
+    """Each stage trained two steps. The decoder is given no CLIP and trains its own; the prior takes that one.
+
+    On one device: of arrays on several, Orbax cuts a slice for each, which takes longer than the training.
+    """
     root, found = tmp_path_factory.mktemp("runs"), {}
 
     def run(name, config):
         clip_config = config_of("clip", "elsewhere")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cli, "load_config", lambda spec: {"clip.py": clip_config}[spec])
+            patch.setattr(train, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
             reads = Reads(patch, config)
             report = train.run(config, str(root / name))
         found[name] = SimpleNamespace(config=config, folder=root / name, report=report, unread=reads.unread)
@@ -167,7 +177,6 @@ def test_unreadable_pictures_are_counted(runs):
 
 
 def test_the_bundle_holds_the_average_not_the_last_parameters(runs, tmp_path):
-    """After steps 0 and 1 with d_k = (1 + k) / (10 + k): ema = (p0/10 + 9 p1/10) 2/11 + 9 p2/11."""
     import orbax.checkpoint as ocp
 
     stored = {
@@ -226,11 +235,6 @@ def test_a_second_signal_acts_at_once():
         assert stop.asked
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_seed_changes_the_run(runs, tmp_path, pictures):
-    other = train.run(config_of("clip", pictures, train=dict(seed=1)), str(tmp_path / "other"))
-    assert other["sha256"] != runs["clip"].report["sha256"]
 
 
 def refused(tmp_path, config, says):

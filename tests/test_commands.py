@@ -1,0 +1,148 @@
+"""Every command: what it refuses, in one line and before any long work, and what `sample` leaves on the disk."""
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from shrink import compilation_cache, save_cascade, save_pictures
+
+from unclip_jax import __version__, cascade, cli, plan, quickstart, sample, train
+from unclip_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+CLIP = "--config=configs/clip.py:tiny"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders and files that commands are pointed at: {name} in an argument stands for one of them."""
+    root = tmp_path_factory.mktemp("places")
+    pictures = save_pictures(root / "pictures", 3)
+    (root / "file").write_text("not a folder")
+    (root / "uncaptioned").mkdir()
+    (root / "uncaptioned" / "a.png").write_bytes((pictures / "00.png").read_bytes())
+    (root / "empty").mkdir()
+    return {path.name: str(path) for path in root.iterdir()} | {"new": str(root / "new"), "root": str(root)}
+
+
+TRAIN, SAMPLE = [CLIP, "--workdir={new}"], ["--bundle={empty}", "--prompt=x"]
+REFUSED = [
+    (train, [CLIP], "no --workdir"),
+    (train, ["--workdir={new}"], "no config"),
+    (train, [CLIP, "--workdir={file}"], "workdir .*file is a file"),
+    (train, [CLIP, "--workdir={file}/below"], "below is a file or lies below one"),
+    (train, [CLIP, "--workdir=gs://bucket/run"], "gs://bucket/run is no local folder"),
+    (train, [*TRAIN, "--config.optim.learning_rat=1"], "nearest is --config.optim.learning_rate"),
+    (train, [*TRAIN, "--config.trian.steps=1"], "no key 'trian'; the nearest is --config.train.steps"),
+    (train, [*TRAIN, "--config.train.steps=many"], "train.steps"),
+    (train, [*TRAIN, "--config.train.steps=0"], "train.steps is 0"),
+    (train, [*TRAIN, "--workdri=x"], "workdri"),
+    (train, [*TRAIN, "more"], "unexpected argument 'more'"),
+    (train, ["--config=configs/clop.py:tiny", "--workdir={new}"], "no config file configs/clop.py"),
+    (train, ["--config=configs/clip.py:huge", "--workdir={new}"], "size 'huge': expected paper, small or tiny"),
+    (train, ["--config=configs/clip.py:paper", "--workdir={new}"], "data.source is empty"),
+    (train, [*TRAIN, "--config.mesh.fsdp=3"], "do not cover 8"),
+    (train, [*TRAIN, "--config.train.batch_size=100", "--config.data.source=folder:{pictures}"], "batch_size=100"),
+    (train, [*TRAIN, "--config.data.source=folder:{root}/nowhere"], "no folder"),
+    (train, [*TRAIN, "--config.data.source=folder:{empty}"], "has no pictures"),
+    (train, [*TRAIN, "--config.data.source=folder:{uncaptioned}"], "1 pictures but no captions"),
+    (train, [*TRAIN, "--config.data.source=zip:{pictures}"], "expected tfds:NAME or folder:PATH"),
+    (train, [*TRAIN, "--config.data.source=tfds:emoji_scenes/single_65"], "no config 'single_65': it has"),
+    (train, [*TRAIN, "--config.data.source=tfds:emoji_scene", "--config.data.data_dir={empty}"], "emoji_scenes"),
+    (train, ["--config=configs/decoder.py:tiny", "--workdir={new}", "--config.clip.bundle={empty}"], "not a bundle"),
+    (
+        train,
+        ["--config=configs/upsampler_256.py:tiny", "--workdir={new}", "--config.model.patch=7"],
+        "model.patch is 7",
+    ),
+    (plan, [], "no config"),
+    (plan, [CLIP, "--config.model.widht=3"], "no key 'model.widht'"),
+    (plan, [CLIP, "--config.stage=clop"], "stage 'clop' does not exist"),
+    (sample, ["--prompt=x"], "--bundle"),
+    (sample, ["--bundle={empty}"], "--prompt"),
+    (sample, ["--bundle={root}/nowhere", "--prompt=x"], "no bundle at .*nowhere"),
+    (sample, SAMPLE, "no bundle at .*clip"),
+    (sample, [*SAMPLE, "--n", "0"], "--n 0: expected at least 1"),
+    (sample, [*SAMPLE, "--n", "two"], "--n.*'two'"),
+    (sample, [*SAMPLE, "--out={file}"], "--out .*file is a file"),
+    (sample, [*SAMPLE, "--sed=1"], "--sed=1"),
+    (quickstart, ["--out={file}"], "--out .*file is a file"),
+    (quickstart, ["--out={new}", "--steps=0"], "train.steps is 0"),
+    (quickstart, ["--out={new}", "--stpes=3"], "--stpes=3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "says"), REFUSED, ids=[f"{m.__name__.split('.')[-1]}-{says}" for m, _, says in REFUSED]
+)
+def test_bad_input_is_refused_in_one_line(module, arguments, says, places, monkeypatch):
+    monkeypatch.setattr(cli, "enable_compilation_cache", lambda: None)
+    with pytest.raises(UserError, match=says) as caught:
+        module.main([module.__name__, *(argument.format(**places) for argument in arguments)])
+    assert "\n" not in str(caught.value)
+    assert not Path(places["new"]).exists(), "refused only after something was written"
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    command = [sys.executable, "-m", "unclip_jax.plan", "--config=configs/decoder.py:tiny", "--config.model.unit=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: --config.model.unit: ") and done.stderr.count("\n") == 1
+
+
+def test_plan_counts_the_parameters(capsys):
+    assert plan.main(["plan", "--config=configs/upsampler_1024.py:paper", "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["params"] == sum(counted["parts"].values()) == 282_064_326  # ADM's topology, counted by hand
+    assert plan.main(["plan", "--config", "configs/upsampler_1024.py:paper"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["total", "282,064,326"]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """Two runs of `sample` on a random cascade: other prompts, seed and guidance. Their folders, and the last words."""
+    bundle = str(save_cascade(tmp_path_factory.mktemp("bundle")))
+    folders = [tmp_path_factory.mktemp("drawn") / "new" for _ in range(2)]
+    arguments = [
+        ["--prompt=a red apple", "--prompt=one blue fox & a tent/..", "-n", "2", "--seed", "7"],
+        ["--prompt=a green whale", "--n", "4", "--guidance", "3.5", "--prior-guidance=2"],
+    ]
+    with pytest.MonkeyPatch.context() as patch, compilation_cache():
+        patch.setattr(cascade, "ROWS", 2)
+        for folder, options in zip(folders, arguments, strict=True):
+            with contextlib.redirect_stderr(io.StringIO()) as words:
+                assert sample.main(["sample", f"--bundle={bundle}", f"--out={folder}", *options]) == 0
+    return *folders, words.getvalue()
+
+
+def test_sample_writes_pictures_that_say_what_they_are(drawn):
+    first, second, _ = drawn
+    names = ["a_red_apple_7_0", "a_red_apple_7_1", "one_blue_fox_a_tent_7_2", "one_blue_fox_a_tent_7_3", "grid"]
+    assert sorted(path.name for path in first.iterdir()) == sorted(f"{name}.png" for name in names)
+    with Image.open(first / f"{names[2]}.png") as picture:
+        assert picture.size == (128, 128)
+        assert picture.text["prompt"] == "one blue fox & a tent/.."
+        assert (picture.text["seed"], picture.text["index"]) == ("7", "2")
+        settings = json.loads(picture.text["settings"])
+    assert settings["version"] == __version__ and settings["n"] == 2
+    assert (settings["guidance"], settings["prior_guidance"]) == (1.5, 1.0)  # the tiny configs'
+    assert len(settings["decoder"]) == len(settings["prior"]) == 64
+    grid = np.asarray(Image.open(first / "grid.png"))
+    assert grid.shape[1] < 3 * 128 and grid.shape[0] > 2 * 128  # a row for each prompt
+
+    with Image.open(second / "a_green_whale_0_3.png") as picture:
+        settings = json.loads(picture.text["settings"])
+    assert (settings["n"], settings["guidance"], settings["prior_guidance"]) == (4, 3.5, 2.0)
+
+
+def test_a_second_sample_compiles_nothing(drawn):
+    """Its models are loaded anew, as by another process; every program comes from the cache."""
+    words = drawn[2].splitlines()[-1]
+    assert re.fullmatch(r"4 pictures in [\d.]+ s, 0 programs compiled, [1-9]\d* from the cache", words)
