@@ -152,7 +152,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     clip_norm=1.0,
                     ema_decay=0.995,
                 ),
-                train=dict(steps=2400, batch_size=16, checkpoint_every=500, sample_every=100000, keep=2),
+                train=dict(steps=2800, batch_size=16, checkpoint_every=500, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":

@@ -9,7 +9,7 @@ import pytest
 
 from unclip_jax import cli, plan
 from unclip_jax.models.clip import TextTower
-from unclip_jax.models.layers import attention, timestep_embedding
+from unclip_jax.models.layers import GroupNorm, attention, timestep_embedding
 from unclip_jax.models.transformer import TextTransformer, Transformer, causal_mask
 from unclip_jax.models.unet import UNet, downsample, upsample
 
@@ -119,3 +119,14 @@ def test_resampling_is_mean_and_nearest():
     x = jnp.arange(16, dtype=F32).reshape(1, 4, 4, 1)
     np.testing.assert_allclose(downsample(x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
     np.testing.assert_array_equal(upsample(x)[0, :, :, 0], np.kron(np.asarray(x[0, :, :, 0]), np.ones((2, 2))))
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_group_norm_is_the_two_pass_form(offset):
+    x = (np.random.default_rng(0).normal(size=(2, 5, 4, 12)) + offset).astype(np.float32)
+    scale, bias = np.linspace(0.5, 2, 12, dtype=np.float32), np.linspace(-1, 1, 12, dtype=np.float32)
+    grouped = x.astype(np.float64).reshape(2, 20, 3, 4)
+    mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+    expected = ((grouped - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * scale + bias
+    out = GroupNorm(3).apply({"params": {"scale": scale, "bias": bias}}, x)
+    np.testing.assert_allclose(out, expected, atol=1e-5 if offset == 0 else 2e-3)

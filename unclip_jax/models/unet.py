@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import Conv3x3, Dense, TimestepMLP, attention, fan_in_uniform, group_norm, zeros
+from unclip_jax.models.layers import Conv3x3, Dense, GroupNorm, TimestepMLP, attention, fan_in_uniform, zeros
 from unclip_jax.models.transformer import TextTransformer
 
 
@@ -41,12 +41,12 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, emb, deterministic: bool):
-        h = nn.silu(group_norm(x, self.groups, "norm_in")).astype(self.dtype)
+        h = nn.silu(GroupNorm(self.groups, name="norm_in")(x)).astype(self.dtype)
         h, x = self.resample(h), self.resample(x)
         h = Conv3x3(self.features, dtype=self.dtype, name="conv_in")(h)
         film = Dense(2 * self.features, dtype=self.dtype, name="film")(nn.silu(emb))
         scale, shift = jnp.split(film.astype(jnp.float32)[:, None, None, :], 2, axis=-1)
-        h = nn.silu(group_norm(h, self.groups, "norm_out") * (1 + scale) + shift)
+        h = nn.silu(GroupNorm(self.groups, name="norm_out")(h) * (1 + scale) + shift)
         h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
         h = Conv3x3(self.features, dtype=self.dtype, **zeros, name="conv_out")(h)
         if x.shape[-1] != self.features:
@@ -69,7 +69,7 @@ class AttentionBlock(nn.Module):
         def split(y, parts):
             return jnp.split(y.reshape(b, -1, parts * heads, self.head_channels), parts, axis=2)
 
-        h = group_norm(x, self.groups, "norm").reshape(b, height * width, c)
+        h = GroupNorm(self.groups, name="norm")(x).reshape(b, height * width, c)
         query, key, value = split(Dense(3 * c, dtype=self.dtype, name="qkv")(h), 3)
         if context is not None:
             context_key, context_value = split(Dense(2 * c, dtype=self.dtype, name="context_kv")(context), 2)
@@ -137,7 +137,7 @@ class UNet(nn.Module):
             if level > 0:
                 h = res(h, width, f"up_{level}_resample", upsample)
 
-        h = nn.silu(group_norm(h, self.norm_groups, "norm_out"))
+        h = nn.silu(GroupNorm(self.norm_groups, name="norm_out")(h))
         return Conv3x3(self.out_channels, **zeros, name="conv_out")(h)
 
 
