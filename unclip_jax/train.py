@@ -139,6 +139,9 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     cli.output_folder(workdir, "workdir")
     if config.stage == "clip" and config.optim.accumulate > 1:
         raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {config.dtype!r}: expected float32 or bfloat16")
+    _check_widths("model", config.model)
     if "diffusion" in config:
         _check_diffusion(config)
     if config.stage == "upsampler":
@@ -146,6 +149,19 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         smallest = m.factor * 2 ** (len(m.unet.channel_mult) - 1)
         if m.patch > m.image_size or m.patch % smallest:
             raise UserError(f"model.patch is {m.patch}: expected a multiple of {smallest}, at most {m.image_size}")
+
+
+def _check_widths(name: str, section: ConfigDict) -> None:
+    """Heads and groups must share out the channels evenly, in this section and those within it."""
+    if "heads" in section and section.width % section.heads:
+        raise UserError(f"{name}.width={section.width} must be a multiple of {name}.heads={section.heads}")
+    if "norm_groups" in section:
+        for part in ("norm_groups", "head_channels"):
+            if part in section and section.channels % section[part]:
+                raise UserError(f"{name}.channels={section.channels} must be a multiple of {part}={section[part]}")
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            _check_widths(f"{name}.{key}", value)
 
 
 def _check_diffusion(config: ConfigDict) -> None:
