@@ -105,7 +105,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     clip_norm=1.0,
                     ema_decay=0.98,
                 ),
-                train=dict(steps=200, batch_size=128, checkpoint_every=500, sample_every=100000, keep=2),
+                train=dict(steps=260, batch_size=128, checkpoint_every=500, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":

@@ -96,7 +96,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             batch_size=2048,  # over all devices
             seed=0,
             log_every=50,
-            checkpoint_every=5000,
+            checkpoint_every=4000,
             sample_every=10000,  # evaluation and pictures of held-out examples
             eval_size=64,
             keep=3,  # checkpoints
@@ -129,11 +129,11 @@ def get_config(size: str = "paper") -> ConfigDict:
                     embedding_dim=64,
                     learned_null=True,
                     unet=dict(
-                        channels=32,
+                        channels=24,
                         channel_mult=(1, 2, 4),
                         res_blocks=1,
                         attention=(2, 4),
-                        head_channels=32,
+                        head_channels=24,
                         norm_groups=8,
                         dropout=0.0,
                         remat=False,
@@ -145,14 +145,14 @@ def get_config(size: str = "paper") -> ConfigDict:
                 clip=dict(config="configs/clip.py:tiny"),
                 data=dict(source="tfds:emoji_scenes/single_64", crop="center", threads=2),
                 optim=dict(
-                    learning_rate=0.002,
+                    learning_rate=0.003,
                     warmup_steps=100,
                     schedule="cosine",
                     b2=0.99,
                     clip_norm=1.0,
                     ema_decay=0.995,
                 ),
-                train=dict(steps=2800, batch_size=16, checkpoint_every=500, sample_every=100000, keep=2),
+                train=dict(steps=1300, batch_size=32, checkpoint_every=400, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":
