@@ -19,13 +19,15 @@ def get_config(size: str = "paper") -> ConfigDict:
         dict(
             image_size=256,
             dim=1024,
-            image=dict(patch=16, width=1280, depth=32, heads=20),
+            image=dict(patch=16, width=1280, depth=32, heads=20, timesteps=0),  # of a noise-aware tower: 1000
             text=dict(vocab_size=49408, context=77, width=1024, depth=24, heads=16),
             activation="quick_gelu",
             initial_scale=1 / 0.07,
             max_scale=100.0,
             mean=(0.48145466, 0.4578275, 0.40821073),  # of pictures in [0, 1], as the public CLIP's
             std=(0.26862954, 0.26130258, 0.27577711),
+            resize="area",  # of a picture to be looked at: as in training; "bicubic": as the public CLIP's
+            unit_norm=True,  # of embeddings
             remat=True,
         )
     )

@@ -22,6 +22,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             image_size=64,
             embedding_dim=1024,
             image_tokens=4,  # context tokens made of the CLIP embedding
+            caption="own",  # read by a text path of its own; "clip": by CLIP's text tower
             learned_null=False,  # a dropped embedding is a learned vector; else zeros
             unet=dict(
                 channels=512,
@@ -30,7 +31,10 @@ def get_config(size: str = "paper") -> ConfigDict:
                 attention=(2, 4, 8),  # downsampling factors: 32, 16 and 8 pixels
                 middle_attention=True,
                 head_channels=64,
+                heads=(0, 0),  # where head_channels is 0: their number, on the way down and up
                 norm_groups=32,
+                scale_shift=True,
+                resample_blocks=True,
                 dropout=0.1,
                 remat=True,
             ),
@@ -55,6 +59,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             eta=0.0,  # of ddim
             guidance_scale=1.25,  # the paper's for its FID table
             clip_x0=1.0,
+            temperature=1.0,  # times the noise that sampling starts from
         )
     )
     config.clip = ConfigDict(
@@ -152,7 +157,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     clip_norm=1.0,
                     ema_decay=0.995,
                 ),
-                train=dict(steps=1300, batch_size=32, checkpoint_every=400, sample_every=100000, keep=2),
+                train=dict(steps=1000, batch_size=32, checkpoint_every=400, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":

@@ -17,7 +17,16 @@ def get_config(size: str = "paper") -> ConfigDict:
     config.stage = "prior_diffusion"
     config.dtype = "bfloat16"  # of matrix products and convolutions; all else is float32
     config.model = ConfigDict(
-        dict(embedding_dim=1024, vocab_size=50257, context=256, width=2048, depth=24, heads=32, remat=True)
+        dict(
+            embedding_dim=1024,
+            caption="own",  # tokens with a table of their own; "clip": the states of CLIP's text tower
+            vocab_size=50257,
+            context=256,
+            width=2048,
+            depth=24,
+            heads=32,
+            remat=True,
+        )
     )
     config.diffusion = ConfigDict(
         dict(
@@ -27,6 +36,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             learned_variance=False,
             snr_clip=(),  # plain mean squared error
             embedding_scale=17.2,  # unit vectors of 1024 numbers get the variance of pixels; 0.5375 √dim elsewhere
+            whiten=False,  # embeddings by a mean and std that come with the weights
             drop_text=0.1,
         )
     )
@@ -37,6 +47,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             eta=0.0,  # of ddim
             guidance_scale=1.0,
             clip_x0=0.0,  # 0: no clipping
+            temperature=1.0,  # times the noise that sampling starts from
             draws=2,  # the one nearer the text embedding is kept
         )
     )
@@ -130,7 +141,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     b2=0.99,
                     ema_decay=0.99,
                 ),
-                train=dict(steps=300, batch_size=128, checkpoint_every=500, sample_every=100000, keep=2),
+                train=dict(steps=260, batch_size=128, checkpoint_every=500, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":

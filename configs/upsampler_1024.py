@@ -20,12 +20,16 @@ def get_config(size: str = "paper") -> ConfigDict:
             image_size=1024,
             factor=4,  # of enlargement
             patch=256,  # side of the window trained on
-            interpolation="bicubic",  # of the low-resolution input; or "bilinear"
+            interpolation="bicubic",  # of the low-resolution input; or "bilinear", "antialiased_bicubic"
+            round_low_res=True,  # to 8 bits, when it is the picture of the stage before
+            last_step=False,  # a second network for the last step of sampling
             unet=dict(
                 channels=192,
                 channel_mult=(1, 1, 2, 2, 4, 4),
                 res_blocks=2,
                 norm_groups=32,
+                scale_shift=True,
+                resample_blocks=True,
                 dropout=0.0,
                 remat=True,
             ),
@@ -48,6 +52,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             steps="15",
             eta=0.0,
             clip_x0=1.0,
+            temperature=1.0,  # times the noise that sampling starts from
         )
     )
     config.data = ConfigDict(
@@ -130,7 +135,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     ema_decay=0.99,
                 ),
                 train=dict(
-                    steps=400,
+                    steps=300,
                     batch_size=8,
                     checkpoint_every=500,
                     sample_every=100000,

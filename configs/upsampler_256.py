@@ -19,12 +19,16 @@ def get_config(size: str = "paper") -> ConfigDict:
             image_size=256,
             factor=4,  # of enlargement
             patch=64,  # side of the window trained on
-            interpolation="bicubic",  # of the low-resolution input; or "bilinear"
+            interpolation="bicubic",  # of the low-resolution input; or "bilinear", "antialiased_bicubic"
+            round_low_res=True,  # to 8 bits, when it is the picture of the stage before
+            last_step=False,  # a second network for the last step of sampling
             unet=dict(
                 channels=320,
                 channel_mult=(1, 2, 3, 4),
                 res_blocks=3,
                 norm_groups=32,
+                scale_shift=True,
+                resample_blocks=True,
                 dropout=0.1,
                 remat=True,
             ),
@@ -47,6 +51,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             steps="fast27",
             eta=0.0,
             clip_x0=1.0,
+            temperature=1.0,  # times the noise that sampling starts from
         )
     )
     config.data = ConfigDict(
@@ -128,7 +133,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     clip_norm=1.0,
                     ema_decay=0.99,
                 ),
-                train=dict(steps=700, batch_size=8, checkpoint_every=500, sample_every=100000, keep=2),
+                train=dict(steps=550, batch_size=8, checkpoint_every=500, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":

@@ -95,7 +95,7 @@ def test_failed_save_leaves_what_was_there(tmp_path, model, monkeypatch):
     def disk_full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", disk_full)
+    monkeypatch.setattr("unclip_jax.bundle._written", disk_full)
     with pytest.raises(OSError, match="disk full"):
         save(tmp_path / "b", (model[0], {"w": jnp.zeros(3)}))
     assert load_bundle(str(tmp_path / "b")).identity == identity

@@ -120,7 +120,7 @@ def test_without_upsamplers_the_decoders_picture_is_the_last(small):
     assert [image.shape for image in small.generate(TEXTS, 0)["images"]] == [(2, 8, 8, 3)]
 
 
-@pytest.mark.parametrize("missing", ["clip", "prior", "decoder"])
+@pytest.mark.parametrize("missing", ["clip", "decoder"])
 def test_missing_stage_is_named(tmp_path, folder, missing):
     for name in {"clip", "prior", "decoder"} - {missing}:
         (tmp_path / name).symlink_to(folder / name)
@@ -128,8 +128,17 @@ def test_missing_stage_is_named(tmp_path, folder, missing):
         Cascade.load(str(tmp_path))
 
 
+def test_without_a_prior_pictures_are_drawn_for_embeddings_only(tmp_path, folder):
+    for name in ("clip", "decoder"):
+        (tmp_path / name).symlink_to(folder / name)
+    cascade = Cascade.load(str(tmp_path))
+    with pytest.raises(UserError, match="no prior/"):
+        cascade.check_prompts(["a red apple"])
+    assert cascade.decode(np.eye(8, dtype=np.float32)[:1], [""], jax.random.key(0)).shape == (1, 8, 8, 3)
+
+
 def test_missing_folder_says_what_is_expected(tmp_path):
-    with pytest.raises(UserError, match="expected a folder with clip/, prior/ and decoder/"):
+    with pytest.raises(UserError, match="expected a folder with decoder/ and what it needs"):
         Cascade.load(str(tmp_path / "nothing"))
 
 

@@ -2,7 +2,7 @@
 
     DIR/config.json           what follows, and the sha256 of the whole
     DIR/weights.safetensors   float32, named by "/"-joined parameter paths
-    DIR/tokenizer.model       sentencepiece bytes, for models that read text
+    DIR/tokenizer.model       for models that read text: sentencepiece, or tokenizer.json, byte-pair encoding
 
 No pickle, and nothing is loaded half: names, shapes and checksum must all agree.
 """
@@ -12,18 +12,20 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 import unclip_jax
+from unclip_jax.data.tokenizer import is_json
 from unclip_jax.errors import UserError
 from unclip_jax.training.leaves import differences, named_leaves
 
 FORMAT = 1  # goes up when an older reader would misread the folder
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "weights.safetensors", "tokenizer.model"
+CONFIG, WEIGHTS, TOKENIZERS = "config.json", "weights.safetensors", ("tokenizer.model", "tokenizer.json")
 
 
 class Bundle(NamedTuple):
@@ -52,26 +54,22 @@ def save_bundle(
     params: nested dict of arrays that this process can read whole; stored as float32. extra: what JSON can hold.
     An older bundle at `directory` is replaced; anything else there is an error, as is a config that JSON cannot hold.
     """
-    from safetensors.numpy import save_file
-
     if "://" in str(directory):
         raise UserError(f"cannot write a bundle to {directory}: give a local folder, and copy it from there")
     target = Path(directory).expanduser().absolute()
     if target.exists() and not (target / CONFIG).exists() and not _is_empty_folder(target):
         raise UserError(f"{target} exists and is not a bundle: give a new folder")
-    weights = {name: np.asarray(leaf, np.float32, order="C") for name, leaf in named_leaves(params).items()}
     config = config.to_dict()
-    identity = _identity(stage_name, config, weights, tokenizer_bytes)
     description = {
         "format": FORMAT,
         "library": f"unclip_jax {unclip_jax.__version__}",
         "stage": stage_name,
-        "identity": identity,
+        "identity": "",  # once the weights are written
         "clip": clip_identity,
         "config": config,
         "extra": extra,
     }
-    text = _to_json(description, indent=2)
+    _to_json(description)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, because a rename is atomic only within one file system.
@@ -79,10 +77,12 @@ def save_bundle(
     try:
         new, old = beside / "new", beside / "old"
         new.mkdir()
-        save_file(weights, new / WEIGHTS)
+        with open(new / WEIGHTS, "wb") as file:
+            weights = _written(file, named_leaves(params))
+            description["identity"] = _identity(stage_name, config, weights, tokenizer_bytes)
         if tokenizer_bytes is not None:
-            (new / TOKENIZER).write_bytes(tokenizer_bytes)
-        (new / CONFIG).write_text(text + "\n")
+            (new / TOKENIZERS[is_json(tokenizer_bytes)]).write_bytes(tokenizer_bytes)
+        (new / CONFIG).write_text(_to_json(description, indent=2) + "\n")
         if target.exists():
             os.rename(target, old)
         try:
@@ -93,7 +93,7 @@ def save_bundle(
             raise
     finally:
         shutil.rmtree(beside)
-    return identity
+    return description["identity"]
 
 
 def load_bundle(directory: str) -> Bundle:
@@ -106,15 +106,16 @@ def load_bundle(directory: str) -> Bundle:
     from safetensors.numpy import load_file
 
     folder = Path(directory).expanduser()
-    description = _describe(folder)
+    description = load_description(folder)
     try:
         weights = load_file(folder / WEIGHTS)
     except FileNotFoundError as error:
         raise UserError(f"bundle {folder} lacks {WEIGHTS}: copy it again") from error
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is damaged or cut short ({error}): copy it again") from error
-    tokenizer = (folder / TOKENIZER).read_bytes() if (folder / TOKENIZER).exists() else None
-    identity = _identity(description["stage"], description["config"], weights, tokenizer)
+    tokenizers = [folder / name for name in TOKENIZERS if (folder / name).exists()]
+    tokenizer = tokenizers[0].read_bytes() if tokenizers else None
+    identity = _identity(description["stage"], description["config"], sorted(weights.items()), tokenizer)
     if identity != description["identity"]:
         raise UserError(f"bundle {folder} is not what was written: its sha256 differs from the one in {CONFIG}")
     return Bundle(
@@ -138,8 +139,8 @@ def check_params(params: Any, abstract: Any) -> None:
         raise UserError(f"the weights do not fit the model: {wrong}")
 
 
-def _describe(folder: Path) -> dict[str, Any]:
-    """config.json of a bundle, with all its keys there."""
+def load_description(folder: Path) -> dict[str, Any]:
+    """What a bundle's config.json says: "stage", "identity", "clip", "config", "extra". Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"no bundle at {folder}: there is no such folder")
     if not (folder / CONFIG).exists():
@@ -156,10 +157,29 @@ def _describe(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a bundle: its {CONFIG} cannot be read ({error!r})") from error
 
 
-def _identity(stage: str, config: dict, weights: dict[str, np.ndarray], tokenizer: bytes | None) -> str:
+def _written(file: BinaryIO, leaves: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Writes leaves as a safetensors file of float32 and gives each, as written, with its name.
+
+    One leaf at a time: the library's own writer would hold all the weights a second time, as bytes.
+    """
+    header, end = {}, 0
+    for name, leaf in leaves.items():
+        start, end = end, end + 4 * int(np.prod(leaf.shape, dtype=np.int64))
+        header[name] = {"dtype": "F32", "shape": list(leaf.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, leaf in leaves.items():
+        value = np.asarray(leaf, np.float32, order="C")
+        file.write(value.reshape(-1).view(np.uint8).data)
+        yield name, value
+
+
+def _identity(stage: str, config: dict, weights: Iterable[tuple[str, np.ndarray]], tokenizer: bytes | None) -> str:
+    """weights: sorted by name."""
     sha = hashlib.sha256()
     sha.update(_to_json({"stage": stage, "config": config}, sort_keys=True).encode())
-    for name, value in sorted(weights.items()):
+    for name, value in weights:
         sha.update(f"\n{name} {value.dtype} {value.shape}\n".encode())
         sha.update(value.reshape(-1).view(np.uint8))
     sha.update(b"\ntokenizer\n" + tokenizer if tokenizer is not None else b"")

@@ -153,11 +153,11 @@ def check_config(config: ConfigDict, workdir: str) -> None:
 
 def _check_widths(name: str, section: ConfigDict) -> None:
     """Heads and groups must share out the channels evenly, in this section and those within it."""
-    if "heads" in section and section.width % section.heads:
+    if "width" in section and "heads" in section and section.width % section.heads:
         raise UserError(f"{name}.width={section.width} must be a multiple of {name}.heads={section.heads}")
     if "norm_groups" in section:
         for part in ("norm_groups", "head_channels"):
-            if part in section and section.channels % section[part]:
+            if section.get(part) and section.channels % section[part]:
                 raise UserError(f"{name}.channels={section.channels} must be a multiple of {part}={section[part]}")
     for key, value in section.items():
         if isinstance(value, ConfigDict):

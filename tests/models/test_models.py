@@ -45,7 +45,7 @@ def size(module, *inputs):
 def test_small_glide_has_the_size_of_the_public_code(
     channels, res_blocks, mult, attend, context, width, depth, heads, vocab, total
 ):
-    unet = UNet(channels, mult, res_blocks, attend, True, 32, 32, 6, 0.1, F32, False)
+    unet = UNet(channels, mult, res_blocks, attend, True, 32, (0, 0), 32, True, True, 6, 0.1, F32, False)
     text = TextTransformer(vocab, context, width, depth, heads, F32, False)
     t = jnp.zeros((1,), jnp.int32)
     count = size(unet, jnp.zeros((1, 64, 64, 3)), t, None, jnp.zeros((1, context, width)))
@@ -79,14 +79,16 @@ def test_text_tower_reads_the_last_token_and_nothing_behind_it():
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
     length = jnp.array([5], jnp.int32)
     params = tower.init(jax.random.key(0), tokens, length)
-    out = tower.apply(params, tokens, length)
-    np.testing.assert_array_equal(out, tower.apply(params, tokens.at[0, 5:].set(49), length))
-    assert not np.allclose(out, tower.apply(params, tokens.at[0, 4].set(49), length))
+    out, states = tower.apply(params, tokens, length)
+    changed, changed_states = tower.apply(params, tokens.at[0, 5:].set(49), length)
+    np.testing.assert_array_equal(out, changed)
+    np.testing.assert_array_equal(states[:, :5], changed_states[:, :5])
+    assert not np.allclose(out, tower.apply(params, tokens.at[0, 4].set(49), length)[0])
 
 
 def test_remat_changes_nothing():
     x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([3, 700])
-    plain = UNet(8, (1, 2), 1, (2,), True, 8, 4, 3, 0.0, F32, False)
+    plain = UNet(8, (1, 2), 1, (2,), True, 8, (0, 0), 4, True, True, 3, 0.0, F32, False)
     params = jax.tree.map(lambda p: p + 0.05, jax.jit(plain.init)(jax.random.key(1), x, t))
     loss = lambda model: jax.jit(jax.value_and_grad(lambda p: jnp.sum(model.apply(p, x, t) ** 2)))(params)  # noqa: E731
     value, grads = loss(plain)
@@ -97,7 +99,7 @@ def test_remat_changes_nothing():
 
 
 def test_unet_computes_in_bfloat16_and_answers_in_float32():
-    model = UNet(8, (1, 2), 1, (2,), True, 8, 4, 6, 0.0, jnp.bfloat16, False)
+    model = UNet(8, (1, 2), 1, (2,), True, 8, (0, 0), 4, True, True, 6, 0.0, jnp.bfloat16, False)
     x, t = jnp.ones((1, 8, 8, 3)), jnp.array([1])
     params = jax.jit(model.init)(jax.random.key(0), x, t, None, jnp.ones((1, 3, 5)))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}

@@ -1,9 +1,11 @@
-"""Text → ids: a sentencepiece tokenizer trained on a dataset's own captions.
+"""Text → ids: a sentencepiece tokenizer trained on a dataset's own captions, or the byte-pair encoding that came with
+public weights.
 
 Two conventions: CLIP's, start + tokens + end (arXiv 2103.00020), and GLIDE's, the bare tokens (arXiv 2112.10741).
 Padding is never told by its id: lengths say what is real.
 """
 
+import html
 import io
 from collections.abc import Iterable
 
@@ -15,27 +17,25 @@ PAD, UNKNOWN, START, END = 0, 1, 2, 3
 
 
 class Tokenizer:
-    """Lower-cases, as the papers do, and falls back to bytes, so that no text is unknown. Picklable."""
+    """Text → ids and back, of lower-cased text, as in the papers. Picklable.
+
+    model_bytes: a sentencepiece model or, of imported models, a tokenizer.json of the `tokenizers` library.
+    """
 
     def __init__(self, model_bytes: bytes):
-        from sentencepiece import SentencePieceProcessor
-
         self.model_bytes = model_bytes
-        try:
-            self._processor = SentencePieceProcessor(model_proto=model_bytes)
-        except RuntimeError as error:
-            raise UserError("the tokenizer is not a sentencepiece model: give a .model file of it") from error
+        self._model = _BytePairs(model_bytes) if is_json(model_bytes) else _SentencePieces(model_bytes)
 
     def __reduce__(self):
         return Tokenizer, (self.model_bytes,)
 
     @property
     def vocab_size(self) -> int:
-        return self._processor.vocab_size()
+        return self._model.vocab_size
 
     def count(self, text: str) -> int:
         """Number of tokens, start and end not counted."""
-        return len(self._processor.encode(text))
+        return len(self._model.encode(text))
 
     def encode(self, texts: list[str], context: int, ends: bool) -> tuple[np.ndarray, np.ndarray]:
         """ids int32 (N, context) padded on the right, real lengths int32 (N,).
@@ -44,18 +44,70 @@ class Tokenizer:
         tokens are cut.
         """
         room = context - 2 if ends else context
-        ids = np.full((len(texts), context), PAD, np.int32)
+        ids = np.full((len(texts), context), self._model.pad, np.int32)
         lengths = np.zeros(len(texts), np.int32)
         for row, text in enumerate(texts):
-            tokens = self._processor.encode(text)[:room]
-            tokens = [START, *tokens, END] if ends else tokens
+            tokens = self._model.encode(text)[:room]
+            tokens = [self._model.start, *tokens, self._model.end] if ends else tokens
             ids[row, : len(tokens)] = tokens
             lengths[row] = len(tokens)
         return ids, lengths
 
     def decode(self, ids: Iterable[int]) -> str:
         """The (lower-cased) text of real ids."""
-        return self._processor.decode([int(i) for i in ids if i not in (PAD, START, END)])
+        marks = (self._model.pad, self._model.start, self._model.end)
+        return self._model.decode([int(i) for i in ids if i not in marks])
+
+
+def is_json(model_bytes: bytes) -> bool:
+    """Whether a tokenizer's bytes are a tokenizer.json; else they are a sentencepiece model."""
+    return model_bytes.lstrip()[:1] == b"{"
+
+
+class _SentencePieces:
+    """Ours: falls back to bytes, so that no text is unknown."""
+
+    pad, start, end = PAD, START, END
+
+    def __init__(self, model_bytes: bytes):
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model_bytes)
+        except RuntimeError as error:
+            raise UserError("the tokenizer is not a sentencepiece model: give a .model file of it") from error
+        self.vocab_size = self._processor.vocab_size()
+        self.encode = self._processor.encode
+        self.decode = self._processor.decode
+
+
+class _BytePairs:
+    """Byte-level byte-pair encoding: CLIP's, which knows a start and an end token, or GPT-2's, as GLIDE uses it.
+
+    The padding id is the one stored in the file.
+    """
+
+    def __init__(self, model_bytes: bytes):
+        from tokenizers import Tokenizer as Model
+
+        try:
+            self._model = Model.from_str(model_bytes.decode())
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"the tokenizer is not a tokenizer.json: {error}") from error
+        self.vocab_size = self._model.get_vocab_size()
+        self.start, self.end = (self._model.token_to_id(name) for name in ("<|startoftext|>", "<|endoftext|>"))
+        self.pad = self._model.padding["pad_id"]
+        self._model.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        if self.start is not None:  # CLIP's cleaning, which GPT-2's has not
+            import ftfy
+
+            text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+        return self._model.encode(text.lower(), add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
 
 
 def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int) -> Tokenizer:

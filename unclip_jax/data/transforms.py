@@ -106,6 +106,24 @@ def area_resize(image: np.ndarray, size: int) -> np.ndarray:
     return np.rint(_average_rows(columns, size).swapaxes(0, 1)).astype(np.uint8)
 
 
+def center_square(image: np.ndarray, size: int, kernel: str) -> np.ndarray:
+    """uint8 (H, W, 3) → the square in its middle, uint8 (size, size, 3).
+
+    "area": crop, then average, as in training. "bicubic": the shorter side is first brought to `size` by Pillow's
+    antialiased cubic kernel, as OpenAI's CLIP does.
+    """
+    if kernel == "area":
+        return area_resize(square_crop(image, size, "center", np.random.default_rng(0)), size)
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    height, width = (size * side // shorter for side in (height, width))
+    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
 def _average_rows(image: np.ndarray, n: int) -> np.ndarray:
     """Means of n equal bands of rows, float32. (Pillow's box filter takes each row as wholly in or out.)"""
     edges = np.arange(n) * (len(image) / n)

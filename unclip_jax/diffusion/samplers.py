@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.diffusion.analytic import analytic_variance, reverse_weights
 from unclip_jax.diffusion.process import Denoiser, Prediction, posterior_mean_variance
 from unclip_jax.diffusion.schedule import NoiseSchedule, gather
 
@@ -37,6 +38,22 @@ def ddim_step(eta) -> Step:
         signal = jnp.sqrt(gather(schedule.alpha_bars_prev, i, x_t))
         direction = jnp.sqrt(jnp.maximum(gather(schedule.beta_bars_prev, i, x_t) - variance, 0.0))
         return signal * prediction.x0 + direction * prediction.eps + jnp.sqrt(variance) * noise
+
+    return step
+
+
+def analytic_dpm_step(C, eta) -> Step:
+    """The step of ddim_step(eta) with Analytic-DPM's variance (arXiv 2201.06503), and without noise at i = 0.
+
+    C (num_steps,): the table of `analytic.estimate_C` for the schedule that is sampled, with guidance too. eta = 1 is
+    DDPM's chain. Both may be traced.
+    """
+
+    def step(x_t, i, prediction, schedule, noise):
+        x0_weight, x_t_weight, _ = reverse_weights(schedule, eta)
+        mean = gather(x0_weight, i, x_t) * prediction.x0 + gather(x_t_weight, i, x_t) * x_t
+        variance = gather(analytic_variance(schedule, C, eta), i, x_t)
+        return mean + jnp.where(i > 0, jnp.sqrt(variance) * noise, 0.0)
 
     return step
 

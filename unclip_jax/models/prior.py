@@ -11,11 +11,13 @@ from unclip_jax.models.transformer import Transformer, causal_mask
 class DiffusionPrior(nn.Module):
     """Sequence: caption tokens | CLIP text embedding | timestep | noised image embedding | query; read at the query.
 
-    Padded caption positions are hidden from everything; the four last places never are.
+    Padded caption positions are hidden from everything; the four last places never are. The caption comes in as tokens,
+    for an embedding table of the prior's own, or as the states of CLIP's text tower, for a linear layer (Karlo's form).
     """
 
     embedding_dim: int
-    vocab_size: int
+    caption: str  # "own": tokens; "clip": states
+    vocab_size: int  # of the own tokens
     context: int
     width: int
     depth: int
@@ -24,14 +26,18 @@ class DiffusionPrior(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x, timesteps, tokens, length, text_embedding):
+    def __call__(self, x, timesteps, caption, length, text_embedding):
         """The un-noised embedding, float32 (B, embedding_dim).
 
-        x (B, embedding_dim): noised image embedding; text_embedding likewise; timesteps (B,); tokens (B, context);
-        length (B,) real tokens. Length 0 and a zero text embedding are the dropped condition.
+        x (B, embedding_dim): noised image embedding; text_embedding likewise; timesteps (B,); caption: tokens
+        (B, context) or states (B, context, W); length (B,) real ones of them.
         """
         small = nn.initializers.normal(0.01)
-        caption = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="tokens")
+        if self.caption == "own":
+            table = nn.initializers.normal(0.02)
+            words = nn.Embed(self.vocab_size, self.width, embedding_init=table, name="tokens")(caption)
+        else:
+            words = Dense(self.width, name="caption")(caption)
         query = jnp.broadcast_to(self.param("query", small, (self.width,)), (x.shape[0], self.width))
         conditions = [
             Dense(self.width, name="text_embedding")(text_embedding),
@@ -39,7 +45,7 @@ class DiffusionPrior(nn.Module):
             Dense(self.width, name="noised_embedding")(x),
             query,
         ]
-        h = jnp.concatenate([caption(tokens), jnp.stack(conditions, axis=1)], axis=1)
+        h = jnp.concatenate([words, jnp.stack(conditions, axis=1)], axis=1)
         h = h + self.param("positions", small, (self.context + 4, self.width))[None]
 
         places = jnp.arange(self.context + 4)[None, :]

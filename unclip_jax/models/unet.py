@@ -1,7 +1,7 @@
 """The ADM U-Net (arXiv 2105.05233), with GLIDE's text (2112.10741) and unCLIP's CLIP embedding (2204.06125).
 
-Two classes: `UNet` knows an embedding to add to its timestep's and a sequence to attend to; `Conditioner` makes both
-from a caption and a CLIP image embedding. The upsamplers are a `UNet` without attention.
+`UNet` knows an embedding to add to its timestep's and a sequence to attend to; the conditioners make both from a
+caption and a CLIP image embedding. unCLIP's upsamplers are a `UNet` without attention.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import Conv3x3, Dense, GroupNorm, TimestepMLP, attention, fan_in_uniform, zeros
+from unclip_jax.models.layers import (
+    Conv3x3,
+    Dense,
+    GroupNorm,
+    TimestepMLP,
+    attention,
+    fan_in_uniform,
+    layer_norm,
+    zeros,
+)
 from unclip_jax.models.transformer import TextTransformer
 
 
@@ -31,11 +40,15 @@ def same(x):
 
 
 class ResBlock(nn.Module):
-    """x (B, H, W, C), emb (B, E) → (B, H', W', features): the timestep scales and shifts the second norm (FiLM)."""
+    """x (B, H, W, C), emb (B, E) → (B, H', W', features).
+
+    The timestep scales and shifts what the second norm gives (FiLM), or is added in front of it.
+    """
 
     features: int
     groups: int
     dropout: float
+    scale_shift: bool
     dtype: jnp.dtype
     resample: callable = same
 
@@ -44,9 +57,14 @@ class ResBlock(nn.Module):
         h = nn.silu(GroupNorm(self.groups, name="norm_in")(x)).astype(self.dtype)
         h, x = self.resample(h), self.resample(x)
         h = Conv3x3(self.features, dtype=self.dtype, name="conv_in")(h)
-        film = Dense(2 * self.features, dtype=self.dtype, name="film")(nn.silu(emb))
-        scale, shift = jnp.split(film.astype(jnp.float32)[:, None, None, :], 2, axis=-1)
-        h = nn.silu(GroupNorm(self.groups, name="norm_out")(h) * (1 + scale) + shift)
+        norm = GroupNorm(self.groups, name="norm_out")
+        if self.scale_shift:
+            film = Dense(2 * self.features, dtype=self.dtype, name="film")(nn.silu(emb))
+            scale, shift = jnp.split(film.astype(jnp.float32)[:, None, None, :], 2, axis=-1)
+            h = nn.silu(norm(h) * (1 + scale) + shift)
+        else:
+            shift = Dense(self.features, dtype=self.dtype, name="shift")(nn.silu(emb))
+            h = nn.silu(norm(h + shift[:, None, None, :]))
         h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
         h = Conv3x3(self.features, dtype=self.dtype, **zeros, name="conv_out")(h)
         if x.shape[-1] != self.features:
@@ -55,19 +73,21 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over pixels; a context (B, S, W) gives extra keys and values in front of the pixels' own."""
+    """Self-attention over pixels; a context (B, S, W) gives extra keys and values in front of the pixels' own.
 
-    head_channels: int
+    context_mask: bool (B, S), True where attended; None: everywhere.
+    """
+
+    heads: int
     groups: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, context):
+    def __call__(self, x, context, context_mask):
         b, height, width, c = x.shape
-        heads = c // self.head_channels
 
         def split(y, parts):
-            return jnp.split(y.reshape(b, -1, parts * heads, self.head_channels), parts, axis=2)
+            return jnp.split(y.reshape(b, -1, parts * self.heads, c // self.heads), parts, axis=2)
 
         h = GroupNorm(self.groups, name="norm")(x).reshape(b, height * width, c)
         query, key, value = split(Dense(3 * c, dtype=self.dtype, name="qkv")(h), 3)
@@ -75,12 +95,18 @@ class AttentionBlock(nn.Module):
             context_key, context_value = split(Dense(2 * c, dtype=self.dtype, name="context_kv")(context), 2)
             key = jnp.concatenate([context_key, key], axis=1)
             value = jnp.concatenate([context_value, value], axis=1)
-        h = attention(query, key, value).reshape(b, height, width, c)
+        mask = None
+        if context_mask is not None:
+            mask = jnp.pad(context_mask, ((0, 0), (0, height * width)), constant_values=True)[:, None, None, :]
+        h = attention(query, key, value, mask).reshape(b, height, width, c)
         return x + Dense(c, dtype=self.dtype, **zeros, name="out")(h)
 
 
 class UNet(nn.Module):
-    """x (B, H, W, C), timesteps (B,) → (B, H, W, out_channels) float32."""
+    """x (B, H, W, C), timesteps (B,) → (B, H, W, out_channels) float32.
+
+    Attention has `head_channels` channels a head or, where that is 0, `heads` heads: (down and middle, up).
+    """
 
     channels: int  # of the first level; the others have channels × channel_mult
     channel_mult: tuple[int, ...]
@@ -88,15 +114,19 @@ class UNet(nn.Module):
     attention: tuple[int, ...]  # downsampling factors of the levels that attend
     middle_attention: bool
     head_channels: int
+    heads: tuple[int, int]
     norm_groups: int
+    scale_shift: bool  # how the timestep enters; see ResBlock
+    resample_blocks: bool  # ResBlocks halve and double; else a strided convolution, and one after doubling
     out_channels: int
     dropout: float
     dtype: jnp.dtype
     remat: bool
 
     @nn.compact
-    def __call__(self, x, timesteps, emb=None, context=None, deterministic: bool = True):
-        """emb (B, 4·channels): added to the timestep's embedding. context (B, S, W): attended by every attention."""
+    def __call__(self, x, timesteps, emb=None, context=None, context_mask=None, deterministic: bool = True):
+        """emb (B, 4·channels): added to the timestep's embedding. context (B, S, W): attended by every attention,
+        where context_mask (bool (B, S)) is True."""
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
 
@@ -104,11 +134,21 @@ class UNet(nn.Module):
         emb = time if emb is None else time + emb.astype(jnp.float32)
 
         def res(h, features, name, resample=same):
-            block = res_block(features, self.norm_groups, self.dropout, self.dtype, resample, name=name)
+            block = res_block(
+                features, self.norm_groups, self.dropout, self.scale_shift, self.dtype, resample, name=name
+            )
             return block(h, emb, deterministic)
 
-        def attend(h, name):
-            return attention_block(self.head_channels, self.norm_groups, self.dtype, name=name)(h, context)
+        def resampled(h, name, resample):
+            if self.resample_blocks:
+                return res(h, h.shape[-1], name, resample)
+            strides = 2 if resample is downsample else 1
+            h = h if resample is downsample else resample(h)
+            return Conv3x3(h.shape[-1], strides=strides, dtype=self.dtype, name=name)(h)
+
+        def attend(h, name, up=False):
+            heads = h.shape[-1] // self.head_channels if self.head_channels else self.heads[up]
+            return attention_block(heads, self.norm_groups, self.dtype, name=name)(h, context, context_mask)
 
         widths = [self.channels * mult for mult in self.channel_mult]
         last = len(widths) - 1
@@ -121,7 +161,7 @@ class UNet(nn.Module):
                     h = attend(h, f"down_{level}_{i}_attention")
                 skips.append(h)
             if level < last:
-                h = res(h, width, f"down_{level}_resample", downsample)
+                h = resampled(h, f"down_{level}_resample", downsample)
                 skips.append(h)
 
         h = res(h, widths[-1], "middle_0_res")
@@ -133,43 +173,83 @@ class UNet(nn.Module):
             for i in range(self.res_blocks + 1):
                 h = res(jnp.concatenate([h, skips.pop()], axis=-1), width, f"up_{level}_{i}_res")
                 if 2**level in self.attention:
-                    h = attend(h, f"up_{level}_{i}_attention")
+                    h = attend(h, f"up_{level}_{i}_attention", up=True)
             if level > 0:
-                h = res(h, width, f"up_{level}_resample", upsample)
+                h = resampled(h, f"up_{level}_resample", upsample)
 
         h = nn.silu(GroupNorm(self.norm_groups, name="norm_out")(h))
         return Conv3x3(self.out_channels, **zeros, name="conv_out")(h)
 
 
 class Conditioning(NamedTuple):
-    """What a decoder's U-Net is told besides the noisy picture; computed once per sampling run."""
+    """What a U-Net is told besides the noisy picture; computed once per sampling run."""
 
     emb: jax.Array  # (B, 4·channels), added to the timestep embedding
-    context: jax.Array  # (B, text context + image tokens, text width), attended
+    context: jax.Array  # (B, S, W), attended
+    context_mask: jax.Array | None  # bool (B, S); None: all of the context is attended
 
 
-class Conditioner(nn.Module):
-    """Captions and CLIP image embeddings → Conditioning."""
+class TextConditioner(nn.Module):
+    """GLIDE's: captions → Conditioning."""
 
     text: TextTransformer
     emb_width: int  # 4·channels of the U-Net
+
+    @nn.compact
+    def __call__(self, tokens, length) -> Conditioning:
+        """tokens (B, context), length (B,); length 0 drops the caption."""
+        text = self.text(tokens, length)
+        return Conditioning(Dense(self.emb_width, name="text_to_emb")(text[:, -1]), text, None)
+
+
+class Conditioner(nn.Module):
+    """unCLIP's: captions by a text path of its own, and CLIP image embeddings → Conditioning."""
+
+    text: TextTransformer
+    emb_width: int
     image_tokens: int
     learned_null: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, tokens, length, image_embedding, has_embedding) -> Conditioning:
-        """tokens (B, context), length (B,); length 0 drops the caption. image_embedding (B, d) of unit norm;
+        """tokens (B, context), length (B,); length 0 drops the caption. image_embedding (B, d);
         has_embedding (B,) bool; False drops the embedding."""
         text = self.text(tokens, length)
         emb = Dense(self.emb_width, name="text_to_emb")(text[:, -1])
+        image_emb, image = _image_conditioning(self, image_embedding, has_embedding, text.shape[-1])
+        return Conditioning(emb + image_emb, jnp.concatenate([text, image], axis=1), None)
 
-        dim = image_embedding.shape[-1]
-        null = self.param("null_embedding", nn.initializers.zeros, (dim,)) if self.learned_null else jnp.zeros(dim)
-        # × sqrt(d): elements of order one, as the other inputs of the sum have.
-        z = jnp.where(has_embedding[:, None], image_embedding * dim**0.5, null[None])
-        emb = emb + Dense(self.emb_width, name="image_to_emb")(z)
-        width = text.shape[-1]
-        tokens = Dense(self.image_tokens * width, dtype=self.dtype, name="image_to_tokens")(z)
-        image = tokens.astype(text.dtype).reshape(-1, self.image_tokens, width)
-        return Conditioning(emb, jnp.concatenate([text, image], axis=1))
+
+class ClipConditioner(nn.Module):
+    """Karlo's: captions as CLIP's text tower reads them, and CLIP image embeddings → Conditioning.
+
+    The text embedding joins the timestep's; the tower's states are attended up to the caption's end.
+    """
+
+    width: int  # of the context
+    emb_width: int
+    image_tokens: int
+    learned_null: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, states, length, text_embedding, image_embedding, has_embedding) -> Conditioning:
+        """states (B, context, W), length (B,), both embeddings (B, d), has_embedding (B,) bool."""
+        text = layer_norm("text_norm")(Dense(self.width, name="text_states")(states))
+        emb = Dense(self.emb_width, name="text_to_emb")(text_embedding)
+        image_emb, image = _image_conditioning(self, image_embedding, has_embedding, self.width)
+        real = jnp.arange(states.shape[1])[None, :] < length[:, None]
+        mask = jnp.pad(real, ((0, 0), (0, self.image_tokens)), constant_values=True)
+        return Conditioning(emb + image_emb, jnp.concatenate([text, image], axis=1), mask)
+
+
+def _image_conditioning(module, embedding, has_embedding, width: int):
+    """What a conditioner makes of CLIP image embeddings: (B, emb_width) and image tokens (B, image_tokens, width)."""
+    dim = embedding.shape[-1]
+    null = module.param("null_embedding", nn.initializers.zeros, (dim,)) if module.learned_null else jnp.zeros(dim)
+    # x sqrt(d): elements of order one, as the other inputs of the sum have.
+    z = jnp.where(has_embedding[:, None], embedding * dim**0.5, null[None])
+    emb = Dense(module.emb_width, name="image_to_emb")(z)
+    tokens = Dense(module.image_tokens * width, dtype=module.dtype, name="image_to_tokens")(z)
+    return emb, tokens.astype(jnp.float32).reshape(-1, module.image_tokens, width)

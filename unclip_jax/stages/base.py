@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from unclip_jax.diffusion.guidance import classifier_free, clip_x0
+from unclip_jax.diffusion.guidance import classifier_free, clip_x0, known_pixels
 from unclip_jax.diffusion.losses import training_loss
 from unclip_jax.diffusion.process import make_denoiser, q_sample
 from unclip_jax.diffusion.samplers import ddim_step, ddpm_step, sample
@@ -82,6 +82,11 @@ def to_uint8(images):
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
+def rounded(images):
+    """Float in [-1, 1] → the nearest 8-bit values, still as float."""
+    return to_float(to_uint8(images))
+
+
 def output_channels(config: ConfigDict, channels: int) -> int:
     """Channels a network puts out for `channels` of data: twice as many where it learns its variance."""
     return 2 * channels if config.diffusion.learned_variance else channels
@@ -104,18 +109,30 @@ def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
     return jnp.mean(losses), {name: jnp.mean(term) for name, term in terms.items()}
 
 
-def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], key, guidance_scale=None):
-    """Samples x0 of `shape` by `config.sampling`.
+def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], conditions: dict, key):
+    """Samples x0 of `shape` by `config.sampling`, float32.
 
-    With a guidance scale (may be traced), `network` answers for 2B rows, the conditional B first.
+    conditions: "guidance_scale" (may be traced), where given: `network` then answers for 2B rows, the conditional B
+    first. "x_T", where given: the noise to start from, instead of one drawn from `key` times `temperature`.
+    "known_image", "known" (bool), where given: pixels that x0 is known at, put in place at every step.
     """
     s, d = config.sampling, config.diffusion
     schedule = respace(make_schedule(d.schedule, d.timesteps), s.steps)
     denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
-    if guidance_scale is not None:
-        denoiser = classifier_free(denoiser, guidance_scale)
+    if "guidance_scale" in conditions:
+        denoiser = classifier_free(denoiser, conditions["guidance_scale"])
     if s.clip_x0:
         denoiser = clip_x0(denoiser, schedule, s.clip_x0)
+    if "known" in conditions:
+        denoiser = known_pixels(denoiser, schedule, conditions["known_image"], conditions["known"])
     step = ddpm_step if s.sampler == "ddpm" else ddim_step(s.eta)
     key_start, key_steps = jax.random.split(key)
-    return sample(denoiser, schedule, jax.random.normal(key_start, shape), key_steps, step)
+    x_T = conditions["x_T"] if "x_T" in conditions else s.temperature * jax.random.normal(key_start, shape)
+    return sample(denoiser, schedule, x_T, key_steps, step)
+
+
+def empty_caption(tokens, length):
+    """The caption of no words, between the start and end tokens of the captions given: tokens, length as given."""
+    last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
+    nothing = jnp.concatenate([tokens[:, :1], last, jnp.zeros_like(tokens[:, 2:])], axis=1)
+    return nothing, jnp.full_like(length, 2)

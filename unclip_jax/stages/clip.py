@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower
-from unclip_jax.stages.base import Stage
+from unclip_jax.stages.base import Stage, to_float
 
 
 class Clip(Stage):
-    """Params {"image", "text", "logit_scale"}. Embeddings have unit norm."""
+    """Params {"image", "text", "logit_scale"}. Embeddings have unit norm unless `config.model.unit_norm` is False."""
 
     @property
     def images(self):
@@ -33,24 +33,34 @@ class Clip(Stage):
             image=ImageTower(**m.image, **shared),
             text=TextTower(**m.text, **shared),
             initial_scale=m.initial_scale,
+            unit_norm=m.unit_norm,
         )
 
     def init(self, key):
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.batch_spec(1).items()}
-        images = self._normalized(batch["image"])
-        return self._model().init(key, images, batch["tokens"], batch["tokens_length"] + 1)["params"]
+        images = self._normalized(to_float(batch["image"]))
+        length = batch["tokens_length"] + 1
+        return self._model().init(key, images, batch["tokens"], length, jnp.zeros_like(length))["params"]
 
     def embed_images(self, params, images):
-        """uint8 (B, R, R, 3) → unit vectors (B, dim)."""
-        return self._model().apply({"params": params}, self._normalized(images), method="embed_image")
+        """uint8 (B, R, R, 3) → embeddings (B, dim)."""
+        return self._model().apply({"params": params}, self._normalized(to_float(images)), method="embed_image")
+
+    def embed_noised(self, params, x_t, timesteps):
+        """The noise-aware tower's: x_t (B, R, R, 3), a picture in [-1, 1] diffused to timesteps (B,) → (B, dim)."""
+        return self._model().apply({"params": params}, self._normalized(x_t), timesteps, method="embed_image")
 
     def embed_texts(self, params, tokens, length):
-        """Tokens (B, context) with start and end, lengths (B,) → unit vectors (B, dim)."""
+        """Tokens (B, context) with start and end, lengths (B,) → embeddings (B, dim)."""
+        return self.read_texts(params, tokens, length)[0]
+
+    def read_texts(self, params, tokens, length):
+        """The same, and the text tower's states (B, context, width)."""
         return self._model().apply({"params": params}, tokens, length, method="embed_text")
 
     def loss(self, params, frozen, batch, key):
         del frozen, key
-        images = self._normalized(batch["image"])
+        images = self._normalized(to_float(batch["image"]))
         z_i, z_t, scale = self._model().apply({"params": params}, images, batch["tokens"], batch["tokens_length"])
         logits = scale * z_i @ z_t.T
         loss = 0.5 * (_diagonal_cross_entropy(logits) + _diagonal_cross_entropy(logits.T))
@@ -66,9 +76,10 @@ class Clip(Stage):
         return params | {"logit_scale": jnp.minimum(params["logit_scale"], ceiling)}
 
     def _normalized(self, images):
+        """[-1, 1] → what the towers are trained on: mean and std are of pixels in [0, 1]."""
         m = self.config.model
         mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in (m.mean, m.std))
-        return (images.astype(jnp.float32) / 255 - mean) / std
+        return ((images + 1) / 2 - mean) / std
 
 
 def _diagonal_cross_entropy(logits):

@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.transformer import TextTransformer
-from unclip_jax.models.unet import Conditioner, UNet
-from unclip_jax.stages.base import Stage, diffusion_loss, draw, output_channels, to_float, to_uint8
+from unclip_jax.models.unet import ClipConditioner, Conditioner, UNet
+from unclip_jax.stages.base import Stage, diffusion_loss, draw, empty_caption, output_channels, to_float, to_uint8
 
 
 class Decoder(Stage):
     """Params {"conditioner", "unet"}. The embedding and the caption are dropped independently of each other; where
-    one is dropped it reaches the network on no path."""
+    one is dropped it reaches the network on no path.
+
+    `config.model.caption` says who reads the caption: "own", a text path of the decoder's; "clip", CLIP's text tower.
+    """
 
     needs_clip = True
 
@@ -20,36 +23,57 @@ class Decoder(Stage):
 
     @property
     def texts(self):
-        return {"tokens": ("own", self.config.model.text.context, False)}
+        if self._own_text:
+            return {"tokens": ("own", self.config.model.text.context, False)}
+        return {"clip_tokens": ("clip", self.clip.config.model.text.context, True)}
+
+    @property
+    def _own_text(self) -> bool:
+        return self.config.model.caption == "own"
 
     def _unet(self) -> UNet:
         dtype = jnp.dtype(self.config.dtype)
         return UNet(**self.config.model.unet, out_channels=output_channels(self.config, 3), dtype=dtype)
 
-    def _conditioner(self) -> Conditioner:
+    def _conditioner(self) -> Conditioner | ClipConditioner:
         m, dtype = self.config.model, jnp.dtype(self.config.dtype)
-        return Conditioner(
-            text=TextTransformer(**m.text, remat=m.unet.remat, dtype=dtype),
-            emb_width=4 * m.unet.channels,
-            image_tokens=m.image_tokens,
-            learned_null=m.learned_null,
-            dtype=dtype,
-        )
+        shared = {
+            "emb_width": 4 * m.unet.channels,
+            "image_tokens": m.image_tokens,
+            "learned_null": m.learned_null,
+            "dtype": dtype,
+        }
+        if self._own_text:
+            return Conditioner(text=TextTransformer(**m.text, remat=m.unet.remat, dtype=dtype), **shared)
+        return ClipConditioner(width=m.text.width, **shared)
 
     def init(self, key):
         m = self.config.model
         key_conditioner, key_unet = jax.random.split(key)
-        one = jnp.ones((1,), jnp.int32)
-        inputs = (jnp.zeros((1, m.text.context), jnp.int32), one, jnp.zeros((1, m.embedding_dim)), one > 0)
-        conditioning, conditioner = self._conditioner().init_with_output(key_conditioner, *inputs)
+        one, z = jnp.ones((1,), jnp.int32), jnp.zeros((1, m.embedding_dim))
+        if self._own_text:
+            caption = (jnp.zeros((1, m.text.context), jnp.int32), one)
+        else:
+            text = self.clip.config.model.text
+            caption = (jnp.zeros((1, text.context, text.width)), one, z)
+        conditioning, conditioner = self._conditioner().init_with_output(key_conditioner, *caption, z, one > 0)
         x = jnp.zeros((1, m.image_size, m.image_size, 3))
         unet = self._unet().init(key_unet, x, one, *conditioning)
         return {"conditioner": conditioner["params"], "unet": unet["params"]}
 
-    def condition(self, params, tokens, length, image_embedding, has_embedding):
-        """What the U-Net is told besides x_t and t; see `models.unet.Conditioner`."""
+    def condition(self, params, frozen, captions, has_caption, image_embedding, has_embedding):
+        """What the U-Net is told besides x_t and t. captions: the arrays that `texts` names; has_caption, has_embedding
+        (B,) bool, False where dropped; image_embedding (B, dim)."""
+        if self._own_text:
+            caption = captions["tokens"], jnp.where(has_caption, captions["tokens_length"], 0)
+        else:
+            tokens, length = captions["clip_tokens"], captions["clip_tokens_length"]
+            nothing, no_length = empty_caption(tokens, length)
+            tokens, length = jnp.where(has_caption[:, None], tokens, nothing), jnp.where(has_caption, length, no_length)
+            text_embedding, states = self.clip.read_texts(frozen, tokens, length)
+            caption = states, length, text_embedding
         variables = {"params": params["conditioner"]}
-        return self._conditioner().apply(variables, tokens, length, image_embedding, has_embedding)
+        return self._conditioner().apply(variables, *caption, image_embedding, has_embedding)
 
     def loss(self, params, frozen, batch, key):
         d = self.config.diffusion
@@ -57,8 +81,7 @@ class Decoder(Stage):
         key_z, key_text, key_dropout, key_loss = jax.random.split(key, 4)
         has_embedding = ~jax.random.bernoulli(key_z, d.drop_embedding, z_i.shape[:1])
         has_caption = ~jax.random.bernoulli(key_text, d.drop_caption, z_i.shape[:1])
-        length = jnp.where(has_caption, batch["tokens_length"], 0)
-        conditioning = self.condition(params, batch["tokens"], length, z_i, has_embedding)
+        conditioning = self.condition(params, frozen, batch, has_caption, z_i, has_embedding)
 
         def network(x_t, t):
             variables, rngs = {"params": params["unet"]}, {"dropout": key_dropout}
@@ -67,29 +90,26 @@ class Decoder(Stage):
         return diffusion_loss(self.config, network, to_float(batch["image"]), key_loss)
 
     def sample(self, params, frozen, conditions, key):
-        """uint8 (B, R, R, 3) for {"tokens" (B, context), "tokens_length" (B,), "image_embedding" (B, dim) of unit norm,
-        "guidance_scale" ()}. The unconditional branch has neither embedding nor caption."""
-        del frozen
-        tokens, length, z_i = (conditions[name] for name in ("tokens", "tokens_length", "image_embedding"))
-        rows = len(z_i)
+        """Pictures (B, R, R, 3) for the captions that `texts` names (with their lengths), "image_embedding" (B, dim)
+        and "guidance_scale" (). The unconditional branch has neither embedding nor caption."""
+        rows = len(conditions["image_embedding"])
         has = jnp.arange(2 * rows) < rows
-        both = [jnp.concatenate([v, v]) for v in (tokens, length, z_i)]
-        conditioning = self.condition(params, both[0], jnp.where(has, both[1], 0), both[2], has)
+        captions = {k: jnp.concatenate([v, v]) for k, v in conditions.items() if "tokens" in k}
+        z_i = jnp.concatenate([conditions["image_embedding"]] * 2)
+        conditioning = self.condition(params, frozen, captions, has, z_i, has)
 
         def network(x_t, t):
             return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
 
         size = self.config.model.image_size
-        return to_uint8(draw(self.config, network, (rows, size, size, 3), key, conditions["guidance_scale"]))
+        return draw(self.config, network, (rows, size, size, 3), conditions, key)
 
     def evaluate(self, params, frozen, batch, key):
         """Held-out loss; pictures drawn from the true embeddings and captions, each above the true picture."""
         loss, _ = self.loss(params, frozen, batch, key)
-        conditions = {
-            "tokens": batch["tokens"],
-            "tokens_length": batch["tokens_length"],
+        conditions = {k: v for k, v in batch.items() if "tokens" in k} | {
             "image_embedding": self.clip.embed_images(frozen, batch["clip_image"]),
             "guidance_scale": jnp.float32(self.config.sampling.guidance_scale),
         }
-        drawn = self.sample(params, frozen, conditions, key)
+        drawn = to_uint8(self.sample(params, frozen, conditions, key))
         return {"loss": loss}, jnp.concatenate([drawn, batch["image"]], axis=1)

@@ -1,7 +1,10 @@
 """The diffusion prior: caption → CLIP image embedding (arXiv 2204.06125, section 2.2).
 
-x0 = `embedding_scale` · z_i, z_i of unit norm; L = E ‖f(x_t, t, caption, z_t) − x0‖² averaged over elements. Caption
-and z_t count as one condition and are dropped together. Sampling draws two embeddings and keeps the one nearer z_t.
+x0 = `embedding_scale` · z_i; L = E ‖f(x_t, t, caption, z_t) − x0‖² averaged over elements. Caption and z_t count as one
+condition and are dropped together. Sampling draws two embeddings and keeps the one nearer z_t.
+
+Karlo's form, for its public weights: the caption as CLIP's text tower reads it, a dropped one being the empty caption,
+and z_i whitened by a mean and a standard deviation per dimension that are stored with the weights.
 """
 
 import jax
@@ -9,7 +12,7 @@ import jax.numpy as jnp
 
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.prior import DiffusionPrior
-from unclip_jax.stages.base import Stage, diffusion_loss, draw
+from unclip_jax.stages.base import Stage, diffusion_loss, draw, empty_caption
 
 
 class PriorDiffusion(Stage):
@@ -23,8 +26,12 @@ class PriorDiffusion(Stage):
 
     @property
     def texts(self):
-        own = ("own", self.config.model.context, False)
-        return {"tokens": own, "clip_tokens": ("clip", self.clip.config.model.text.context, True)}
+        clip = {"clip_tokens": ("clip", self.clip.config.model.text.context, True)}
+        return {"tokens": ("own", self.config.model.context, False)} | clip if self._own_text else clip
+
+    @property
+    def _own_text(self) -> bool:
+        return self.config.model.caption == "own"
 
     def _model(self) -> DiffusionPrior:
         return DiffusionPrior(**self.config.model, dtype=jnp.dtype(self.config.dtype))
@@ -33,41 +40,63 @@ class PriorDiffusion(Stage):
         m = self.config.model
         one = jnp.ones((1,), jnp.int32)
         z = jnp.zeros((1, m.embedding_dim))
-        return self._model().init(key, z, one, jnp.zeros((1, m.context), jnp.int32), one, z)["params"]
+        shape = (1, m.context) if self._own_text else (1, m.context, self.clip.config.model.text.width)
+        caption = jnp.zeros(shape, jnp.int32 if self._own_text else jnp.float32)
+        params = self._model().init(key, z, one, caption, one, z)["params"]
+        whitening = {"embedding_mean": jnp.zeros(m.embedding_dim), "embedding_std": jnp.ones(m.embedding_dim)}
+        return params | whitening if self.config.diffusion.whiten else params
+
+    def _whitening(self, params):
+        """Parameters of the network; mean and std (1, dim) of the embeddings, never trained."""
+        network = dict(params)
+        if not self.config.diffusion.whiten:
+            return network, 0.0, 1.0
+        mean, std = (jax.lax.stop_gradient(network.pop(f"embedding_{name}"))[None] for name in ("mean", "std"))
+        return network, mean, std
+
+    def _condition(self, frozen, captions, text_embedding, keep):
+        """The network's caption, length and text embedding; nothing of the caption where `keep` (B,) is False."""
+        scale = self.config.diffusion.embedding_scale
+        if self._own_text:
+            length = jnp.where(keep, captions["tokens_length"], 0)
+            return captions["tokens"], length, jnp.where(keep[:, None], scale * text_embedding, 0.0)
+        tokens, length = captions["clip_tokens"], captions["clip_tokens_length"]
+        nothing, no_length = empty_caption(tokens, length)
+        tokens, length = jnp.where(keep[:, None], tokens, nothing), jnp.where(keep, length, no_length)
+        empty_embedding, states = self.clip.read_texts(frozen, tokens, length)
+        return states, length, scale * jnp.where(keep[:, None], text_embedding, empty_embedding)
 
     def loss(self, params, frozen, batch, key):
-        scale = self.config.diffusion.embedding_scale
         z_i = self.clip.embed_images(frozen, batch["clip_image"])
         z_t = self.clip.embed_texts(frozen, batch["clip_tokens"], batch["clip_tokens_length"])
         key_drop, key_loss = jax.random.split(key)
         keep = ~jax.random.bernoulli(key_drop, self.config.diffusion.drop_text, z_i.shape[:1])
-        length = jnp.where(keep, batch["tokens_length"], 0)
-        text_embedding = jnp.where(keep[:, None], scale * z_t, 0.0)
+        condition = self._condition(frozen, batch, z_t, keep)
+        weights, mean, std = self._whitening(params)
 
         def network(x_t, t):
-            return self._model().apply({"params": params}, x_t, t, batch["tokens"], length, text_embedding)
+            return self._model().apply({"params": weights}, x_t, t, *condition)
 
-        return diffusion_loss(self.config, network, scale * z_i, key_loss)
+        x0 = self.config.diffusion.embedding_scale * ((z_i - mean) / std)
+        return diffusion_loss(self.config, network, x0, key_loss)
 
     def sample(self, params, frozen, conditions, key):
-        """Unit embeddings (B, dim) for {"tokens" (B, context), "tokens_length" (B,), "text_embedding" (B, dim) of unit
-        norm, "guidance_scale" ()}."""
-        del frozen
-        scale, draws = self.config.diffusion.embedding_scale, self.config.sampling.draws
-        z_t = conditions["text_embedding"]
-        tokens, length = conditions["tokens"], conditions["tokens_length"]
-
+        """CLIP embeddings (B, dim) for captions in the prior's tokens ("clip_tokens" if CLIP reads them), with their
+        lengths, "text_embedding" (B, dim) and "guidance_scale" ()."""
+        draws, z_t = self.config.sampling.draws, conditions["text_embedding"]
         # Rows: every draw conditional, then every draw unconditional.
-        tokens = jnp.tile(tokens, (2 * draws, 1))
-        length = jnp.concatenate([jnp.tile(length, draws), jnp.zeros(draws * len(length), length.dtype)])
-        text = jnp.tile(scale * z_t, (draws, 1))
-        text = jnp.concatenate([text, jnp.zeros_like(text)])
+        keep = jnp.arange(2 * draws * len(z_t)) < draws * len(z_t)
+        captions = {k: jnp.concatenate([v] * 2 * draws) for k, v in conditions.items() if "tokens" in k}
+        condition = self._condition(frozen, captions, jnp.tile(z_t, (2 * draws, 1)), keep)
+        weights, mean, std = self._whitening(params)
 
         def network(x_t, t):
-            return self._model().apply({"params": params}, x_t, t, tokens, length, text)
+            return self._model().apply({"params": weights}, x_t, t, *condition)
 
-        drawn = draw(self.config, network, (draws * len(z_t), z_t.shape[-1]), key, conditions["guidance_scale"])
-        drawn = normalize(drawn).reshape(draws, *z_t.shape)
+        drawn = draw(self.config, network, (draws * len(z_t), z_t.shape[-1]), conditions, key)
+        drawn = drawn / self.config.diffusion.embedding_scale * std + mean
+        drawn = normalize(drawn) if self.clip.config.model.unit_norm else drawn
+        drawn = drawn.reshape(draws, *z_t.shape)
         nearest = jnp.argmax(jnp.sum(drawn * z_t[None], axis=-1), axis=0)
         return jnp.take_along_axis(drawn, nearest[None, :, None], axis=0)[0]
 
@@ -77,14 +106,14 @@ class PriorDiffusion(Stage):
         loss, _ = self.loss(params, frozen, batch, key)
         z_i = self.clip.embed_images(frozen, batch["clip_image"])
         z_t = self.clip.embed_texts(frozen, batch["clip_tokens"], batch["clip_tokens_length"])
-        conditions = {name: batch[name] for name in ("tokens", "tokens_length")} | {
+        conditions = {name: value for name, value in batch.items() if "tokens" in name} | {
             "text_embedding": z_t,
             "guidance_scale": jnp.float32(self.config.sampling.guidance_scale),
         }
         drawn = self.sample(params, frozen, conditions, key)
 
         def cosine(z):
-            return jnp.mean(jnp.sum(z * z_i, axis=-1))
+            return jnp.mean(jnp.sum(normalize(z) * normalize(z_i), axis=-1))
 
         metrics = {
             "loss": loss,

@@ -4,16 +4,22 @@ Convolutions only, no caption and no guidance: trained on small patches, applied
 input is corrupted a little in training, so that the flaws of the stage before do not throw it off.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from unclip_jax.diffusion.corruption import area_downsample, maybe_blur, upsample
 from unclip_jax.models.unet import UNet
-from unclip_jax.stages.base import Stage, diffusion_loss, draw, output_channels, to_float, to_uint8
+from unclip_jax.stages.base import Stage, diffusion_loss, draw, output_channels, rounded, to_float, to_uint8
 
 
 class Upsampler(Stage):
-    """Params of one U-Net whose input is x_t beside the low-resolution picture, upsampled."""
+    """Params of one U-Net whose input is x_t beside the low-resolution picture, upsampled.
+
+    Where `config.model.last_step` is true they are {"first", "last"}: a second U-Net for the last step of sampling (as
+    Karlo has), which the loss does not train.
+    """
 
     @property
     def images(self):
@@ -29,14 +35,16 @@ class Upsampler(Stage):
             **self.config.model.unet,
             attention=(),
             middle_attention=False,
-            head_channels=1,
+            head_channels=0,
+            heads=(1, 1),
             out_channels=output_channels(self.config, 3),
             dtype=dtype,
         )
 
     def init(self, key):
         x = jnp.zeros((1, self.patch, self.patch, 6))
-        return self._unet().init(key, x, jnp.ones((1,), jnp.int32))["params"]
+        params = self._unet().init(key, x, jnp.ones((1,), jnp.int32))["params"]
+        return {"first": params, "last": params} if self.config.model.last_step else params
 
     def _enlarged(self, low_res):
         """Float (B, h, w, 3) → the target's size."""
@@ -47,6 +55,7 @@ class Upsampler(Stage):
         del frozen
         d = self.config.diffusion
         key_blur, key_dropout, key_loss = jax.random.split(key, 3)
+        params = params["first"] if self.config.model.last_step else params
         x0 = to_float(batch["image"])
         low_res = maybe_blur(key_blur, area_downsample(x0, self.config.model.factor), d.blur_probability, d.blur_sigma)
         enlarged = self._enlarged(low_res)
@@ -58,23 +67,29 @@ class Upsampler(Stage):
         return diffusion_loss(self.config, network, x0, key_loss)
 
     def sample(self, params, frozen, conditions, key):
-        """uint8 (B, factor·h, factor·w, 3) for {"low_res": uint8 (B, h, w, 3)} of any size."""
+        """Pictures (B, factor·h, factor·w, 3) for {"low_res": (B, h, w, 3) of any size}, all in [-1, 1]."""
         del frozen
-        enlarged = self._enlarged(to_float(conditions["low_res"]))
+        enlarged = self._enlarged(conditions["low_res"])
 
-        def network(x_t, t):
+        def apply(params, x_t, t):
             return self._unet().apply({"params": params}, jnp.concatenate([x_t, enlarged], axis=-1), t)
 
-        return to_uint8(draw(self.config, network, enlarged.shape, key))
+        def network(x_t, t):
+            if not self.config.model.last_step:
+                return apply(params, x_t, t)
+            first, last = (functools.partial(apply, params[name], x_t, t) for name in ("first", "last"))
+            return jax.lax.cond(t[0] == 0, last, first)
+
+        return draw(self.config, network, enlarged.shape, conditions, key)
 
     def evaluate(self, params, frozen, batch, key):
         """Held-out loss; `psnr` (dB) of pictures drawn from the true ones made small, and `psnr_interpolated` of plain
         interpolation; the drawn, the interpolated and the true picture above each other."""
         loss, _ = self.loss(params, frozen, batch, key)
         truth = batch["image"]
-        small = to_uint8(area_downsample(to_float(truth), self.config.model.factor))
-        drawn = self.sample(params, frozen, {"low_res": small}, key)
-        plain = to_uint8(self._enlarged(to_float(small)))
+        small = rounded(area_downsample(to_float(truth), self.config.model.factor))
+        drawn = to_uint8(self.sample(params, frozen, {"low_res": small}, key))
+        plain = to_uint8(self._enlarged(small))
 
         def psnr(images):
             error = jnp.mean(jnp.square(to_float(images) - to_float(truth)), axis=(1, 2, 3))

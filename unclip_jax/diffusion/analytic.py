@@ -1,0 +1,69 @@
+"""Analytic-DPM (arXiv 2201.06503): the best variance of a reverse step, for data that is not known exactly.
+
+A step from t to the less noisy s draws x_s from q(x_s | x_t, x_0), x_0 being what the network takes it for:
+
+    mean      = a x_0 + b x_t,     a = sqrt(alpha_bar_s) - b sqrt(alpha_bar_t),   b = sqrt((beta_bar_s - l^2) / beta_bar_t)
+    variance  = l^2 = eta^2 beta-tilde_t                      eta = 1: DDPM's chain, eta = 0: DDIM's
+
+x_0 is not known, so the best Gaussian is wider by what that does to the mean (section 3, per dimension):
+
+    sigma*^2  = l^2 + a^2 C_t,     C_t = E |x_0 - E[x_0 | x_t]|^2 / d
+
+C_t is measured, once for a trained network: its own mean squared error at t. That is never negative, it is an upper
+bound for a network that is not perfect, and float32 holds it. (The paper's E |eps|^2 gives the same C_t as a difference
+of nearly equal numbers, times beta_bar_t / alpha_bar_t, up to 4e8.)
+"""
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.diffusion.process import Denoiser, q_sample
+from unclip_jax.diffusion.schedule import Array, NoiseSchedule
+
+
+def reverse_weights(schedule: NoiseSchedule, eta) -> tuple[Array, Array, Array]:
+    """a, b and l^2 of every step of `schedule`, each (n,); in float64 where schedule and eta (in [0, 1]) are NumPy's.
+
+    Sums of positive numbers alone: float32 would not hold the differences above.
+    """
+    posterior = schedule.posterior_variance
+    added = eta**2 * posterior
+    kept = (1 - eta**2) * posterior + schedule.posterior_x_t_weight**2 * schedule.beta_bars  # beta_bar_s - l^2
+    x_t_weight = (kept / schedule.beta_bars) ** 0.5
+    squares = (schedule.alpha_bars_prev * schedule.betas + added * schedule.alpha_bars) / schedule.beta_bars
+    x0_weight = squares / (schedule.alpha_bars_prev**0.5 + x_t_weight * schedule.sqrt_alpha_bars)
+    return x0_weight, x_t_weight, added
+
+
+def analytic_variance(schedule: NoiseSchedule, C: Array, eta) -> Array:
+    """sigma*^2 of every step of `schedule`: (n,), for C (n,) and eta in [0, 1].
+
+    In float64 where all three are NumPy's. Raises ValueError when C is not a number per step.
+    """
+    if C.shape != schedule.betas.shape:
+        raise ValueError(f"C of shape {C.shape} for a schedule of {schedule.num_steps} steps: expected "
+                         f"{schedule.betas.shape}, one number per step")
+    x0_weight, _, added = reverse_weights(schedule, eta)
+    return added + x0_weight**2 * C
+
+
+def squared_errors(denoiser: Denoiser, schedule: NoiseSchedule, x0, noise):
+    """Mean squared error of the predicted x_0 at each step of `schedule`, over one batch: (n,) float32.
+
+    x0 (B, ...): held-out data, in the space and under the conditions that the denoiser was made for; noise standard
+    normal of its shape, used at every step. The denoiser should be the one that is to be sampled, but not guided.
+    """
+
+    def error(i):
+        prediction = denoiser(q_sample(schedule, x0, i, noise), i)
+        return jnp.mean(jnp.square(x0 - prediction.x0))
+
+    return jax.lax.map(error, jnp.arange(schedule.num_steps, dtype=jnp.int32))
+
+
+def estimate_C(errors, limit):
+    """C (n,) from the `squared_errors` (batches, n) of equal batches: their mean, at most `limit`.
+
+    limit: what no posterior variance exceeds: the data's mean square per dimension, or 1 for data in [-1, 1].
+    """
+    return jnp.minimum(jnp.mean(errors, axis=0), jnp.asarray(limit, jnp.float32))

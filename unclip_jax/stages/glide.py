@@ -1,0 +1,112 @@
+"""GLIDE (arXiv 2112.10741): caption → picture, and caption and small picture → the same at four times the side.
+
+Both may also take a picture and which of its pixels are known, to fill in the others (section 2.5): x_t is then
+followed, channel by channel, by the known pixels, by 1 where they are known, and by the enlarged small picture.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from unclip_jax.diffusion.corruption import area_downsample, upsample
+from unclip_jax.models.transformer import TextTransformer
+from unclip_jax.models.unet import TextConditioner, UNet
+from unclip_jax.stages.base import Stage, diffusion_loss, draw, output_channels, rounded, to_float, to_uint8
+
+
+class Glide(Stage):
+    """Params {"conditioner", "unet"}. `config.model.factor` is that of the upsampler, or 0; `config.model.inpaint` says
+    whether known pixels are taken in."""
+
+    @property
+    def images(self):
+        return {"image": self.config.model.image_size}
+
+    @property
+    def texts(self):
+        return {"tokens": ("own", self.config.model.text.context, False)}
+
+    def _unet(self) -> UNet:
+        dtype = jnp.dtype(self.config.dtype)
+        return UNet(**self.config.model.unet, out_channels=output_channels(self.config, 3), dtype=dtype)
+
+    def _conditioner(self) -> TextConditioner:
+        m, dtype = self.config.model, jnp.dtype(self.config.dtype)
+        text = TextTransformer(**m.text, remat=m.unet.remat, dtype=dtype)
+        return TextConditioner(text=text, emb_width=4 * m.unet.channels)
+
+    def init(self, key):
+        m = self.config.model
+        key_conditioner, key_unet = jax.random.split(key)
+        one = jnp.ones((1,), jnp.int32)
+        tokens = jnp.zeros((1, m.text.context), jnp.int32)
+        conditioning, conditioner = self._conditioner().init_with_output(key_conditioner, tokens, one)
+        channels = 3 + 4 * m.inpaint + 3 * bool(m.factor)
+        x = jnp.zeros((1, m.image_size, m.image_size, channels))
+        unet = self._unet().init(key_unet, x, one, *conditioning)
+        return {"conditioner": conditioner["params"], "unet": unet["params"]}
+
+    def _beside(self, conditions, shape):
+        """The channels that follow x_t of `shape`: known pixels (none, where they are not given), small picture."""
+        channels = []
+        if self.config.model.inpaint:
+            known = conditions["known"] if "known" in conditions else jnp.zeros((*shape[:3], 1), bool)
+            image = conditions["known_image"] if "known" in conditions else jnp.zeros(shape)
+            channels += [jnp.where(known, image, 0.0), known.astype(jnp.float32)]
+        if self.config.model.factor:
+            channels.append(upsample(conditions["low_res"], shape[1:3], self.config.model.interpolation))
+        return channels
+
+    def apply(self, params, conditioning, beside, x_t, t, **options):
+        """The U-Net's output for x_t (B, R, R, 3) at original timesteps t (B,)."""
+        x = jnp.concatenate([x_t, *beside], axis=-1)
+        return self._unet().apply({"params": params["unet"]}, x, t, *conditioning, **options)
+
+    def condition(self, params, tokens, length):
+        """What the U-Net is told of captions; length 0 drops one."""
+        return self._conditioner().apply({"params": params["conditioner"]}, tokens, length)
+
+    def loss(self, params, frozen, batch, key):
+        del frozen
+        key_text, key_dropout, key_loss = jax.random.split(key, 3)
+        x0 = to_float(batch["image"])
+        conditions = {}
+        if self.config.model.factor:
+            conditions["low_res"] = area_downsample(x0, self.config.model.factor)
+        dropped = jax.random.bernoulli(key_text, self.config.diffusion.drop_caption, x0.shape[:1])
+        conditioning = self.condition(params, batch["tokens"], jnp.where(dropped, 0, batch["tokens_length"]))
+        beside = self._beside(conditions, x0.shape)
+
+        def network(x_t, t):
+            rngs = {"dropout": key_dropout}
+            return self.apply(params, conditioning, beside, x_t, t, deterministic=False, rngs=rngs)
+
+        return diffusion_loss(self.config, network, x0, key_loss)
+
+    def sample(self, params, frozen, conditions, key):
+        """Pictures (B, R, R, 3) for "tokens" (B, context) and "tokens_length" (B,); with them "guidance_scale" () where
+        guided, "low_res" (B, R/factor, R/factor, 3) for an upsampler, and for inpainting "known_image" (B, R, R, 3) and
+        "known" (B, R, R, 1) bool. Pictures are in [-1, 1]. The unconditional branch has no caption."""
+        del frozen
+        size, tokens, length = self.config.model.image_size, conditions["tokens"], conditions["tokens_length"]
+        shape = (len(tokens), size, size, 3)
+        beside = self._beside(conditions, shape)
+        if "guidance_scale" in conditions:
+            tokens, length = jnp.concatenate([tokens, tokens]), jnp.concatenate([length, jnp.zeros_like(length)])
+            beside = [jnp.concatenate([channel, channel]) for channel in beside]
+        conditioning = self.condition(params, tokens, length)
+
+        def network(x_t, t):
+            return self.apply(params, conditioning, beside, x_t, t)
+
+        return draw(self.config, network, shape, conditions, key)
+
+    def evaluate(self, params, frozen, batch, key):
+        """Held-out loss; pictures drawn for the captions, each above the true picture."""
+        loss, _ = self.loss(params, frozen, batch, key)
+        conditions = {name: batch[name] for name in ("tokens", "tokens_length")}
+        if "guidance_scale" in self.config.sampling:
+            conditions["guidance_scale"] = jnp.float32(self.config.sampling.guidance_scale)
+        if self.config.model.factor:
+            conditions["low_res"] = rounded(area_downsample(to_float(batch["image"]), self.config.model.factor))
+        drawn = to_uint8(self.sample(params, frozen, conditions, key))
+        return {"loss": loss}, jnp.concatenate([drawn, batch["image"]], axis=1)
