@@ -96,9 +96,9 @@ def test_without_error_the_step_is_ddims(eta):
         prediction = Prediction(x0, eps_from_x0(SCHEDULE, x_t, i, x0), None)
         arguments = x_t, i, prediction, SCHEDULE, noise
         moved = analytic_dpm_step(np.zeros(64), eta)(*arguments)
-        np.testing.assert_allclose(moved, ddim_step(eta)(*arguments), atol=1e-6)
+        np.testing.assert_allclose(moved, ddim_step(eta)(*arguments), atol=5e-5)
         if eta == 1:
-            np.testing.assert_allclose(moved, ddpm_step(*arguments), atol=2e-5)
+            np.testing.assert_allclose(moved, ddpm_step(*arguments), atol=2e-6)
 
 
 def test_errors_of_the_best_denoiser_are_C():

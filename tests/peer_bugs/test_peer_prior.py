@@ -17,10 +17,10 @@ ROWS = 3
 
 @functools.cache
 def prior():
-    """(stage, frozen, params) that draws once, and that no caption ever reaches in training."""
+    """(stage, frozen, params) that draws once and in one step, and that no caption ever reaches in training."""
     _, frozen, _ = small_stage("prior_diffusion")
     config = small_config("prior_diffusion").unlock()
-    config.sampling.draws = 1
+    config.sampling.update(dict(draws=1, steps="1"))
     config.diffusion.drop_text = 1.0
     stage = make_stage(config.lock(), small_stage("prior_diffusion")[0].clip)
     return stage, frozen, random_params(stage)
@@ -30,7 +30,7 @@ def prior():
 def drawer():
     """Jitted (guidance scale, x_T, captions, text embedding) → drawn embeddings.
 
-    The last of the prior's predictions is what is drawn, so x_T can be told from it only if the network hears x_t.
+    The only step's prediction is what is drawn, so x_T can be told from it only if the network hears x_t.
     """
     stage, frozen, params = prior()
 

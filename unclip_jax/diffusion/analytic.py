@@ -1,13 +1,13 @@
 """Analytic-DPM (arXiv 2201.06503): the best variance of a reverse step, for data that is not known exactly.
 
-A step from t to the less noisy s draws x_s from q(x_s | x_t, x_0), x_0 being what the network takes it for:
+A step from t to the less noisy s draws from q(x_s | x_t, x_0), with the predicted x_0 in place of the true one:
 
-    mean      = a x_0 + b x_t,     a = sqrt(alpha_bar_s) - b sqrt(alpha_bar_t),   b = sqrt((beta_bar_s - l^2) / beta_bar_t)
-    variance  = l^2 = eta^2 beta-tilde_t                      eta = 1: DDPM's chain, eta = 0: DDIM's
+    mean      = a x_0 + b x_t,  b = sqrt((beta_bar_s - l^2) / beta_bar_t),  a = sqrt(alpha_bar_s) - b sqrt(alpha_bar_t)
+    variance  = l^2 = eta^2 beta-tilde_t    (eta = 1: DDPM's chain; eta = 0: DDIM's)
 
-x_0 is not known, so the best Gaussian is wider by what that does to the mean (section 3, per dimension):
+The true x_0 may be elsewhere, by C_t per dimension, and so may the mean: the best Gaussian for q(x_s | x_t) has
 
-    sigma*^2  = l^2 + a^2 C_t,     C_t = E |x_0 - E[x_0 | x_t]|^2 / d
+    sigma*^2  = l^2 + a^2 C_t,    C_t = E |x_0 - E[x_0 | x_t]|^2 / d
 
 C_t is measured, once for a trained network: its own mean squared error at t. That is never negative, it is an upper
 bound for a network that is not perfect, and float32 holds it. (The paper's E |eps|^2 gives the same C_t as a difference

@@ -1,6 +1,7 @@
 """The one transformer: pre-norm blocks with stacked parameters, scanned over depth so that 24 compile as fast as one.
 
-Used by both CLIP towers, the decoder's text path and the diffusion prior. What is attended is said by a mask alone.
+Used by both CLIP towers, the decoder's text path and both priors. What is attended is said by a mask, and by keys and
+values from elsewhere: a caption's, or those of places already read.
 """
 
 import flax.linen as nn
@@ -24,7 +25,10 @@ def causal_mask(length: int):
 
 
 class Block(nn.Module):
-    """x += MHA(LN(x)); x += MLP(LN(x)), with CLIP's initialisation for a stack of `depth` such blocks."""
+    """x += MHA(LN(x)); x += MLP(LN(x)), with CLIP's initialisation for a stack of `depth` such blocks.
+
+    `memory` as in Transformer, for one block; gives x and its keys and values (B, T, 2, heads, head width).
+    """
 
     heads: int
     depth: int
@@ -32,7 +36,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x, mask, memory):
         width = x.shape[-1]
         residual = (2 * self.depth) ** -0.5  # keeps the residual stream's variance independent of depth
 
@@ -41,16 +45,22 @@ class Block(nn.Module):
 
         qkv = dense(3 * width, width**-0.5, "qkv")(layer_norm("norm_1")(x))
         qkv = qkv.reshape(*qkv.shape[:-1], 3, self.heads, width // self.heads)
-        h = attention(qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], mask)
+        query, own = qkv[..., 0, :, :], qkv[..., 1:, :, :]
+        seen = own if memory is None else jnp.concatenate([memory, own], axis=1)
+        h = attention(query, seen[..., 0, :, :], seen[..., 1, :, :], mask)
         x = x + dense(width, width**-0.5 * residual, "out")(h.reshape(x.shape)).astype(x.dtype)
 
         h = dense(4 * width, (2 * width) ** -0.5, "mlp_in")(layer_norm("norm_2")(x))
         h = dense(width, width**-0.5 * residual, "mlp_out")(ACTIVATIONS[self.activation](h))
-        return x + h.astype(x.dtype)
+        return x + h.astype(x.dtype), own
 
 
 class Transformer(nn.Module):
-    """(B, T, width) → (B, T, width) float32 residual stream. mask as in `layers.attention`; None: all see all."""
+    """(B, T, width) → (B, T, width) float32 residual stream. mask as in `layers.attention`; None: all see all.
+
+    memory (depth, B, S, 2, heads, head width), of `dtype`: each block's keys and values of S other places, attended in
+    front of x's own. With it comes back what x adds to such a memory, (depth, B, T, 2, heads, head width).
+    """
 
     depth: int
     heads: int
@@ -59,11 +69,12 @@ class Transformer(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x, mask=None):
+    def __call__(self, x, mask=None, memory=None):
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
 
-        def step(module, carry, _):
-            return module(carry, mask), None
+        def step(module, carry, memory):
+            carry, own = module(carry, mask, memory)
+            return carry, None if memory is None else own
 
         scanned = nn.scan(
             step,
@@ -74,7 +85,8 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "depth"},
         )
         block = block(self.heads, self.depth, self.activation, self.dtype, name="blocks")
-        return scanned(block, x.astype(jnp.float32), None)[0]
+        x, own = scanned(block, x.astype(jnp.float32), memory)
+        return x if memory is None else (x, own)
 
 
 class TextTransformer(nn.Module):

@@ -251,5 +251,7 @@ def _image_conditioning(module, embedding, has_embedding, width: int):
     # x sqrt(d): elements of order one, as the other inputs of the sum have.
     z = jnp.where(has_embedding[:, None], embedding * dim**0.5, null[None])
     emb = Dense(module.emb_width, name="image_to_emb")(z)
+    if not module.image_tokens:
+        return emb, jnp.zeros((len(z), 0, width))
     tokens = Dense(module.image_tokens * width, dtype=module.dtype, name="image_to_tokens")(z)
     return emb, tokens.astype(jnp.float32).reshape(-1, module.image_tokens, width)

@@ -1,0 +1,1 @@
+"""Public PyTorch weights as bundles: GLIDE, OpenAI's CLIP and Karlo."""

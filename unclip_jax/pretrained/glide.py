@@ -1,0 +1,206 @@
+"""GLIDE's released models (arXiv 2112.10741): base, upsampler, both for inpainting too, and the noised CLIP."""
+
+import math
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from unclip_jax.pretrained.adm import unet_config, unet_params
+from unclip_jax.pretrained.layers import dense, interleaved, joined, norm, stacked
+from unclip_jax.pretrained.state_dict import StateDict, depth
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SMALL_SIDE, FACTOR = 64, 4
+
+
+def convert(
+    weights: StateDict,
+    image_size: int,
+    dtype: str = "float32",
+    head_channels: int = 64,
+    heads: tuple[int, int] = (1, 1),
+    text_heads: int = 0,
+) -> tuple[ConfigDict, dict]:
+    """Config and parameters of the `glide` stage. Which of the four models it is, the input channels tell.
+
+    image_size: side of the pictures drawn. head_channels, heads: as in `models.unet.UNet`; text_heads: 0 for one per 64
+    channels. No shape tells these. Raises UserError for a state dict that is not such a model.
+    """
+    channels = weights.shape("input_blocks.0.0.weight")[1]
+    upsamples, inpaints = channels in (6, 10), channels in (7, 10)
+    unet = unet_config(weights, head_channels, heads, norm_groups=32)
+    vocab_size, width = weights.shape("token_embedding.weight")
+    text = {
+        "vocab_size": vocab_size,
+        "context": weights.shape("positional_embedding")[0],
+        "width": width,
+        "depth": depth(weights, "transformer.resblocks.{}.ln_1.weight"),
+        "heads": text_heads or width // 64,
+    }
+    outputs = weights.shape("out.2.weight")[0]
+    params = {
+        "conditioner": {
+            "text": text_params(weights, text),
+            "text_to_emb": dense(weights, "transformer_proj", width, 4 * unet["channels"]),
+        },
+        "unet": unet_params(weights, unet, channels, outputs, width),
+    }
+    weights.finish()
+    config = ConfigDict({
+        "stage": "glide",
+        "dtype": dtype,
+        "model": {
+            "image_size": image_size,
+            "factor": FACTOR if upsamples else 0,
+            "interpolation": "bilinear",
+            "round_low_res": True,
+            "inpaint": inpaints,
+            "unet": unet,
+            "text": text,
+        },
+        "diffusion": {
+            "schedule": "linear" if upsamples else "cosine",
+            "timesteps": 1000,
+            "predicts": "eps",
+            "learned_variance": outputs == 6,
+            "snr_clip": (),
+            "drop_caption": 0.2,
+        },
+        "sampling": {
+            "sampler": "ddim" if upsamples else "ddpm",
+            "steps": "fast27" if upsamples else "100",
+            "eta": 0.0,
+            "clip_x0": 1.0,
+            "temperature": 0.997 if upsamples else 1.0,
+        },
+    })  # fmt: skip
+    if not upsamples:
+        config.sampling.guidance_scale = 5.0 if inpaints else 3.0
+    return config, params
+
+
+def text_params(weights: StateDict, text: dict) -> dict:
+    """Parameters of `models.transformer.TextTransformer`."""
+    width, context = text["width"], text["context"]
+    return {
+        "tokens": {"embedding": weights.take("token_embedding.weight", text["vocab_size"], width)},
+        "positions": weights.take("positional_embedding", context, width),
+        "padding": weights.take("padding_embedding", context, width),
+        "transformer": transformer_params(weights, "transformer.resblocks", text["depth"], width, text["heads"]),
+        "norm": norm(weights, "final_ln", width),
+    }
+
+
+def transformer_params(weights: StateDict, name: str, depth: int, width: int, heads: int) -> dict:
+    """Parameters of `models.transformer.Transformer`, from GLIDE's blocks and Karlo's."""
+
+    def block(n):
+        here = f"{name}.{n}"
+        return {
+            "norm_1": norm(weights, f"{here}.ln_1", width),
+            "qkv": interleaved(dense(weights, f"{here}.attn.c_qkv", width, 3 * width), heads, 3),
+            "out": dense(weights, f"{here}.attn.c_proj", width, width),
+            "norm_2": norm(weights, f"{here}.ln_2", width),
+            "mlp_in": dense(weights, f"{here}.mlp.c_fc", width, 4 * width),
+            "mlp_out": dense(weights, f"{here}.mlp.c_proj", 4 * width, width),
+        }
+
+    return stacked(block, depth)
+
+
+def convert_noised_clip(
+    image: StateDict, text: StateDict, dtype: str = "float32", head_channels: int = 64, scale: float = 100.0
+) -> tuple[ConfigDict, dict]:
+    """Config and parameters of a noise-aware `clip` stage. scale: of its dot products; the release fixes it at 100."""
+    steps, image_width = image.shape("blocks.input.w_t")
+    patch = image.shape("blocks.input.patch_proj")[-1]
+    places = image.shape("blocks.input.w_pos")[0]
+    vocab_size, text_width = text.shape("blocks.input.w_voc")
+    dim, context = image.shape("blocks.output.f.w")[0], text.shape("blocks.input.w_pos")[0]
+    towers = {
+        "image": {
+            "patch": patch,
+            "width": image_width,
+            "depth": depth(image, "blocks.block_{}.f_attn.ln.g"),
+            "heads": image_width // head_channels,
+            "timesteps": steps,
+        },
+        "text": {
+            "vocab_size": vocab_size,
+            "context": context,
+            "width": text_width,
+            "depth": depth(text, "blocks.block_{}.f_attn.ln.g"),
+            "heads": text_width // head_channels,
+        },
+    }
+    kernel = image.take("blocks.input.patch_proj", image_width, 3, patch, patch)
+    params = {
+        "image": {
+            "timesteps": image.take("blocks.input.w_t", steps, image_width),
+            "patch": {"kernel": kernel.transpose(2, 3, 1, 0)},
+            "positions": image.take("blocks.input.w_pos", places, image_width),
+            "norm_in": _norm(image, "blocks.input.ln", image_width),
+            **_tower(image, towers["image"], dim, "norm_out"),
+        },
+        "text": {
+            "tokens": {"embedding": text.take("blocks.input.w_voc", vocab_size, text_width)},
+            "positions": text.take("blocks.input.w_pos", context, text_width),
+            **_tower(text, towers["text"], dim, "norm"),
+        },
+        "logit_scale": np.float32(math.log(scale)),
+    }
+    image.finish()
+    text.finish()
+    config = ConfigDict({
+        "stage": "clip",
+        "dtype": dtype,
+        "model": {
+            "image_size": patch * math.isqrt(places - 1),
+            "dim": dim,
+            **towers,
+            "activation": "gelu",
+            "initial_scale": scale,
+            "max_scale": scale,
+            "mean": MEAN,
+            "std": STD,
+            "resize": "bicubic",
+            "unit_norm": True,
+            "remat": False,
+        },
+        "diffusion": {"schedule": "cosine", "timesteps": steps},
+    })  # fmt: skip
+    return config, params
+
+
+def _tower(weights: StateDict, tower: dict, dim: int, last_norm: str) -> dict:
+    """Blocks, last norm and projection of either of the noised CLIP's towers."""
+    width = tower["width"]
+
+    def block(n):
+        attention, mlp = f"blocks.block_{n}.f_attn", f"blocks.block_{n}.f_mlp"
+        # A bias of the keys moves all logits of a query alike, so that the lack of one is the same as zero.
+        key = _linear(weights, f"{attention}.f_k", width, width) | {"bias": np.zeros(width, np.float32)}
+        query, value = (_linear(weights, f"{attention}.f_{part}", width, width, bias=True) for part in "qv")
+        return {
+            "norm_1": _norm(weights, f"{attention}.ln", width),
+            "qkv": joined(query, key, value),
+            "out": _linear(weights, f"{attention}.f_c", width, width, bias=True),
+            "norm_2": _norm(weights, f"{mlp}.ln", width),
+            "mlp_in": _linear(weights, f"{mlp}.f_1", width, 4 * width, bias=True),
+            "mlp_out": _linear(weights, f"{mlp}.f_2", 4 * width, width, bias=True),
+        }
+
+    return {
+        "transformer": stacked(block, tower["depth"]),
+        last_norm: _norm(weights, "blocks.output.ln", width),
+        "projection": _linear(weights, "blocks.output.f", width, dim),
+    }
+
+
+def _norm(weights: StateDict, name: str, width: int) -> dict:
+    return {"scale": weights.take(f"{name}.g", width), "bias": weights.take(f"{name}.b", width)}
+
+
+def _linear(weights: StateDict, name: str, inputs: int, outputs: int, bias: bool = False) -> dict:
+    params = {"kernel": weights.take(f"{name}.w", outputs, inputs).T}
+    return params | {"bias": weights.take(f"{name}.b", outputs)} if bias else params
