@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion.analytic import analytic_variance, estimate_C, squared_errors
+from unclip_jax.diffusion.analytic import analytic_variance, estimate_C, reverse_weights, squared_errors
 from unclip_jax.diffusion.process import Prediction, eps_from_x0, predict
 from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_step, ddpm_step, sample
 from unclip_jax.diffusion.schedule import gather, make_schedule, respace
@@ -69,6 +69,25 @@ def test_float32_holds_the_formula(schedule, eta):
     computed = jax.jit(analytic_variance)(schedule, C.astype(np.float32), jnp.float32(eta))
     assert computed.dtype == jnp.float32
     np.testing.assert_allclose(computed, analytic_variance(schedule, C, eta), rtol=2e-6)
+    weights = jax.jit(reverse_weights)(schedule, jnp.float32(eta))
+    for computed, expected in zip(weights, reverse_weights(schedule, eta), strict=True):
+        np.testing.assert_allclose(computed, expected, rtol=2e-6)
+
+
+def test_reverse_weights_of_ddpms_chain_are_the_posteriors():
+    x0_weight, x_t_weight, variance = reverse_weights(SCHEDULE, 1.0)
+    np.testing.assert_allclose(x0_weight, SCHEDULE.posterior_x0_weight, rtol=1e-12)
+    np.testing.assert_allclose(x_t_weight, SCHEDULE.posterior_x_t_weight, rtol=1e-12)
+    np.testing.assert_allclose(variance, SCHEDULE.posterior_variance, rtol=1e-12)
+
+
+def test_the_last_step_adds_no_noise():
+    x, noise = jnp.zeros((1, 4)), jnp.ones((1, 4))
+    step = analytic_dpm_step(np.full(64, 0.2), 1.0)
+    moved = [step(x, jnp.int32(i), Prediction(x, x, None), SCHEDULE, noise) for i in range(2)]
+    np.testing.assert_array_equal(moved[0], x)
+    variance = SCHEDULE.posterior_variance[1] + 0.2 * SCHEDULE.posterior_x0_weight[1] ** 2
+    np.testing.assert_allclose(moved[1], np.full((1, 4), np.sqrt(variance)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

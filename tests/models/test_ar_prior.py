@@ -52,7 +52,7 @@ def differs(a, b):
     return np.any(np.asarray(a) != np.asarray(b), axis=-1)
 
 
-def test_the_paper_s_networks_have_the_paper_s_size():
+def test_papers_networks_have_the_papers_size():
     """24 blocks of width 2048 for the text, 24 of width 1664 for the codes (unCLIP, table 3), by closed form
     12 w^2 + 13 w a block; text as keys and values: 2048 x 2 x 1664 weights and biases a block."""
     text = TextTransformer(50257, 256, 2048, 24, 32, jnp.bfloat16, True)
@@ -125,10 +125,8 @@ def test_a_dropped_condition_reaches_nothing():
     def answer(p, z_t):
         return model().apply(p, tokens, length, z_t, keep, dot, codes())
 
-    def row(r):
-        return jax.jit(jax.grad(lambda *a: jnp.sum(answer(*a)[r] ** 2), argnums=(0, 1)))(params(), z_t)
-
-    (dropped, dropped_z), (kept, kept_z) = row(0), row(1)
+    row = jax.jit(jax.grad(lambda p, z_t, r: jnp.sum(answer(p, z_t)[r] ** 2), argnums=(0, 1)))
+    (dropped, dropped_z), (kept, kept_z) = row(params(), z_t, 0), row(params(), z_t, 1)
     words = [grads["params"]["text"]["tokens"]["embedding"] for grads in (dropped, kept)]
     nulls = [grads["params"]["null_text_embedding"] for grads in (dropped, kept)]
     assert not np.any(dropped_z) and not np.any(words[0]) and np.all(nulls[0])
@@ -200,11 +198,12 @@ def test_memory_is_what_other_places_left():
     p = jax.jit(m.init)(jax.random.key(1), x)
     causal = np.tril(np.ones((1, 1, 7, 7), bool))
     none = jnp.zeros((3, 2, 0, 2, 2, 4))
-    _, memory = m.apply(p, x[:, :4], causal[..., :4, :4], none)
+    apply = jax.jit(m.apply)
+    _, memory = apply(p, x[:, :4], causal[..., :4, :4], none)
     assert memory.shape == (3, 2, 4, 2, 2, 4)
-    end, own = m.apply(p, x[:, 4:], causal[..., 4:, :], memory)
-    np.testing.assert_allclose(end, m.apply(p, x, causal)[:, 4:], atol=1e-5)
-    _, whole = m.apply(p, x, causal, none)
+    end, own = apply(p, x[:, 4:], causal[..., 4:, :], memory)
+    np.testing.assert_allclose(end, apply(p, x, causal)[:, 4:], atol=1e-5)
+    _, whole = apply(p, x, causal, none)
     np.testing.assert_allclose(jnp.concatenate([memory, own], axis=2), whole, atol=1e-5)
 
 

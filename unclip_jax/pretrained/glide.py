@@ -1,16 +1,48 @@
 """GLIDE's released models (arXiv 2112.10741): base, upsampler, both for inpainting too, and the noised CLIP."""
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from unclip_jax.errors import UserError
+from unclip_jax.pretrained import Converted, Options, tokenizers
 from unclip_jax.pretrained.adm import unet_config, unet_params
 from unclip_jax.pretrained.layers import dense, interleaved, joined, norm, stacked
-from unclip_jax.pretrained.state_dict import StateDict, depth
+from unclip_jax.pretrained.state_dict import StateDict, depth, read
 
+MODELS = {  # file → its place in the cascade, side of its pictures
+    "base": ("decoder", 64),
+    "upsample": ("upsampler_256", 256),
+    "base_inpaint": ("inpaint/decoder", 64),
+    "upsample_inpaint": ("inpaint/upsampler_256", 256),
+}
+NOISED_CLIP = ("clip_image_enc", "clip_text_enc")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SMALL_SIDE, FACTOR = 64, 4
+FACTOR = 4
+
+
+def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
+    """The models among base.pt, upsample.pt, base_inpaint.pt, upsample_inpaint.pt and clip_image_enc.pt with
+    clip_text_enc.pt that `folder` holds (as .safetensors also), one at a time; beside them their vocabulary."""
+    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".pt", ".safetensors")}
+    if not found.keys() & {*MODELS, *NOISED_CLIP}:
+        raise UserError(f"{folder} holds no model of GLIDE: expected {', '.join(f'{name}.pt' for name in MODELS)}")
+    if found.keys() & MODELS.keys():
+        vocabulary = tokenizers.gpt2(folder)
+    for name in MODELS.keys() & found.keys():
+        place, side = MODELS[name]
+        weights = StateDict(read(found[name]), str(found[name]))
+        config, params = convert(weights, options.image_size or side, options.dtype, options.head_channels,
+                                 text_heads=options.heads)  # fmt: skip
+        yield Converted(place, config, params, vocabulary)
+    if found.keys() & set(NOISED_CLIP):
+        vocabulary = tokenizers.clip(folder)
+        towers = [StateDict(read(found.get(name, folder / f"{name}.pt")), name) for name in NOISED_CLIP]
+        config, params = convert_noised_clip(*towers, options.dtype, options.head_channels)
+        yield Converted("noised_clip", config, params, vocabulary)
 
 
 def convert(
