@@ -28,24 +28,24 @@ def test_pixels_are_bytes_outside_and_between_minus_one_and_one_inside():
 
 
 def test_clip_sees_pixels_as_it_was_trained_to(monkeypatch):
-    """DALLE2-pytorch 972ee97: CLIP was given pictures in another range than its mean and std are of."""
-    stage, _, params = small_stage("clip")
-    m, images = stage.config.model, random_batch(stage, 2)["image"]
+    """DALLE2-pytorch#96, #102: CLIP was given pictures in another range than its mean and std are of."""
+    clip, _, params = small_stage("clip")
+    m, images = clip.config.model, random_batch(clip, 2)["image"]
     tower = ImageTower(**m.image, dim=m.dim, activation=m.activation, remat=m.remat, dtype=jnp.float32)
     seen = ((images / 255.0 - np.array(m.mean)) / np.array(m.std)).astype(np.float32)
     expected = normalize(jax.jit(tower.apply)({"params": params["image"]}, seen))
-    np.testing.assert_allclose(jax.jit(stage.embed_images)(params, images), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(clip.embed_images)(params, images), expected, atol=1e-5)
 
-    given, embed = [], type(stage).embed_images
-    monkeypatch.setattr(type(stage), "embed_images", lambda self, p, x: given.append(x.dtype) or embed(self, p, x))
+    given, embed = [], type(clip).embed_images
+    monkeypatch.setattr(type(clip), "embed_images", lambda self, p, x: given.append(x.dtype) or embed(self, p, x))
     for name in ("prior_diffusion", "decoder"):
-        jax.eval_shape(small_stage(name)[0].loss, *small_stage(name)[:0:-1], random_batch(small_stage(name)[0], 2),
-                       jax.random.key(0))
+        stage, frozen, params = small_stage(name)
+        jax.eval_shape(stage.loss, params, frozen, random_batch(stage, 2), jax.random.key(0))
     assert given == [jnp.uint8] * 2
 
 
 def test_training_windows_lie_anywhere():
-    """DALLE2-pytorch 86e692d: the random crop of an upsampler's training was made only half of the time."""
+    """DALLE2-pytorch (fixed in 95a512c, 86e692d): the random crop of training was made only half of the time."""
     side, patch, draws = 16, 8, 900
     across, down = np.meshgrid(np.arange(side), np.arange(side))
     file = io.BytesIO()

@@ -1,16 +1,89 @@
-"""Metrics against the same by brute force."""
+"""Reported numbers against the same by brute force, one row after the other."""
 
-import jax
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from shrink import random_batch, small_config, small_stage
 
-from unclip_jax.stages import make_stage
+from unclip_jax.stages.clip import Clip
+from unclip_jax.stages.prior_diffusion import PriorDiffusion
 from unclip_jax.stages.upsampler import Upsampler
 
-ROWS = 5
+ROWS = 6
+RNG = np.random.default_rng(0)
 
 
-def unit(rows):
-    rows = np.asarray(rows, np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+def unit(*shape):
+    z = RNG.normal(size=shape)
+    return z / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+class KnownClip(Clip):
+    """CLIP whose embeddings are given."""
+
+    def _model(self):
+        return SimpleNamespace(apply=lambda *_: (*(jnp.asarray(z, jnp.float32) for z in self.clip), jnp.float32(3.0)))
+
+
+class KnownPrior(PriorDiffusion):
+    """A prior whose drawn embeddings are given."""
+
+    def loss(self, params, frozen, batch, key):
+        return jnp.float32(0), {}
+
+    def sample(self, params, frozen, conditions, key):
+        return params
+
+
+class CoarseUpsampler(Upsampler):
+    """Draws what plain interpolation gives, darker by a tenth."""
+
+    def loss(self, params, frozen, batch, key):
+        return jnp.float32(0), {}
+
+    def sample(self, params, frozen, conditions, key):
+        return self._enlarged(conditions["low_res"]) - 0.1
+
+
+def test_reported_metrics_are_means_over_rows():
+    """DALLE2-pytorch#49: an evaluation that averaged the wrong thing; here each number is counted out by hand."""
+    z_i, z_t = unit(ROWS, 4), unit(ROWS, 4)
+    z_t[:3] = z_i[:3]  # three pairs that find each other
+    clip = KnownClip(small_config("clip"), (z_i, z_t))
+    scalars, _ = clip.evaluate({}, {}, random_batch(small_stage("clip")[0], ROWS), None)
+    hits = [np.argmax([z_i[k] @ z for z in z_t]) == k for k in range(ROWS)]
+    hits += [np.argmax([z_t[k] @ z for z in z_i]) == k for k in range(ROWS)]
+    assert 0 < sum(hits) < 2 * ROWS
+    assert float(scalars["retrieval"]) == pytest.approx(sum(hits) / (2 * ROWS))
+
+    drawn = 2 * unit(ROWS, 4)
+    embeds = {name: lambda *_, z=z: jnp.asarray(z, jnp.float32) for name, z in (("images", z_i), ("texts", z_t))}
+    clip = SimpleNamespace(config=small_config("clip"), embed_images=embeds["images"], embed_texts=embeds["texts"])
+    prior = KnownPrior(small_config("prior_diffusion"), clip)
+    scalars, _ = prior.evaluate(jnp.asarray(drawn, jnp.float32), {}, random_batch(prior, ROWS), None)
+    mean = z_i.mean(0) / np.linalg.norm(z_i.mean(0))
+    pairs = {
+        "model": [(drawn[k] / 2, z_i[k]) for k in range(ROWS)],
+        "copy_text": [(z_t[k], z_i[k]) for k in range(ROWS)],
+        "mean": [(mean, z_i[k]) for k in range(ROWS)],
+        "shuffled_text": [(drawn[k - 1] / 2, z_i[k]) for k in range(ROWS)],
+    }
+    for name, rows in pairs.items():
+        assert float(scalars[f"cosine_{name}"]) == pytest.approx(np.mean([a @ b for a, b in rows]), abs=1e-5)
+
+
+def test_psnr_is_the_mean_of_each_pictures_own():
+    """diffusers!5244, DALLE2-pytorch#49: an average over the wrong axes; PSNR of the mean error is another number."""
+    config = small_config("upsampler_256").unlock()
+    config.model.patch = 16
+    stage = CoarseUpsampler(config.lock())
+    spread = np.linspace(5, 120, ROWS).reshape(ROWS, 1, 1, 1)  # from nearly plain to noise
+    truth = (128 + spread * RNG.uniform(-1, 1, (ROWS, 16, 16, 3))).astype(np.uint8)
+    scalars, pictures = stage.evaluate({}, {}, {"image": jnp.asarray(truth)}, None)
+    drawn, plain, shown = np.split(np.asarray(pictures, np.float64), 3, axis=1)
+    np.testing.assert_array_equal(shown, truth)
+    for name, images in (("psnr", drawn), ("psnr_interpolated", plain)):
+        each = [10 * np.log10(255**2 / np.mean((images[k] - truth[k]) ** 2)) for k in range(ROWS)]
+        assert float(scalars[name]) == pytest.approx(np.mean(each), abs=1e-3)

@@ -93,12 +93,14 @@ def test_ddim_takes_uneven_steps_from_the_table():
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-@pytest.mark.parametrize("steps", [1, 2, 5, 10, 27])
-def test_sampling_starts_at_the_last_timestep_for_every_step_count(steps, sampler):
+def test_sampling_starts_at_the_last_timestep_for_every_step_count(sampler):
     """DALLE2-pytorch took pure noise for the state at t = 909 of ten steps; so did stable-diffusion#686."""
-    timesteps, _ = told(str(steps), sampler)
-    assert len(timesteps) == steps and timesteps[0] == T - 1
-    assert steps == 1 or timesteps[-1] == 0
+    for steps in (1, 2, 5, 10):
+        timesteps, _ = told(str(steps), sampler)
+        assert len(timesteps) == steps and timesteps[0] == T - 1
+        assert steps == 1 or timesteps[-1] == 0
+    for steps in range(1, T + 1):
+        assert respace(COSINE, str(steps)).timesteps[-1] == T - 1
 
 
 def test_one_step_is_a_chain_and_none_is_an_error():
@@ -186,6 +188,7 @@ def test_variational_term_reads_the_objective_and_trains_the_variance_alone(pred
     x_t = q_sample(COSINE, x0, t, noise)
     truth = noise if predicts == "eps" else x0
 
+    @jax.jit
     def loss(mean, v):
         output = jnp.concatenate([mean, jnp.broadcast_to(v, mean.shape)], axis=-1)
         return training_loss(COSINE, output, x0, x_t, noise, t, predicts, True, None)
@@ -194,7 +197,7 @@ def test_variational_term_reads_the_objective_and_trains_the_variance_alone(pred
     ratio = (1 - before) / (1 - a)  # of the posterior's variance to beta
     for v, kl in ((-1.0, 0 * ratio), (1.0, 0.5 * (ratio - 1 - np.log(ratio)) / np.log(2))):
         np.testing.assert_allclose(loss(truth, jnp.float32(v))[1]["vb"], kl, rtol=2e-2, atol=1e-6)
-    gradient = jax.grad(lambda mean: jnp.sum(loss(mean, jnp.float32(0.3))[0]))(truth + np.float32(0.1))
+    gradient = jax.jit(jax.grad(lambda mean: jnp.sum(loss(mean, jnp.float32(0.3))[0])))(truth + np.float32(0.1))
     np.testing.assert_allclose(gradient, 2 * 0.1 / 48, rtol=1e-4)
 
 

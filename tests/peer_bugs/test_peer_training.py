@@ -176,6 +176,7 @@ def test_learning_rate_that_is_logged_is_the_one_applied_also_after_resuming(tmp
         if k == 5:
             checkpoints = Checkpointer(str(tmp_path), 1)
             checkpoints.save(run.state, {})
+            checkpoints.wait()
             run = Run(Line())
             run.state = checkpoints.restore_latest(abstract_state(run.stage, run.optimizer, run.mesh))
             checkpoints.close()

@@ -38,15 +38,15 @@ def echoing(monkeypatch):
 
 
 def sample(stage, low_res):
-    return stage.sample({}, {}, {"low_res": low_res}, jax.random.key(0))
+    return jax.jit(stage.sample)({}, {}, {"low_res": low_res}, jax.random.key(0))
 
 
 def test_low_resolution_picture_has_one_range_in_training_and_sampling(echoing):
-    """imagen-pytorch#124, #160: the small picture was normalised twice, not at all, or in one of the two only."""
+    """imagen-pytorch#124, #160, DALLE2-pytorch 972ee97: it was normalised twice, not at all, or in one of the two."""
     stage, _ = echoing
     # A plain picture stays what it is, made small, blurred and enlarged: the echo must be the target itself.
     plain = np.broadcast_to(np.array([0, 51, 255], np.uint8), (2, SIDE, SIDE, 3))
-    loss, _ = stage.loss({}, {}, {"image": plain}, jax.random.key(0))
+    loss, _ = jax.jit(stage.loss)({}, {}, {"image": plain}, jax.random.key(0))
     assert float(loss) < 1e-9
     low_res = np.broadcast_to(np.array([-1, -0.6, 1], np.float32), (1, 4, 4, 3))
     drawn = sample(stage, low_res)
@@ -55,7 +55,7 @@ def test_low_resolution_picture_has_one_range_in_training_and_sampling(echoing):
 
 
 def test_training_blurs_half_of_the_pictures_and_sampling_none(echoing):
-    """DALLE2-pytorch 86e692d, 95a512c: the blur that the paper gives half of the pictures was given to all or none."""
+    """DALLE2-pytorch (fixed in 95a512c, 86e692d): the paper blurs half of the pictures, the code all or none."""
     stage, echo = echoing
     rows = 2000
     images = np.random.default_rng(0).integers(0, 256, (rows, SIDE, SIDE, 3)).astype(np.uint8)
