@@ -1,0 +1,188 @@
+"""The forms that stages take for public weights: GLIDE's, and Karlo's of prior, decoder and upsampler."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from shrink import random_batch, random_params, small_config, small_stage
+
+from unclip_jax.stages import make_stage
+from unclip_jax.stages.base import empty_caption
+
+UNET = dict(channels=8, channel_mult=(1, 2), res_blocks=1, attention=(2,), middle_attention=True, head_channels=8)
+UNET |= dict(heads=(0, 0), norm_groups=4, scale_shift=True, resample_blocks=True, dropout=0.0, remat=False)
+SAMPLING = dict(sampler="ddpm", steps="3", eta=0.0, clip_x0=1.0, temperature=1.0)
+
+
+def glide(factor=0, inpaint=False):
+    """A GLIDE of a few channels that draws 8 px, and random parameters."""
+    model = dict(image_size=8, factor=factor, interpolation="bilinear", round_low_res=True, inpaint=inpaint, unet=UNET)
+    model |= dict(text=dict(vocab_size=300, context=10, width=8, depth=1, heads=2))
+    diffusion = dict(schedule="cosine", timesteps=1000, predicts="eps", learned_variance=True, snr_clip=())
+    config = dict(stage="glide", dtype="float32", model=model, diffusion=diffusion | dict(drop_caption=0.2))
+    stage = make_stage(ConfigDict(config | dict(sampling=SAMPLING)).lock())
+    return stage, random_params(stage)
+
+
+def karlo(name):
+    """The tiny prior or decoder in Karlo's form: (stage, CLIP's parameters, parameters)."""
+    config = small_config(name).unlock()
+    config.model.caption = "clip"
+    if name == "prior_diffusion":
+        config.diffusion.whiten = True
+        config.model.context = 12
+    clip, frozen, _ = small_stage("clip")[0], small_stage("decoder")[1], None
+    stage = make_stage(config.lock(), clip)
+    return stage, frozen, random_params(stage)
+
+
+def unmoved(stage, params, frozen):
+    """Names of parameters without a gradient."""
+    batch = random_batch(stage, 8)
+    grads = jax.jit(jax.grad(lambda p: stage.loss(p, frozen, batch, jax.random.key(3))[0]))(params)
+    paths = jax.tree_util.tree_leaves_with_path(grads)
+    return {jax.tree_util.keystr(p, simple=True, separator="/") for p, g in paths if not float(jnp.abs(g).max()) > 0}
+
+
+@pytest.mark.parametrize(("factor", "inpaint"), [(0, False), (4, True)])
+def test_every_parameter_of_glide_learns(factor, inpaint):
+    stage, params = glide(factor, inpaint)
+    assert unmoved(stage, params, {}) == set()
+
+
+def test_dropped_caption_reaches_glide_on_no_path():
+    stage, params = glide()
+    batch = random_batch(stage, 4)
+
+    @jax.jit
+    def output(tokens, length):
+        x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+        return stage.apply(params, stage.condition(params, tokens, length), [], x, jnp.full((4,), 500))
+
+    tokens, length = batch["tokens"], batch["tokens_length"]
+    np.testing.assert_array_equal(output(tokens, 0 * length), output(tokens + 1, 0 * length))
+    assert not np.array_equal(output(tokens, length), output(tokens + 1, length))
+
+
+def test_guidance_scale_one_is_plain_glide():
+    stage, params = glide()
+    conditions = {name: value for name, value in random_batch(stage, 3).items() if "tokens" in name}
+    draw = jax.jit(stage.sample)
+    plain = draw(params, {}, conditions, jax.random.key(0))
+    guided = (conditions | {"guidance_scale": jnp.float32(scale)} for scale in (1, 3000))
+    one, many = (draw(params, {}, c, jax.random.key(0)) for c in guided)
+    np.testing.assert_allclose(one, plain, atol=2e-5)
+    assert not np.allclose(many, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("factor", [0, 4])
+def test_glide_keeps_known_pixels_and_draws_the_others(factor):
+    stage, params = glide(factor, inpaint=True)
+    rng = np.random.default_rng(0)
+    conditions = {name: value for name, value in random_batch(stage, 2).items() if "tokens" in name}
+    if factor:
+        conditions["low_res"] = rng.uniform(-1, 1, (2, 2, 2, 3)).astype(np.float32)
+    known = rng.random((2, 8, 8, 1)) < 0.5
+    image = rng.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
+    conditions |= {"known": known, "known_image": image}
+    drawn = np.asarray(jax.jit(stage.sample)(params, {}, conditions, jax.random.key(0)))
+    known = np.broadcast_to(known, image.shape)
+    np.testing.assert_allclose(drawn[known], image[known], atol=1e-6)
+    assert np.abs(drawn - image)[~known].mean() > 0.1
+
+
+def test_glide_hears_the_small_picture():
+    stage, params = glide(4)
+    conditions = {name: value for name, value in random_batch(stage, 2).items() if "tokens" in name}
+    dark, light = (conditions | {"low_res": np.full((2, 2, 2, 3), v, np.float32)} for v in (-1, 1))
+    draw = jax.jit(stage.sample)
+    assert not np.allclose(*(draw(params, {}, c, jax.random.key(0)) for c in (dark, light)), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["prior_diffusion", "decoder"])
+def test_every_parameter_learns_where_clip_reads_the_caption(name):
+    stage, frozen, params = karlo(name)
+    fixed = {"embedding_mean", "embedding_std"} if name == "prior_diffusion" else set()
+    assert unmoved(stage, params, frozen) == fixed
+
+
+def test_empty_caption_is_start_and_end():
+    tokens, length = empty_caption(jnp.array([[2, 7, 8, 3, 0], [2, 9, 3, 0, 0]]), jnp.array([4, 3]))
+    np.testing.assert_array_equal(tokens, [[2, 3, 0, 0, 0]] * 2)
+    np.testing.assert_array_equal(length, [2, 2])
+
+
+def test_dropped_caption_reaches_karlos_decoder_on_no_path():
+    stage, frozen, params = karlo("decoder")
+    batch = random_batch(stage, 4)
+    tokens = batch["clip_tokens"].copy()
+    length = batch["clip_tokens_length"]
+    tokens[:, 0], tokens[np.arange(4), length - 1] = 2, 3
+    other = tokens.copy()
+    other[:, 1:-1] += (np.arange(1, 11) < length[:, None] - 1) * 5
+    z, yes = jax.random.normal(jax.random.key(1), (4, 8)), jnp.ones(4, bool)
+
+    @jax.jit
+    def told(tokens, has_caption):
+        captions = {"clip_tokens": tokens, "clip_tokens_length": length}
+        return stage.condition(params, frozen, captions, has_caption, z, yes)
+
+    for a, b in zip(told(tokens, ~yes), told(other, ~yes), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.allclose(told(tokens, yes).emb, told(other, yes).emb)
+
+
+def test_positions_behind_the_caption_are_masked_in_karlos_decoder():
+    stage, _, params = karlo("decoder")
+    context, width = stage.clip.config.model.text.context, stage.clip.config.model.text.width
+    states = jax.random.normal(jax.random.key(0), (2, context, width))
+    z_t, z_i, x = (jax.random.normal(jax.random.key(k), s) for k, s in ((1, (2, 8)), (2, (2, 8)), (3, (2, 8, 8, 3))))
+    length, yes = jnp.array([4, 9]), jnp.ones(2, bool)
+
+    @jax.jit
+    def output(states):
+        told = stage._conditioner().apply({"params": params["conditioner"]}, states, length, z_t, z_i, yes)
+        return stage._unet().apply({"params": params["unet"]}, x, jnp.full((2,), 500), *told)
+
+    gradient = jax.grad(lambda s: jnp.sum(output(s) ** 2))(states)
+    reached = np.abs(np.asarray(gradient)).max(axis=-1) > 0
+    np.testing.assert_array_equal(reached, np.arange(context) < np.asarray(length)[:, None])
+
+
+def test_whitened_prior_draws_in_the_space_of_the_embeddings():
+    stage, frozen, params = karlo("prior_diffusion")
+    conditions = {name: value for name, value in random_batch(stage, 3).items() if "tokens" in name}
+    conditions |= {"text_embedding": jnp.ones((3, 8)), "guidance_scale": jnp.float32(1)}
+    with stage.clip.config.unlocked():
+        raw = stage.clip.config.copy_and_resolve_references()
+    raw.model.unit_norm = False
+    raw = make_stage(stage.config, make_stage(raw.lock()))
+    draw = jax.jit(raw.sample)
+    mean, std = jnp.arange(8.0), jnp.full(8, 3.0)
+    white = params | {"embedding_mean": 0 * mean, "embedding_std": std / std}
+    white = draw(white, frozen, conditions, jax.random.key(0))
+    drawn = draw(params | {"embedding_mean": mean, "embedding_std": std}, frozen, conditions, jax.random.key(0))
+    np.testing.assert_allclose(drawn, white * 3 + mean[None], rtol=1e-5, atol=1e-5)
+
+
+def test_second_network_takes_the_last_step_alone():
+    config = small_config("upsampler_256").unlock()
+    config.model.last_step = True
+    config.sampling.update(dict(steps="3", sampler="ddpm"))
+    stage = make_stage(config.lock())
+    plain, _, first = small_stage("upsampler_256")
+    second = random_params(plain, 5)
+    low = {"low_res": np.random.default_rng(0).uniform(-1, 1, (1, 4, 4, 3)).astype(np.float32)}
+    draw = jax.jit(stage.sample)
+    pairs = (first, first), (first, second), (second, first)
+    one, both, swapped = (draw({"first": a, "last": b}, {}, low, jax.random.key(0)) for a, b in pairs)
+    config = plain.config.copy_and_resolve_references().unlock()
+    config.sampling.update(dict(steps="3", sampler="ddpm"))
+    alone = jax.jit(make_stage(config.lock()).sample)(first, {}, low, jax.random.key(0))
+    np.testing.assert_allclose(one, alone, atol=1e-5)
+    assert not np.allclose(both, one, atol=1e-3) and not np.allclose(swapped, one, atol=1e-3)
+    batch = random_batch(stage, 2)
+    params = {"first": first, "last": second}
+    grads = jax.jit(jax.grad(lambda p: stage.loss(p, {}, batch, jax.random.key(0))[0]))(params)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads["last"])) == 0
