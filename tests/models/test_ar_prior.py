@@ -167,13 +167,6 @@ def test_one_by_one_is_all_at_once(depth):
     np.testing.assert_allclose(stepped, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_first_code_is_not_told_what_is_to_come():
-    """Nor is any other: what is drawn later enters by `step` alone."""
-    stepped, _ = one_by_one(params(), inputs(), codes())
-    other, _ = one_by_one(params(), inputs(), (codes() + 1) % BUCKETS)
-    np.testing.assert_array_equal(differs(stepped, other), np.broadcast_to(np.arange(CODES)[None] > 0, (ROWS, CODES)))
-
-
 def test_bfloat16_keeps_its_cache_and_answers_in_float32():
     m = model(dtype=jnp.bfloat16)
     cache, token = jax.eval_shape(functools.partial(m.apply, method="start"), params(), *inputs())

@@ -16,8 +16,9 @@ import jax
 
 from unclip_jax import cli
 from unclip_jax.bundle import check_params, save_bundle
+from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
-from unclip_jax.pretrained import Options
+from unclip_jax.pretrained import Converted, Options
 from unclip_jax.stages import make_stage
 
 FAMILIES = ("glide", "openai_clip", "karlo")
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
     for model in family.read_folder(source, options):
         stage = make_stage(model.config.lock(), clip)
         check_params(model.params, jax.eval_shape(stage.init, jax.random.key(0)))
+        _check_vocabulary(model)
         size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
         target = out / model.place
         known = clip_identity if stage.needs_clip else ""
@@ -55,6 +57,15 @@ def main(argv: list[str]) -> int:
         if model.place == "clip":
             clip, clip_identity = stage, identity
     return 0
+
+
+def _check_vocabulary(model: Converted) -> None:
+    """Every id that the tokenizer gives must have a row in the model's table, which may have more."""
+    if model.tokenizer_bytes is None or "text" not in model.config.model:
+        return
+    count, rows = Tokenizer(model.tokenizer_bytes).vocab_size, model.config.model.text.vocab_size
+    if count > rows:
+        raise UserError(f"the vocabulary has {count} tokens, the model {rows}: they do not belong together")
 
 
 if __name__ == "__main__":

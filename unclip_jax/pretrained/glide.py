@@ -13,12 +13,13 @@ from unclip_jax.pretrained.adm import unet_config, unet_params
 from unclip_jax.pretrained.layers import dense, interleaved, joined, norm, stacked
 from unclip_jax.pretrained.state_dict import StateDict, depth, read
 
-MODELS = {  # file → its place in the cascade, side of its pictures
-    "base": ("decoder", 64),
-    "upsample": ("upsampler_256", 256),
-    "base_inpaint": ("inpaint/decoder", 64),
-    "upsample_inpaint": ("inpaint/upsampler_256", 256),
+PLACES = {  # file → its place in the output
+    "base": "decoder",
+    "upsample": "upsampler_256",
+    "base_inpaint": "inpaint/decoder",
+    "upsample_inpaint": "inpaint/upsampler_256",
 }
+SIDES = {"base": 64, "upsample": 256}  # of the pictures drawn
 NOISED_CLIP = ("clip_image_enc", "clip_text_enc")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FACTOR = 4
@@ -28,16 +29,15 @@ def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
     """The models among base.pt, upsample.pt, base_inpaint.pt, upsample_inpaint.pt and clip_image_enc.pt with
     clip_text_enc.pt that `folder` holds (as .safetensors also), one at a time; beside them their vocabulary."""
     found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".pt", ".safetensors")}
-    if not found.keys() & {*MODELS, *NOISED_CLIP}:
-        raise UserError(f"{folder} holds no model of GLIDE: expected {', '.join(f'{name}.pt' for name in MODELS)}")
-    if found.keys() & MODELS.keys():
+    if not found.keys() & {*PLACES, *NOISED_CLIP}:
+        raise UserError(f"{folder} holds no model of GLIDE: expected {', '.join(f'{name}.pt' for name in PLACES)}")
+    if found.keys() & PLACES.keys():
         vocabulary = tokenizers.gpt2(folder)
-    for name in MODELS.keys() & found.keys():
-        place, side = MODELS[name]
+    for name in PLACES.keys() & found.keys():
         weights = StateDict(read(found[name]), str(found[name]))
-        config, params = convert(weights, options.image_size or side, options.dtype, options.head_channels,
-                                 text_heads=options.heads)  # fmt: skip
-        yield Converted(place, config, params, vocabulary)
+        side = options.image_size or SIDES[name.removesuffix("_inpaint")]
+        config, params = convert(weights, side, options.dtype, options.head_channels, text_heads=options.heads)
+        yield Converted(PLACES[name], config, params, vocabulary)
     if found.keys() & set(NOISED_CLIP):
         vocabulary = tokenizers.clip(folder)
         towers = [StateDict(read(found.get(name, folder / f"{name}.pt")), name) for name in NOISED_CLIP]
@@ -78,37 +78,38 @@ def convert(
         "unet": unet_params(weights, unet, channels, outputs, width),
     }
     weights.finish()
-    config = ConfigDict({
-        "stage": "glide",
-        "dtype": dtype,
-        "model": {
-            "image_size": image_size,
-            "factor": FACTOR if upsamples else 0,
-            "interpolation": "bilinear",
-            "round_low_res": True,
-            "inpaint": inpaints,
-            "unet": unet,
-            "text": text,
-        },
-        "diffusion": {
-            "schedule": "linear" if upsamples else "cosine",
-            "timesteps": 1000,
-            "predicts": "eps",
-            "learned_variance": outputs == 6,
-            "snr_clip": (),
-            "drop_caption": 0.2,
-        },
-        "sampling": {
-            "sampler": "ddim" if upsamples else "ddpm",
-            "steps": "fast27" if upsamples else "100",
-            "eta": 0.0,
-            "clip_x0": 1.0,
-            "temperature": 0.997 if upsamples else 1.0,
-        },
-    })  # fmt: skip
-    if not upsamples:
-        config.sampling.guidance_scale = 5.0 if inpaints else 3.0
-    return config, params
+    return _config(image_size, dtype, unet, text, upsamples, inpaints, outputs == 6), params
+
+
+def _config(
+    image_size: int, dtype: str, unet: dict, text: dict, upsamples: bool, inpaints: bool, learned_variance: bool
+) -> ConfigDict:
+    """With the settings of the release's notebooks."""
+    model = {
+        "image_size": image_size,
+        "factor": FACTOR if upsamples else 0,
+        "interpolation": "bilinear",
+        "round_low_res": True,
+        "inpaint": inpaints,
+        "unet": unet,
+        "text": text,
+    }
+    diffusion = {
+        "schedule": "linear" if upsamples else "cosine",
+        "timesteps": 1000,
+        "predicts": "eps",
+        "learned_variance": learned_variance,
+        "snr_clip": (),
+        "drop_caption": 0.2,
+    }
+    sampling = {"eta": 0.0, "clip_x0": 1.0}
+    if upsamples:
+        sampling |= {"sampler": "ddim", "steps": "fast27", "temperature": 0.997}
+    else:
+        guidance_scale = 5.0 if inpaints else 3.0
+        sampling |= {"sampler": "ddpm", "steps": "100", "temperature": 1.0, "guidance_scale": guidance_scale}
+    sections = {"model": model, "diffusion": diffusion, "sampling": sampling}
+    return ConfigDict({"stage": "glide", "dtype": dtype, **sections})
 
 
 def text_params(weights: StateDict, text: dict) -> dict:
@@ -144,38 +145,24 @@ def convert_noised_clip(
     image: StateDict, text: StateDict, dtype: str = "float32", head_channels: int = 64, scale: float = 100.0
 ) -> tuple[ConfigDict, dict]:
     """Config and parameters of a noise-aware `clip` stage. scale: of its dot products; the release fixes it at 100."""
-    steps, image_width = image.shape("blocks.input.w_t")
-    patch = image.shape("blocks.input.patch_proj")[-1]
-    places = image.shape("blocks.input.w_pos")[0]
-    vocab_size, text_width = text.shape("blocks.input.w_voc")
-    dim, context = image.shape("blocks.output.f.w")[0], text.shape("blocks.input.w_pos")[0]
+    steps, width = image.shape("blocks.input.w_t")
+    patch, places = image.shape("blocks.input.patch_proj")[-1], image.shape("blocks.input.w_pos")[0]
+    rows, text_width = text.shape("blocks.input.w_voc")
+    context, dim = text.shape("blocks.input.w_pos")[0], image.shape("blocks.output.f.w")[0]
     towers = {
-        "image": {
-            "patch": patch,
-            "width": image_width,
-            "depth": depth(image, "blocks.block_{}.f_attn.ln.g"),
-            "heads": image_width // head_channels,
-            "timesteps": steps,
-        },
-        "text": {
-            "vocab_size": vocab_size,
-            "context": context,
-            "width": text_width,
-            "depth": depth(text, "blocks.block_{}.f_attn.ln.g"),
-            "heads": text_width // head_channels,
-        },
+        "image": {"patch": patch, "timesteps": steps} | _sizes(image, width, head_channels),
+        "text": {"vocab_size": rows, "context": context} | _sizes(text, text_width, head_channels),
     }
-    kernel = image.take("blocks.input.patch_proj", image_width, 3, patch, patch)
     params = {
         "image": {
-            "timesteps": image.take("blocks.input.w_t", steps, image_width),
-            "patch": {"kernel": kernel.transpose(2, 3, 1, 0)},
-            "positions": image.take("blocks.input.w_pos", places, image_width),
-            "norm_in": _norm(image, "blocks.input.ln", image_width),
+            "timesteps": image.take("blocks.input.w_t", steps, width),
+            "patch": {"kernel": image.take("blocks.input.patch_proj", width, 3, patch, patch).transpose(2, 3, 1, 0)},
+            "positions": image.take("blocks.input.w_pos", places, width),
+            "norm_in": _norm(image, "blocks.input.ln", width),
             **_tower(image, towers["image"], dim, "norm_out"),
         },
         "text": {
-            "tokens": {"embedding": text.take("blocks.input.w_voc", vocab_size, text_width)},
+            "tokens": {"embedding": text.take("blocks.input.w_voc", rows, text_width)},
             "positions": text.take("blocks.input.w_pos", context, text_width),
             **_tower(text, towers["text"], dim, "norm"),
         },
@@ -183,25 +170,25 @@ def convert_noised_clip(
     }
     image.finish()
     text.finish()
-    config = ConfigDict({
-        "stage": "clip",
-        "dtype": dtype,
-        "model": {
-            "image_size": patch * math.isqrt(places - 1),
-            "dim": dim,
-            **towers,
-            "activation": "gelu",
-            "initial_scale": scale,
-            "max_scale": scale,
-            "mean": MEAN,
-            "std": STD,
-            "resize": "bicubic",
-            "unit_norm": True,
-            "remat": False,
-        },
-        "diffusion": {"schedule": "cosine", "timesteps": steps},
-    })  # fmt: skip
-    return config, params
+    model = {
+        "image_size": patch * math.isqrt(places - 1),
+        "dim": dim,
+        **towers,
+        "activation": "gelu",
+        "initial_scale": scale,
+        "max_scale": scale,
+        "mean": MEAN,
+        "std": STD,
+        "resize": "bicubic",
+        "unit_norm": True,
+        "remat": False,
+    }
+    diffusion = {"schedule": "cosine", "timesteps": steps}
+    return ConfigDict({"stage": "clip", "dtype": dtype, "model": model, "diffusion": diffusion}), params
+
+
+def _sizes(weights: StateDict, width: int, head_channels: int) -> dict:
+    return {"width": width, "depth": depth(weights, "blocks.block_{}.f_attn.ln.g"), "heads": width // head_channels}
 
 
 def _tower(weights: StateDict, tower: dict, dim: int, last_norm: str) -> dict:
