@@ -54,7 +54,10 @@ def clip_x0(denoiser: Denoiser, schedule: NoiseSchedule, limit) -> Denoiser:
 
 
 def known_pixels(denoiser: Denoiser, schedule: NoiseSchedule, x0, known) -> Denoiser:
-    """Puts the true x0 wherever `known` (bool, broadcasts against x0) is True; eps becomes what that implies."""
+    """Puts the true x0 wherever `known` (bool, broadcasts against x0) is True; eps becomes what that implies.
+
+    For networks that are told of the known pixels, as GLIDE's are for inpainting.
+    """
 
     def denoise(x_t, i):
         prediction = denoiser(x_t, i)
@@ -62,6 +65,19 @@ def known_pixels(denoiser: Denoiser, schedule: NoiseSchedule, x0, known) -> Deno
         return prediction._replace(x0=filled, eps=eps_from_x0(schedule, x_t, i, filled))
 
     return denoise
+
+
+def known_states(step: Step, x0, known) -> Step:
+    """Puts a fresh draw of q(x_{t-1} | x_0) wherever `known` (bool, broadcasts against x0) is True after each step, x0
+    itself after the last: inpainting by a network that was not trained for it (arXiv 2112.10741, section 2.5)."""
+
+    def replaced(x_t, i, prediction, schedule, noise):
+        x_prev = step(x_t, i, prediction, schedule, noise)
+        # What `noise` did to the known pixels is thrown away here, so that it can serve them once more.
+        signal, spread = (jnp.sqrt(gather(t, i, x_t)) for t in (schedule.alpha_bars_prev, schedule.beta_bars_prev))
+        return jnp.where(known, signal * x0 + spread * noise, x_prev)
+
+    return replaced
 
 
 def condition_mean(step: Step, gradient: Gradient, scale) -> Step:

@@ -86,6 +86,11 @@ def respace(schedule: NoiseSchedule, spec: str) -> NoiseSchedule:
     return _tables(betas, np.asarray(schedule.timesteps)[kept])
 
 
+def first_steps(schedule: NoiseSchedule, count: int) -> NoiseSchedule:
+    """The `count` least noisy steps alone: a chain that starts from a picture that is noised only so far."""
+    return NoiseSchedule(*(table[:count] for table in schedule))
+
+
 def gather(table: Array, t: Array, like: Array) -> jax.Array:
     """table[t] as float32, shaped to go with `like` (B, ...): () for a scalar t, (B, 1, ..., 1) for t of shape (B,)."""
     values = jnp.asarray(table, jnp.float32)[t]

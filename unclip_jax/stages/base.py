@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from unclip_jax.diffusion.guidance import classifier_free, clip_x0, known_pixels
+from unclip_jax.diffusion.guidance import classifier_free, clip_x0, known_pixels, known_states
 from unclip_jax.diffusion.losses import training_loss
 from unclip_jax.diffusion.process import make_denoiser, q_sample
-from unclip_jax.diffusion.samplers import ddim_step, ddpm_step, sample
-from unclip_jax.diffusion.schedule import make_schedule, respace
+from unclip_jax.diffusion.samplers import ddim_invert, ddim_step, ddpm_step, sample
+from unclip_jax.diffusion.schedule import first_steps, make_schedule, respace
 
 Params = dict[str, Any]
 
@@ -109,26 +109,43 @@ def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
     return jnp.mean(losses), {name: jnp.mean(term) for name, term in terms.items()}
 
 
-def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], conditions: dict, key):
-    """Samples x0 of `shape` by `config.sampling`, float32.
+def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], conditions: dict, key, told_known=False):
+    """Samples x0 of `shape` by `config.sampling`, float32. Of `conditions` it heeds, where they are given:
 
-    conditions: "guidance_scale" (may be traced), where given: `network` then answers for 2B rows, the conditional B
-    first. "x_T", where given: the noise to start from, instead of one drawn from `key` times `temperature`.
-    "known_image", "known" (bool), where given: pixels that x0 is known at, put in place at every step.
+    "guidance_scale": `network` then answers for 2B rows, the conditional B first.
+    "x_T": what to start from, instead of noise from `key` times `temperature`.
+    "sketch": pictures to start from, noised to the share `config.sampling.start` of all steps (SDEdit).
+    "eta": of DDIM, instead of the config's.
+    "known_image", "known" (bool): pixels to keep; told_known: whether the network was told of them.
+    Scales, eta and arrays may be traced.
     """
     s, d = config.sampling, config.diffusion
     schedule = respace(make_schedule(d.schedule, d.timesteps), s.steps)
+    key_start, key_steps = jax.random.split(key)
+    x_T = conditions["x_T"] if "x_T" in conditions else s.temperature * jax.random.normal(key_start, shape)
+    if "sketch" in conditions:
+        schedule = first_steps(schedule, max(1, round(s.start * schedule.num_steps)))
+        x_T = q_sample(schedule, conditions["sketch"], jnp.int32(schedule.num_steps - 1), x_T)
     denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
     if "guidance_scale" in conditions:
         denoiser = classifier_free(denoiser, conditions["guidance_scale"])
     if s.clip_x0:
         denoiser = clip_x0(denoiser, schedule, s.clip_x0)
+    step = ddpm_step if s.sampler == "ddpm" else ddim_step(conditions.get("eta", s.eta))
     if "known" in conditions:
-        denoiser = known_pixels(denoiser, schedule, conditions["known_image"], conditions["known"])
-    step = ddpm_step if s.sampler == "ddpm" else ddim_step(s.eta)
-    key_start, key_steps = jax.random.split(key)
-    x_T = conditions["x_T"] if "x_T" in conditions else s.temperature * jax.random.normal(key_start, shape)
+        x0, known = conditions["known_image"], conditions["known"]
+        if told_known:
+            denoiser = known_pixels(denoiser, schedule, x0, known)
+        else:
+            step = known_states(step, x0, known)
     return sample(denoiser, schedule, x_T, key_steps, step)
+
+
+def invert(config: ConfigDict, network: Callable, x0):
+    """x_T from which DDIM without noise, guidance or clipping draws x0 again, over the steps of `config.sampling`."""
+    d = config.diffusion
+    schedule = respace(make_schedule(d.schedule, d.timesteps), config.sampling.steps)
+    return ddim_invert(make_denoiser(network, schedule, d.predicts, d.learned_variance), schedule, x0)
 
 
 def empty_caption(tokens, length):

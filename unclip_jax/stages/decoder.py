@@ -5,7 +5,25 @@ import jax.numpy as jnp
 
 from unclip_jax.models.transformer import TextTransformer
 from unclip_jax.models.unet import ClipConditioner, Conditioner, UNet
-from unclip_jax.stages.base import Stage, diffusion_loss, draw, empty_caption, output_channels, to_float, to_uint8
+from unclip_jax.stages.base import (
+    Stage,
+    diffusion_loss,
+    draw,
+    empty_caption,
+    invert,
+    output_channels,
+    to_float,
+    to_uint8,
+)
+    Stage,
+    diffusion_loss,
+    draw,
+    empty_caption,
+    invert,
+    output_channels,
+    to_float,
+    to_uint8,
+)
 
 
 class Decoder(Stage):
@@ -103,6 +121,17 @@ class Decoder(Stage):
 
         size = self.config.model.image_size
         return draw(self.config, network, (rows, size, size, 3), conditions, key)
+
+    def invert(self, params, frozen, conditions, images):
+        """x_T (B, R, R, 3) from which `sample` by DDIM draws `images` (B, R, R, 3), in [-1, 1], again, under the same
+        captions and embeddings, unguided and unclipped (arXiv 2204.06125, section 3)."""
+        yes = jnp.ones(len(images), bool)
+        conditioning = self.condition(params, frozen, conditions, yes, conditions["image_embedding"], yes)
+
+        def network(x_t, t):
+            return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
+
+        return invert(self.config, network, images)
 
     def evaluate(self, params, frozen, batch, key):
         """Held-out loss; pictures drawn from the true embeddings and captions, each above the true picture."""

@@ -98,7 +98,7 @@ class Glide(Stage):
         def network(x_t, t):
             return self.apply(params, conditioning, beside, x_t, t)
 
-        return draw(self.config, network, shape, conditions, key)
+        return draw(self.config, network, shape, conditions, key, told_known=self.config.model.inpaint)
 
     def evaluate(self, params, frozen, batch, key):
         """Held-out loss; pictures drawn for the captions, each above the true picture."""
