@@ -15,15 +15,6 @@ from unclip_jax.stages.base import (
     to_float,
     to_uint8,
 )
-    Stage,
-    diffusion_loss,
-    draw,
-    empty_caption,
-    invert,
-    output_channels,
-    to_float,
-    to_uint8,
-)
 
 
 class Decoder(Stage):
