@@ -29,6 +29,15 @@ def save_png(path: str | Path, image: np.ndarray, metadata: dict | None = None) 
     os.replace(beside, path)
 
 
+def save_gif(path: str | Path, frames: np.ndarray, seconds: float = 2.0) -> None:
+    """Writes uint8 (N, H, W, 3) as an animation that goes there and back again without end."""
+    there = [Image.fromarray(frame) for frame in np.asarray(frames)]
+    loop = there + there[-2:0:-1]
+    duration = max(20, int(1000 * seconds / len(there)))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    loop[0].save(path, save_all=True, append_images=loop[1:], duration=duration, loop=0)
+
+
 def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | None = None) -> np.ndarray:
     """uint8 (N, H, W, 3) → one uint8 picture, rows of `columns` (a square by default), each over its caption."""
     images = np.asarray(images)

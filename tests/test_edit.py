@@ -1,0 +1,231 @@
+"""Editing with random models: what must hold whatever they draw; and the command."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from shrink import compilation_cache, save_cascade, small_config
+
+from unclip_jax import edit
+from unclip_jax.cascade import Cascade, slerp
+from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.errors import UserError
+from unclip_jax.stages.base import draw
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_cascade(tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture(scope="module")
+def cascade(folder):
+    return Cascade.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3)).astype(np.uint8)
+
+
+def test_slerp_stays_on_the_arc():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 5))
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    angle = np.arccos(a @ b)
+    for theta in (0.0, 0.3, 1.0):
+        point = slerp(a, b, theta)
+        np.testing.assert_allclose(np.linalg.norm(point), 1)
+        np.testing.assert_allclose(np.arccos(np.clip(point @ a, -1, 1)), theta * angle, atol=1e-7)
+    np.testing.assert_allclose(slerp(a, a, 0.5), a)
+    noise = rng.normal(size=(2, 4, 4, 3))
+    np.testing.assert_allclose(slerp(*noise, 1.0), noise[1])
+
+
+def test_without_noise_the_seed_does_not_matter_and_with_it_it_does(cascade, pictures):
+    embeddings, x_T = cascade.encode(pictures, STEPS)
+    draw = lambda seed, eta: cascade.redraw(embeddings, x_T, seed, eta, STEPS)["images"][0]  # noqa: E731
+    np.testing.assert_array_equal(draw(0, 0.0), draw(1, 0.0))
+    assert not np.array_equal(draw(0, 1.0), draw(1, 1.0))
+    np.testing.assert_array_equal(draw(1, 1.0), draw(1, 1.0))
+
+
+def test_variations_differ_and_eta_never_compiles_anew(cascade, pictures):
+    first = cascade.variations(pictures[0], 3, 1.0, 0, steps=STEPS)
+    assert len({image.tobytes() for image in first["images"][0]}) == 3
+    (model,) = (m for key, m in cascade._variants.items() if ("steps", str(STEPS)) in key)
+    before = model.sample._cache_size()
+    cascade.variations(pictures[1], 3, 0.5, 1, steps=STEPS, guidance_scale=2.0)
+    assert model.sample._cache_size() == before
+
+
+def test_interpolation_ends_at_both_pictures(cascade, pictures):
+    embeddings, x_T = cascade.encode(pictures, STEPS)
+    ends = cascade.redraw(embeddings, x_T, 0, steps=STEPS)["images"][0]
+    path = cascade.interpolate(*pictures, 4, 0, steps=STEPS)
+    np.testing.assert_allclose(path["images"][0][[0, -1]].astype(int), ends, atol=1)
+    np.testing.assert_allclose(path["embeddings"][[0, -1]], embeddings, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(path["embeddings"], axis=1), 1, rtol=1e-5)
+    one_noise = cascade.interpolate(pictures[0], pictures[0], 3, 0, inverted=False, steps=STEPS)["images"][0]
+    np.testing.assert_array_equal(one_noise[0], one_noise[2])
+
+
+def test_text_diff_starts_at_the_picture_and_heads_for_the_difference(cascade, pictures):
+    embedding, _ = cascade.encode(pictures[:1], STEPS)
+    path = cascade.text_diff(pictures[0], "a red apple", "a blue fox", 0.5, 3, 0, steps=STEPS)
+    np.testing.assert_allclose(path["embeddings"][0], embedding[0], atol=1e-6)
+    source, target = cascade.text_embeddings(["a red apple", "a blue fox"])
+    direction = (target - source) / np.linalg.norm(target - source)
+    angles = np.arccos(np.clip(path["embeddings"] @ direction, -1, 1))
+    np.testing.assert_allclose(angles, angles[0] * np.array([1, 0.75, 0.5]), atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [24, 64])
+def test_inpainting_keeps_known_pixels_bit_for_bit(cascade, pictures, side):
+    picture = np.random.default_rng(1).integers(0, 256, (side, side, 3)).astype(np.uint8)
+    mask = np.zeros((side, side), bool)
+    mask[side // 4 : side // 2, side // 3 :] = True
+    drawn = cascade.inpaint(picture, mask, "a red apple", 2, 0)
+    final = drawn.shape[1]
+    if side == final:
+        np.testing.assert_array_equal(drawn[:, ~mask], np.stack([picture[~mask]] * 2))
+    assert not np.array_equal(drawn[0], drawn[1])
+    marked = np.asarray(Image.fromarray(mask).resize((final, final), Image.Resampling.NEAREST))
+    assert (drawn[0] != drawn[1]).any(-1)[~np.roll(marked, 0)].sum() <= (drawn[0] != drawn[1]).any(-1).sum() * 0.2
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (np.ones((24, 24), bool), "marks all"),
+        (np.zeros((24, 24), bool), "marks nothing"),
+        (np.eye(12, dtype=bool), "the mask is 12x12 pixels, the picture 24x24"),
+    ],
+)
+def test_masks_that_cannot_be_meant_are_refused(cascade, pictures, mask, says):
+    with pytest.raises(UserError, match=says):
+        cascade.inpaint(pictures[0], mask, "a red apple", 1, 0)
+
+
+def test_sdedit_starts_from_the_sketch_noised_as_far_as_was_said():
+    """A network that takes what it sees for the picture leaves the noise in, so that it can be measured."""
+    config = small_config("decoder").unlock()
+    sketch = np.full((64, 8, 8, 3), 0.5, np.float32)
+    for start, step in ((0.001, 0), (0.5, 489), (1.0, 999)):
+        config.sampling.update(dict(steps="50", start=start, clip_x0=0.0))
+        schedule = make_schedule("cosine", 1000)
+        seen = []
+
+        def network(x_t, t, seen=seen):
+            jax.debug.callback(lambda x, t: seen.append((int(t[0]), np.asarray(x))), x_t, t)
+            return x_t
+
+        draw(config, network, sketch.shape, {"sketch": sketch}, jax.random.key(0))
+        jax.effects_barrier()
+        t, x_t = max(seen, key=lambda entry: entry[0])
+        assert t == step
+        np.testing.assert_allclose(x_t.mean(), 0.5 * schedule.sqrt_alpha_bars[step], atol=0.03)
+        np.testing.assert_allclose(x_t.std(), schedule.sqrt_beta_bars[step], rtol=0.03)
+
+
+def test_probabilities_are_clips(cascade, pictures):
+    labels = ["a red apple", "a blue fox", "one green tent"]
+    probabilities = cascade.classify(pictures[0], labels)
+    z_i, z_t = cascade.image_embeddings(pictures[:1])[0], cascade.text_embeddings(labels)
+    logits = np.exp(np.float64(cascade.clip.params["logit_scale"])) * (z_t.astype(np.float64) @ z_i)
+    np.testing.assert_allclose(probabilities, np.exp(logits) / np.exp(logits).sum(), rtol=1e-4)
+
+
+def save(path, array, mode=None):
+    Image.fromarray(array, mode).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path, pictures):
+    mask = np.zeros((24, 24), np.uint8)
+    mask[4:12, 4:12] = 255
+    return {
+        "one": save(tmp_path / "one.png", pictures[0]),
+        "two": save(tmp_path / "two.png", pictures[1]),
+        "mask": save(tmp_path / "mask.png", mask),
+        "small": save(tmp_path / "small.png", mask[:12, :12]),
+        "text": str((tmp_path / "text.txt").write_text("no picture") and tmp_path / "text.txt"),
+    }
+
+
+def run(folder, out, command, *options):
+    with compilation_cache():
+        return edit.main(["edit", command, "--bundle", str(folder), "--out", str(out), "--steps", "5", *options])
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "written"),
+    [
+        ("variations", ["--image={one}", "-n", "2"], {"variations_one_0_0.png", "variations_one_0_1.png", "sheet.png"}),
+        (
+            "interpolate",
+            ["--image={one}", "--image={two}", "-n", "3"],
+            {f"interpolate_one_0_{i}.png" for i in range(3)} | {"sheet.png", "path.gif"},
+        ),
+        (
+            "inpaint",
+            ["--image={one}", "--mask={mask}", "--prompt=a red apple", "--mask={mask}", "--prompt=a fox", "-n", "1"],
+            {"inpaint_one_0_0.png", "sheet.png"},
+        ),
+    ],
+)
+def test_command_writes_pictures_and_a_sheet(folder, files, tmp_path, command, options, written):
+    out = tmp_path / "out"
+    assert run(folder, out, command, *(option.format(**files) for option in options)) == 0
+    assert {path.name for path in out.iterdir()} == written
+    about = json.loads(Image.open(out / "sheet.png").text["edit"])
+    assert about["command"] == command and about["seed"] == 0
+
+
+def test_classify_prints_labels_by_probability(folder, files, tmp_path, capsys):
+    assert run(folder, tmp_path / "out", "classify", f"--image={files['one']}", "--label=a fox", "--label=a tent") == 0
+    lines = capsys.readouterr().out.splitlines()
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert len(lines) == 2 and shares == sorted(shares, reverse=True)
+    assert abs(sum(shares) - 100) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "says"),
+    [
+        ("variations", ["--image={one}", "--image={two}"], "takes 1 --image, not 2"),
+        ("interpolate", ["--image={one}"], "takes 2 --image, not 1"),
+        ("variations", ["--image={one}x"], "no picture at"),
+        ("variations", ["--image={text}"], "not a picture that can be read"),
+        ("variations", ["--image={one}", "-n", "0"], "--n 0"),
+        ("variations", ["--image={one}", "--eta", "2"], "--eta 2.0: expected a number from 0 to 1"),
+        ("text_diff", ["--image={one}", "--before=a fox"], "text_diff needs --after"),
+        ("text_diff", ["--image={one}", "--before=a", "--after=b", "--theta=-1"], "--theta -1.0"),
+        ("inpaint", ["--image={one}", "--prompt=a fox"], "inpaint needs --mask"),
+        ("inpaint", ["--image={one}", "--mask={mask}", "--prompt=a", "--prompt=b"], "1 masks and 2 prompts"),
+        ("inpaint", ["--image={one}", "--mask={small}", "--prompt=a fox"], "the mask is 12x12 pixels"),
+        ("inpaint", ["--image={one}", "--mask={mask}", "--prompt="], "the prompt is empty"),
+        ("sdedit", ["--image={one}"], "sdedit needs --prompt"),
+        ("classify", ["--image={one}"], "classify needs --label"),
+        ("blur", ["--image={one}"], "invalid choice: 'blur'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(folder, files, tmp_path, command, options, says):
+    with pytest.raises(UserError, match=says) as caught:
+        run(folder, tmp_path / "out", command, *(option.format(**files) for option in options))
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_kinds_of_pictures_are_read(tmp_path):
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    grey = edit._read(save(tmp_path / "grey.png", ramp))
+    deep = edit._read(save(tmp_path / "deep.png", ramp.astype(np.uint16) * 256))
+    clear = edit._read(save(tmp_path / "clear.png", np.dstack([ramp, ramp, ramp, 0 * ramp])))
+    np.testing.assert_array_equal(grey, np.stack([ramp] * 3, -1))
+    np.testing.assert_array_equal(deep, grey)
+    assert (clear == 255).all()
