@@ -33,7 +33,7 @@ def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
         raise UserError(f"{folder} holds no model of GLIDE: expected {', '.join(f'{name}.pt' for name in PLACES)}")
     if found.keys() & PLACES.keys():
         vocabulary = tokenizers.gpt2(folder)
-    for name in PLACES.keys() & found.keys():
+    for name in (name for name in PLACES if name in found):
         weights = StateDict(read(found[name]), str(found[name]))
         side = options.image_size or SIDES[name.removesuffix("_inpaint")]
         config, params = convert(weights, side, options.dtype, options.head_channels, text_heads=options.heads)
