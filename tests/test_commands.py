@@ -1,5 +1,6 @@
 """Every command: what it refuses, in one line and before any long work, and what `sample` leaves on the disk."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -70,7 +71,8 @@ REFUSED = [
     (sample, ["--prompt=x"], "--bundle"),
     (sample, ["--bundle={empty}"], "--prompt"),
     (sample, ["--bundle={root}/nowhere", "--prompt=x"], "no bundle at .*nowhere"),
-    (sample, SAMPLE, "no bundle at .*clip"),
+    (sample, SAMPLE, "no bundle at .*decoder"),
+    (sample, [*SAMPLE, "--n=4", "--rerank=3"], "--rerank 3: expected at least --n 4"),
     (sample, [*SAMPLE, "--n", "0"], "--n 0: expected at least 1"),
     (sample, [*SAMPLE, "--n", "two"], "--n.*'two'"),
     (sample, [*SAMPLE, "--out={file}"], "--out .*file is a file"),
@@ -148,3 +150,16 @@ def test_a_second_sample_compiles_nothing(drawn):
     """Its models are loaded anew, as by another process; every program comes from the cache."""
     words = drawn[2].splitlines()[-1]
     assert re.fullmatch(r"4 pictures in [\d.]+ s, 0 programs compiled, [1-9]\d* from the cache", words)
+
+
+def test_rerank_keeps_each_prompts_nearest_best_first():
+    class Likes:
+        def similarity(self, images, texts):
+            return images[:, :1, 0, 0].astype(float) * (1 if texts == ["light"] else -1)
+
+    brightness = np.array([10, 30, 20, 40, 60, 50], np.uint8)
+    images = np.broadcast_to(brightness[:, None, None, None], (6, 2, 2, 3))
+    args = argparse.Namespace(prompt=["light", "dark"], n=2, rerank=3)
+    kept, texts = sample._best(Likes(), images, args)
+    np.testing.assert_array_equal(kept[:, 0, 0, 0], [30, 20, 40, 50])
+    assert texts == ["light", "light", "dark", "dark"]

@@ -10,6 +10,8 @@ import re
 import sys
 import time
 
+import numpy as np
+
 from unclip_jax import __version__, cli, pictures
 from unclip_jax.errors import UserError
 
@@ -19,6 +21,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--bundle", required=True, help="folder of a trained cascade")
     parser.add_argument("--prompt", required=True, action="append", help="what to draw; may be repeated")
     parser.add_argument("-n", "--n", type=int, default=4, help="pictures per prompt")
+    parser.add_argument("--rerank", type=int, default=0, help="draw so many a prompt, keep the n that CLIP likes best")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, help="of the decoder; 1: none; default: the trained config's")
     parser.add_argument("--prior-guidance", type=float, help="of the prior; likewise")
@@ -26,6 +29,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv[1:])
     if args.n < 1:
         raise UserError(f"--n {args.n}: expected at least 1 picture per prompt")
+    if args.rerank and args.rerank < args.n:
+        raise UserError(f"--rerank {args.rerank}: expected at least --n {args.n}, the pictures to be kept")
     out = cli.output_folder(args.out)
 
     began = time.monotonic()
@@ -35,16 +40,23 @@ def main(argv: list[str]) -> int:
 
     cascade = Cascade.load(args.bundle)
     cascade.check_prompts(args.prompt)
-    texts = [prompt for prompt in args.prompt for _ in range(args.n)]
+    if args.rerank and not cascade.clip:
+        raise UserError(f"--rerank needs a CLIP, and {args.bundle} has no clip/")
+    texts = [prompt for prompt in args.prompt for _ in range(args.rerank or args.n)]
     images = cascade.generate(texts, args.seed, args.guidance, args.prior_guidance)["images"][-1]
+    if args.rerank:
+        images, texts = _best(cascade, images, args)
+    models = {"decoder": cascade.decoder, "prior": cascade.prior} if cascade.prior else {"decoder": cascade.decoder}
     settings = {
         "n": args.n,
+        "rerank": args.rerank,
         "guidance": args.guidance if args.guidance is not None else _trained_scale(cascade.decoder),
-        "prior_guidance": args.prior_guidance if args.prior_guidance is not None else _trained_scale(cascade.prior),
-        "decoder": cascade.decoder.identity,
-        "prior": cascade.prior.identity,
+        "prior_guidance": args.prior_guidance,
+        **{name: model.identity for name, model in models.items()},
         "version": __version__,
     }
+    if cascade.prior and args.prior_guidance is None:
+        settings["prior_guidance"] = _trained_scale(cascade.prior)
     for i, (text, image) in enumerate(zip(texts, images, strict=True)):
         name = re.sub(r"\W+", "_", text).strip("_")[:60]
         path = out / f"{name}_{args.seed}_{i}.png"
@@ -54,6 +66,17 @@ def main(argv: list[str]) -> int:
     print(out / "grid.png")
     print(f"{len(images)} pictures in {time.monotonic() - began:.1f} s, {compiles}", file=sys.stderr)
     return 0
+
+
+def _best(cascade, images, args):
+    """Of each prompt's pictures the n whose CLIP embedding is nearest the prompt's, best first, and their prompts."""
+    kept, texts = [], []
+    for k, prompt in enumerate(args.prompt):
+        drawn = images[k * args.rerank : (k + 1) * args.rerank]
+        order = np.argsort(-cascade.similarity(drawn, [prompt])[:, 0], kind="stable")[: args.n]
+        kept.append(drawn[order])
+        texts += [prompt] * args.n
+    return np.concatenate(kept), texts
 
 
 def _trained_scale(model) -> float:
