@@ -42,6 +42,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             predicts="eps",
             learned_variance=True,
             snr_clip=(),  # (low, high): an x0 error counts clip(SNR, low, high) times; (): plain mean
+            degradation="bsr",  # of the low-resolution input: "blur", or "bsr" (in the data pipeline, data/bsr.py)
             blur_probability=0.5,
             blur_sigma=0.6,  # pixels of the low-resolution input; kernel of 3
         )

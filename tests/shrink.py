@@ -16,11 +16,21 @@ from unclip_jax.bundle import save_bundle
 from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.stages import make_stage
 
-CONFIGS = ("clip", "prior_diffusion", "decoder", "upsampler_256", "upsampler_1024")
+CONFIGS = ("clip", "prior_diffusion", "prior_ar", "decoder", "upsampler_256", "upsampler_1024")
 UNET = dict(channels=8, channel_mult=(1, 2), norm_groups=4)
 CHANGES = {
     "clip": dict(image_size=16, dim=8, image=dict(width=16, depth=1), text=dict(width=16, depth=1, context=12)),
     "prior_diffusion": dict(embedding_dim=8, width=16, depth=1, context=10),
+    "prior_ar": dict(
+        embedding_dim=8,
+        num_codes=6,
+        num_buckets=8,
+        num_dot_buckets=4,
+        context=7,
+        width=16,
+        depth=1,
+        text=dict(width=8, depth=1, context=10),
+    ),
     "decoder": dict(
         image_size=8,
         embedding_dim=8,
@@ -37,20 +47,25 @@ def small_config(name):
     config = cli.load_config(f"configs/{name}.py:tiny").unlock()
     config.model.update(CHANGES[name])
     config.train.update(dict(steps=2, batch_size=16, log_every=1, checkpoint_every=2, sample_every=2, eval_size=4))
-    if "sampling" in config:
+    if "diffusion" in config:
         config.sampling.steps = "3"
+    if "prior" in config:
+        config.prior.batches = 1
     return config.lock()
 
 
 def random_params(stage, seed=0):
-    """Parameters in which nothing is zero, so that every path through the network is open."""
+    """Parameters in which nothing is zero, so that every path is open; those that nothing trains are as they start."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
         spread = 0.5 / max(1, np.prod(leaf.shape[:-1])) ** 0.5 if leaf.ndim > 1 else 0.3
         return jnp.asarray(rng.normal(size=leaf.shape) * spread + 0.02, leaf.dtype)
 
-    return jax.tree.map(draw, jax.eval_shape(stage.init, jax.random.key(0)))
+    params = jax.tree.map(draw, jax.eval_shape(stage.init, jax.random.key(0)))
+    if "fixed" in params:
+        params["fixed"] = jax.jit(lambda: stage.init(jax.random.key(0))["fixed"])()
+    return params
 
 
 @functools.cache

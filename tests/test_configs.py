@@ -21,6 +21,7 @@ def load(name, size):
 # arXiv 2204.06125, appendix C, table 3. Sampling steps 27 are spaced as GLIDE's ("fast27").
 TRAINING = {
     #                 batch   steps      learning rate  b2   eps   weight decay  EMA
+    "prior_ar": (4096, 1_000_000, 1.6e-4, 0.91, 1e-10, 4.0e-2, 0.999),
     "prior_diffusion": (4096, 600_000, 1.1e-4, 0.96, 1e-6, 6.0e-2, 0.9999),
     "decoder": (2048, 800_000, 1.2e-4, 0.999, 1e-8, 0.0, 0.9999),
     "upsampler_256": (1024, 1_000_000, 1.2e-4, 0.999, 1e-8, 0.0, 0.9999),
@@ -67,6 +68,22 @@ MODELS = {
         "diffusion.drop_text": 0.1,
         "sampling.draws": 2,
         "sampling.guidance_scale": 1.0,
+    },
+    # Section 2.2, appendix C: PCA to 319 codes of 1,024 buckets, text dropped 10 %, dot products of the top half.
+    "prior_ar": {
+        "model.embedding_dim": 1024,
+        "model.num_codes": 319,
+        "model.num_buckets": 1024,
+        "model.context": 384,
+        "model.width": 1664,
+        "model.depth": 24,
+        "model.heads": 26,
+        "model.text.width": 2048,
+        "model.text.depth": 24,
+        "model.text.heads": 32,
+        "model.text.context": 256,
+        "prior.drop_text": 0.1,
+        "sampling.dot_percentile": 50,
     },
     # Section 2.1, table 3; topology, dropout and head size of ADM's 64 pixel model; guidance of table 2.
     "decoder": {
@@ -178,11 +195,12 @@ def test_sizes_have_the_same_keys(name):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_stages_of_a_size_make_a_cascade(size):
-    clip, prior, decoder, first, second = (load(name, size) for name in CONFIGS)
-    assert clip.model.dim == prior.model.embedding_dim == decoder.model.embedding_dim
+    clip, prior, prior_ar, decoder, first, second = (load(name, size) for name in CONFIGS)
+    for config in (prior, prior_ar, decoder):
+        assert clip.model.dim == config.model.embedding_dim
+        make_stage(config, make_stage(clip))
     assert first.model.image_size == decoder.model.image_size * first.model.factor
     assert second.model.image_size == first.model.image_size * second.model.factor
-    make_stage(prior, make_stage(clip)), make_stage(decoder, make_stage(clip))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

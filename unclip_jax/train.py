@@ -11,10 +11,12 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -30,12 +32,21 @@ from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.training.checkpoint import Checkpointer
-from unclip_jax.training.metrics import MetricLogger
+from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES, MetricLogger
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh, replicated
-from unclip_jax.training.state import abstract_state, digest, init_state, make_train_step, root_key, whole
+from unclip_jax.training.state import (
+    TrainState,
+    abstract_state,
+    digest,
+    init_state,
+    make_train_step,
+    root_key,
+    whole,
+)
 
 SAMPLERS = ("ddpm", "ddim")
+DEGRADATIONS = ("blur", "bsr")
 TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
 
 
@@ -84,6 +95,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
 
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     _say(f"{config.stage}: {size:,} parameters on {mesh.size} {jax.default_backend()} device(s), from step {start}")
+    if start == 0:
+        state = _prepared(state, stage, frozen, _first_batches(config, source, to_example, mesh))
     steps, data = config.train.steps, _batches(config, source, to_example, start)
     with MetricLogger(workdir, steps, config.train.batch_size, start, Path(workdir).name) as log, _Stop() as stop:
         waiting = None  # metrics of an earlier step, logged once the next one is under way
@@ -149,6 +162,9 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         smallest = m.factor * 2 ** (len(m.unet.channel_mult) - 1)
         if m.patch > m.image_size or m.patch % smallest:
             raise UserError(f"model.patch is {m.patch}: expected a multiple of {smallest}, at most {m.image_size}")
+        if config.diffusion.degradation not in DEGRADATIONS:
+            known = ", ".join(DEGRADATIONS)
+            raise UserError(f"diffusion.degradation is {config.diffusion.degradation!r}: expected one of {known}")
 
 
 def _check_widths(name: str, section: ConfigDict) -> None:
@@ -249,13 +265,33 @@ def _tokenizer(config: ConfigDict, stage: Stage, source, workdir: str) -> Tokeni
 def _to_example(config: ConfigDict, stage: Stage, own: Tokenizer | None, clip: Tokenizer | None) -> ToExample:
     tokenizers = {"own": own, "clip": clip}
     texts = {name: (tokenizers[owner], context, ends) for name, (owner, context, ends) in stage.texts.items()}
-    return ToExample(stage.images, texts, config.data.crop, stage.patch)
+    return ToExample(stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor)
 
 
 def _batches(config: ConfigDict, source, to_example: ToExample, start: int):
     t = config.train
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     return batches(source, to_example, t.batch_size, t.seed, start, threads=config.data.threads, **processes)
+
+
+def _first_batches(config: ConfigDict, source, to_example: ToExample, mesh):
+    """Those that training begins with, for `Stage.prepare`; read only when asked for, and said now and then."""
+    said = time.monotonic()
+    for k, rows in enumerate(_batches(config, source, to_example, 0)):
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            _say(f"{config.stage}: preparing, {k} training batches read")
+        yield global_batch(rows, mesh)
+
+
+def _prepared(state: TrainState, stage: Stage, frozen, batches) -> TrainState:
+    """The state before step 1, with what the stage finds in training batches in its parameters and their average."""
+    params, scalars = stage.prepare(state.params, frozen, batches)
+    if params is state.params:
+        return state
+    _say("prepared: " + ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items()))
+    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, state.params))
+    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 
 def _record(workdir: str, step: int, scalars: dict[str, float], images) -> None:

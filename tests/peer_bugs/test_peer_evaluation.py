@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ ROWS = 6
 RNG = np.random.default_rng(0)
 
 
-def unit(*shape):
-    z = RNG.normal(size=shape)
-    return z / np.linalg.norm(z, axis=-1, keepdims=True)
+def circle(*degrees):
+    """Unit vectors (N, 2)."""
+    return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
 
 
 class KnownClip(Clip):
@@ -49,16 +50,16 @@ class CoarseUpsampler(Upsampler):
 
 def test_reported_metrics_are_means_over_rows():
     """DALLE2-pytorch#49: an evaluation that averaged the wrong thing; here each number is counted out by hand."""
-    z_i, z_t = unit(ROWS, 4), unit(ROWS, 4)
-    z_t[:3] = z_i[:3]  # three pairs that find each other
+    # On a circle: three pairs that find each other; of the last, only the picture finds its caption.
+    z_i, z_t = circle(0, 90, 180, 271, 50, 40), circle(0, 90, 180, 5, 10, 15)
     clip = KnownClip(small_config("clip"), (z_i, z_t))
     scalars, _ = clip.evaluate({}, {}, random_batch(small_stage("clip")[0], ROWS), None)
-    hits = [np.argmax([z_i[k] @ z for z in z_t]) == k for k in range(ROWS)]
-    hits += [np.argmax([z_t[k] @ z for z in z_i]) == k for k in range(ROWS)]
-    assert 0 < sum(hits) < 2 * ROWS
-    assert float(scalars["retrieval"]) == pytest.approx(sum(hits) / (2 * ROWS))
+    pictures = sum(np.argmax([z_i[k] @ z for z in z_t]) == k for k in range(ROWS))
+    captions = sum(np.argmax([z_t[k] @ z for z in z_i]) == k for k in range(ROWS))
+    assert (pictures, captions) == (4, 3)
+    assert float(scalars["retrieval"]) == pytest.approx((pictures + captions) / (2 * ROWS))
 
-    drawn = 2 * unit(ROWS, 4)
+    drawn = 2 * circle(*RNG.uniform(0, 360, ROWS))
     embeds = {name: lambda *_, z=z: jnp.asarray(z, jnp.float32) for name, z in (("images", z_i), ("texts", z_t))}
     clip = SimpleNamespace(config=small_config("clip"), embed_images=embeds["images"], embed_texts=embeds["texts"])
     prior = KnownPrior(small_config("prior_diffusion"), clip)
@@ -81,7 +82,7 @@ def test_psnr_is_the_mean_of_each_pictures_own():
     stage = CoarseUpsampler(config.lock())
     spread = np.linspace(5, 120, ROWS).reshape(ROWS, 1, 1, 1)  # from nearly plain to noise
     truth = (128 + spread * RNG.uniform(-1, 1, (ROWS, 16, 16, 3))).astype(np.uint8)
-    scalars, pictures = stage.evaluate({}, {}, {"image": jnp.asarray(truth)}, None)
+    scalars, pictures = jax.jit(stage.evaluate)({}, {}, {"image": truth}, None)
     drawn, plain, shown = np.split(np.asarray(pictures, np.float64), 3, axis=1)
     np.testing.assert_array_equal(shown, truth)
     for name, images in (("psnr", drawn), ("psnr_interpolated", plain)):

@@ -41,12 +41,15 @@ def sample(stage, low_res):
     return jax.jit(stage.sample)({}, {}, {"low_res": low_res}, jax.random.key(0))
 
 
-def test_low_resolution_picture_has_one_range_in_training_and_sampling(echoing):
+@pytest.mark.parametrize("degradation", ["blur", "bsr"])
+def test_low_resolution_picture_has_one_range_in_training_and_sampling(echoing, degradation):
     """imagen-pytorch#124, #160, DALLE2-pytorch 972ee97: it was normalised twice, not at all, or in one of the two."""
     stage, _ = echoing
+    with stage.config.unlocked():
+        stage.config.diffusion.degradation = degradation
     # A plain picture stays what it is, made small, blurred and enlarged: the echo must be the target itself.
     plain = np.broadcast_to(np.array([0, 51, 255], np.uint8), (2, SIDE, SIDE, 3))
-    loss, _ = jax.jit(stage.loss)({}, {}, {"image": plain}, jax.random.key(0))
+    loss, _ = jax.jit(stage.loss)({}, {}, {"image": plain, "low_res": plain[:, ::4, ::4]}, jax.random.key(0))
     assert float(loss) < 1e-9
     low_res = np.broadcast_to(np.array([-1, -0.6, 1], np.float32), (1, 4, 4, 3))
     drawn = sample(stage, low_res)

@@ -112,7 +112,7 @@ def test_pickles_that_are_no_state_dicts_are_refused(tmp_path):
     save_vocabulary(tmp_path)
     for content in ([1, 2, 3], {"step": 5}, print):
         torch.save(content, tmp_path / "base.pt")
-        with pytest.raises(UserError, match="base.pt") as caught:
+        with pytest.raises(UserError, match=r"base\.pt") as caught:
             convert(tmp_path, tmp_path / "out")
         assert "\n" not in str(caught.value)
 

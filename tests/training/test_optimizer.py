@@ -67,6 +67,7 @@ def test_weight_decay_spares_gains_and_biases():
         "class_embedding": leaf(8),
         "logit_scale": leaf(),
         "qkv_bias": leaf(3, 8),
+        "fixed": {"components": leaf(8, 8)},
     }
     assert decayed(params) == {
         "blocks": {"norm": {"scale": False, "bias": False}, "mlp": {"kernel": True}},
@@ -76,6 +77,7 @@ def test_weight_decay_spares_gains_and_biases():
         "class_embedding": False,
         "logit_scale": False,
         "qkv_bias": False,
+        "fixed": {"components": False},
     }
 
 

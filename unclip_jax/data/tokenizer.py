@@ -7,6 +7,8 @@ Padding is never told by its id: lengths say what is real.
 
 import html
 import io
+import re
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from unclip_jax.errors import UserError
 
 PAD, UNKNOWN, START, END = 0, 1, 2, 3
+WRITTEN_MARKS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>")
 
 
 class Tokenizer:
@@ -41,8 +44,11 @@ class Tokenizer:
         """ids int32 (N, context) padded on the right, real lengths int32 (N,).
 
         ends: start and end tokens are added, and a text that is too long is cut before its end token; else the bare
-        tokens are cut.
+        tokens are cut. Only CLIP's own tokenizer reads an end token that is written out in a text; the length is then
+        up to there, where CLIP looks. Raises UserError for a tokenizer that knows no ends.
         """
+        if ends and self._model.start is None:
+            raise UserError("this tokenizer has no start token, and CLIP's captions need one: give CLIP's vocabulary")
         room = context - 2 if ends else context
         ids = np.full((len(texts), context), self._model.pad, np.int32)
         lengths = np.zeros(len(texts), np.int32)
@@ -50,12 +56,12 @@ class Tokenizer:
             tokens = self._model.encode(text)[:room]
             tokens = [self._model.start, *tokens, self._model.end] if ends else tokens
             ids[row, : len(tokens)] = tokens
-            lengths[row] = len(tokens)
+            lengths[row] = tokens.index(self._model.end) + 1 if ends else len(tokens)
         return ids, lengths
 
     def decode(self, ids: Iterable[int]) -> str:
         """The (lower-cased) text of real ids."""
-        marks = (self._model.pad, self._model.start, self._model.end)
+        marks = (self._model.start, self._model.end)
         return self._model.decode([int(i) for i in ids if i not in marks])
 
 
@@ -94,20 +100,37 @@ class _BytePairs:
             self._model = Model.from_str(model_bytes.decode())
         except Exception as error:  # the library raises bare Exceptions
             raise UserError(f"the tokenizer is not a tokenizer.json: {error}") from error
+        if self._model.padding is None:
+            raise UserError("the tokenizer.json names no padding: give one of a bundle made by unclip_jax.pretrained")
         self.vocab_size = self._model.get_vocab_size()
-        self.start, self.end = (self._model.token_to_id(name) for name in ("<|startoftext|>", "<|endoftext|>"))
+        self.start, self.end = (self._model.token_to_id(mark) for mark in ("<|startoftext|>", "<|endoftext|>"))
         self.pad = self._model.padding["pad_id"]
         self._model.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        if self.start is not None:  # CLIP's cleaning, which GPT-2's has not
-            import ftfy
+        return self._ids(text.lower()) if self.start is None else self._clip_ids(text)
 
-            text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
-        return self._model.encode(text.lower(), add_special_tokens=False).ids
+    def _clip_ids(self, text: str) -> list[int]:
+        """CLIP cleans a text, which GPT-2 does not, and knows its marks where they are written out as words."""
+        import ftfy
+
+        text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+        ids, done = [], 0
+        for mark in WRITTEN_MARKS.finditer(text):
+            before = text[done : mark.start()]
+            # Neighbouring symbols are one word, and so swallow a mark's first two.
+            if before and not (before[-1].isspace() or unicodedata.category(before[-1])[0] in "LN"):
+                continue
+            ids += [*self._ids(before), self._model.token_to_id(mark.group())]
+            done = mark.end()
+        return ids + self._ids(text[done:])
+
+    def _ids(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._model.decode(ids)
+        text = self._model.decode(ids, skip_special_tokens=False)
+        return text if self.start is None else text.rstrip()  # CLIP's words end in a space
 
 
 def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int) -> Tokenizer:

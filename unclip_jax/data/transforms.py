@@ -4,10 +4,13 @@ import io
 
 import numpy as np
 
+from unclip_jax.data.bsr import degrade
+from unclip_jax.data.resampling import resize_matrix, separable
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 
 CROPS = ("center", "dalle")
+WHOLE = (slice(None), slice(None))
 ALIGNMENT = 4  # corners of patches are multiples of this, so that low-resolution pixels are whole
 
 
@@ -17,6 +20,8 @@ class UnreadableRecord(Exception):
 
 class ToExample:
     """(record, rng) → {picture name: uint8 (size, size, 3), text name: int32 (context,), NAME_length: int32 ()}.
+
+    And "low_res", where there is a `bsr_factor`: "image" BSR-degraded to so many times less.
 
     images: name → side; all are cut from the same square crop. texts: name → (tokenizer, context, ends).
     crop: "center", or "dalle" (see `square_crop`). patch: side of a random window of the picture named "image".
@@ -28,23 +33,25 @@ class ToExample:
         texts: dict[str, tuple[Tokenizer, int, bool]],
         crop: str,
         patch: int | None,
+        bsr_factor: int | None = None,
     ):
         if crop not in CROPS:
             raise UserError(f"data.crop is {crop!r}: expected one of {', '.join(CROPS)}")
         if patch is not None and not (0 < patch <= images["image"] and patch % ALIGNMENT == 0):
             raise UserError(f"patch is {patch}: expected a multiple of {ALIGNMENT}, at most {images['image']}")
-        self.images, self.texts, self.crop, self.patch = images, texts, crop, patch
+        self.images, self.texts, self.crop, self.patch, self.bsr_factor = images, texts, crop, patch, bsr_factor
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Raises UnreadableRecord."""
         square = square_crop(decode(record["image"]), max(self.images.values()), self.crop, rng)
-        example = {name: area_resize(square, size) for name, size in self.images.items()}
-        if self.patch:
-            example["image"] = _window(example["image"], self.patch, rng)
+        windows = {"image": _window(self.images["image"], self.patch, rng)} if self.patch else {}
+        example = {name: area_resize(square, size, windows.get(name, WHOLE)) for name, size in self.images.items()}
         caption = _one_of(record["caption"], rng)
         for name, (tokenizer, context, ends) in self.texts.items():
             ids, lengths = tokenizer.encode([caption], context, ends)
             example[name], example[f"{name}_length"] = ids[0], lengths[0]
+        if self.bsr_factor:
+            example["low_res"] = degrade(example["image"], self.bsr_factor, rng)
         return example
 
 
@@ -94,16 +101,23 @@ def square_crop(image: np.ndarray, size: int, crop: str, rng: np.random.Generato
     return image[top : top + side, left : left + side]
 
 
-def area_resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 square → uint8 (size, size, 3), each pixel the mean of what it covers (enlarging: bicubic)."""
+def area_resize(image: np.ndarray, size: int, window: tuple[slice, slice] = WHOLE) -> np.ndarray:
+    """uint8 square → uint8 (size, size, 3), each pixel the mean of what it covers (enlarging: bicubic).
+
+    window: the rows and columns of the result that are wanted; no more than these is computed.
+    """
     if image.shape[0] == size:
-        return np.ascontiguousarray(image)
+        return np.ascontiguousarray(image[window])
     if image.shape[0] < size:
         from PIL import Image
 
-        return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
-    columns = _average_rows(image, size).swapaxes(0, 1)
-    return np.rint(_average_rows(columns, size).swapaxes(0, 1)).astype(np.uint8)
+        larger = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(larger)[window])
+    # (Pillow's box filter takes each row as wholly in or out.)
+    matrix = resize_matrix(image.shape[0], size, "area")
+    (top, rows), (left, columns) = (_within(matrix[wanted]) for wanted in window)
+    part = image[top : top + rows.shape[1], left : left + columns.shape[1]]
+    return np.rint(separable(part, rows, columns)).astype(np.uint8)
 
 
 def center_square(image: np.ndarray, size: int, kernel: str) -> np.ndarray:
@@ -124,19 +138,14 @@ def center_square(image: np.ndarray, size: int, kernel: str) -> np.ndarray:
     return resized[top : top + size, left : left + size]
 
 
-def _average_rows(image: np.ndarray, n: int) -> np.ndarray:
-    """Means of n equal bands of rows, float32. (Pillow's box filter takes each row as wholly in or out.)"""
-    edges = np.arange(n) * (len(image) / n)
-    first = edges.astype(int)
-    bands = np.add.reduceat(image, first, axis=0, dtype=np.float32)
-    # A row cut by an edge is so far all in the lower band: the part above the edge goes to the upper one.
-    above = image[first] * (edges - first).astype(np.float32)[:, None, None]
-    bands -= above
-    bands[:-1] += above[1:]
-    return bands * np.float32(n / len(image))
+def _within(matrix):
+    """First of the pixels that a sparse (size, length) matrix weighs, and the matrix of these pixels alone."""
+    first, last = matrix.indices.min(), matrix.indices.max()
+    return first, matrix[:, first : last + 1]
 
 
-def _window(image: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    places = (image.shape[0] - side) // ALIGNMENT + 1
+def _window(size: int, side: int, rng: np.random.Generator) -> tuple[slice, slice]:
+    """Rows and columns of a random square of `side` pixels in one of `size`."""
+    places = (size - side) // ALIGNMENT + 1
     top, left = ALIGNMENT * rng.integers(places, size=2)
-    return np.ascontiguousarray(image[top : top + side, left : left + side])
+    return slice(top, top + side), slice(left, left + side)

@@ -28,6 +28,7 @@ class ImageTower(nn.Module):
     activation: str
     dtype: jnp.dtype
     remat: bool
+    mlp_width: int | None = None  # as in Transformer
 
     @nn.compact
     def __call__(self, images, timesteps=None):
@@ -43,7 +44,8 @@ class ImageTower(nn.Module):
         x = jnp.concatenate([token[:, None], x], axis=1)
         x = x + self.param("positions", std, (x.shape[1], self.width))[None]
         x = layer_norm("norm_in")(x)
-        x = Transformer(self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer")(x)
+        sizes = self.depth, self.heads, self.activation, self.dtype, self.remat, self.mlp_width
+        x = Transformer(*sizes, name="transformer")(x)
         x = layer_norm("norm_out")(x[:, 0])
         return nn.Dense(self.dim, use_bias=False, kernel_init=std, name="projection")(x)
 
@@ -63,13 +65,15 @@ class TextTower(nn.Module):
     activation: str
     dtype: jnp.dtype
     remat: bool
+    mlp_width: int | None = None  # as in Transformer
 
     @nn.compact
     def __call__(self, tokens, length):
         x = nn.Embed(self.vocab_size, self.width, embedding_init=nn.initializers.normal(0.02), name="tokens")(tokens)
         x = x + self.param("positions", nn.initializers.normal(0.01), (self.context, self.width))[None]
         # Causality hides the padding from every real token, so padding needs no mask of its own.
-        transformer = Transformer(self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer")
+        sizes = self.depth, self.heads, self.activation, self.dtype, self.remat, self.mlp_width
+        transformer = Transformer(*sizes, name="transformer")
         x = layer_norm("norm")(transformer(x, causal_mask(self.context)))
         std = nn.initializers.normal(self.width**-0.5)
         embedding = nn.Dense(self.dim, use_bias=False, kernel_init=std, name="projection")(last_real(x, length))
@@ -79,7 +83,7 @@ class TextTower(nn.Module):
 class CLIP(nn.Module):
     """Both towers and the learned log temperature."""
 
-    image: ImageTower
+    image: ImageTower | None  # None: a text tower alone
     text: TextTower
     initial_scale: float  # of the dot products, before any training
     unit_norm: bool  # of the embeddings given out; False: as the projections leave them

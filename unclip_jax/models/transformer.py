@@ -34,6 +34,7 @@ class Block(nn.Module):
     depth: int
     activation: str
     dtype: jnp.dtype
+    mlp_width: int | None
 
     @nn.compact
     def __call__(self, x, mask, memory):
@@ -50,7 +51,7 @@ class Block(nn.Module):
         h = attention(query, seen[..., 0, :, :], seen[..., 1, :, :], mask)
         x = x + dense(width, width**-0.5 * residual, "out")(h.reshape(x.shape)).astype(x.dtype)
 
-        h = dense(4 * width, (2 * width) ** -0.5, "mlp_in")(layer_norm("norm_2")(x))
+        h = dense(self.mlp_width or 4 * width, (2 * width) ** -0.5, "mlp_in")(layer_norm("norm_2")(x))
         h = dense(width, width**-0.5 * residual, "mlp_out")(ACTIVATIONS[self.activation](h))
         return x + h.astype(x.dtype), own
 
@@ -67,6 +68,7 @@ class Transformer(nn.Module):
     activation: str
     dtype: jnp.dtype
     remat: bool
+    mlp_width: int | None = None  # hidden units; None: four times the width
 
     @nn.compact
     def __call__(self, x, mask=None, memory=None):
@@ -84,7 +86,7 @@ class Transformer(nn.Module):
             unroll=self.depth if self.depth <= UNROLLED else 1,
             metadata_params={nn.PARTITION_NAME: "depth"},
         )
-        block = block(self.heads, self.depth, self.activation, self.dtype, name="blocks")
+        block = block(self.heads, self.depth, self.activation, self.dtype, self.mlp_width, name="blocks")
         x, own = scanned(block, x.astype(jnp.float32), memory)
         return x if memory is None else (x, own)
 

@@ -1,22 +1,75 @@
-"""Karlo, the public unCLIP (github.com/kakaobrain/karlo), as its own repository publishes it: prior, decoder and the
-upsampler of seven steps, the last of them by a second network."""
+"""Karlo, the public unCLIP (github.com/kakaobrain/karlo): prior, decoder and the upsampler of seven steps, the last of
+them by a second network. Tensors have the names of its own repository; `diffusers_unclip` brings diffusers' to them."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from unclip_jax.errors import UserError
+from unclip_jax.pretrained import Converted, Options, openai_clip, tokenizers
 from unclip_jax.pretrained.adm import unet_config, unet_params
 from unclip_jax.pretrained.glide import transformer_params
 from unclip_jax.pretrained.layers import dense, norm
-from unclip_jax.pretrained.state_dict import StateDict, depth
+from unclip_jax.pretrained.state_dict import StateDict, depth, read, read_torch, to_numpy
+
+FILES = {  # of the repository's own release; the numbers in their names are training steps
+    "prior": "prior-ckpt-*.ckpt",
+    "decoder": "decoder-ckpt-*.ckpt",
+    "upsampler": "improved-sr-ckpt-*.ckpt",
+    "statistics": "ViT-L-14_stats.th",
+    "clip": "ViT-L-14.pt",
+}
+
+
+def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
+    """The models of either release, one at a time, CLIP first: diffusers' folder, which has a model_index.json; or that
+    of the repository's own files, with CLIP's bpe_simple_vocab_16e6.txt.gz beside them.
+
+    Of the latter `options` say what no shape tells. Raises UserError for what is missing, damaged or another model.
+    """
+    if (folder / "model_index.json").exists():
+        from unclip_jax.pretrained import diffusers_unclip  # which imports this module
+
+        yield from diffusers_unclip.read_folder(folder, options)
+        return
+    found = {name: sorted(folder.glob(pattern)) for name, pattern in FILES.items()}
+    missing = [FILES[name] for name, paths in found.items() if len(paths) != 1]
+    if missing:
+        raise UserError(f"{folder} is not Karlo: it has neither model_index.json nor one each of {', '.join(missing)}")
+    paths = {name: paths[0] for name, paths in found.items()}
+    vocabulary = tokenizers.clip(folder)
+    weights = {name: read(path) for name, path in paths.items() if name != "statistics"}
+
+    def part(name, prefix):
+        return StateDict(weights[name], str(paths[name]), prefix)
+
+    size, dtype = options.image_size or 64, options.dtype
+    clip = openai_clip.convert(part("clip", ""), dtype, options.head_channels, unit_norm=False)
+    yield Converted("clip", *clip, vocabulary)
+    del clip  # so that one model is held at a time
+    mean, std = _statistics(paths["statistics"])
+    prior = convert_prior(part("prior", "model."), mean, std, dtype, options.heads or 32)
+    yield Converted("prior", *prior, None)
+    del prior
+    decoder = convert_decoder(part("decoder", "model."), size, dtype, options.head_channels)
+    yield Converted("decoder", *decoder, None)
+    del decoder
+    networks = (part("upsampler", f"model_{steps}.") for steps in ("first_steps", "last_step"))
+    yield Converted("upsampler_256", *convert_upsampler(*networks, 4 * size, dtype), None)
+
+
+def _statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of CLIP's image embeddings, each (dim,)."""
+    values = read_torch(path)
+    if not (isinstance(values, tuple | list) and len(values) == 2 and all(hasattr(v, "shape") for v in values)):
+        raise UserError(f"{path} does not hold mean and standard deviation: download it again")
+    return tuple(to_numpy(value).reshape(-1) for value in values)
 
 
 def convert_prior(
-    weights: StateDict,
-    mean: np.ndarray,
-    std: np.ndarray,
-    dtype: str = "float32",
-    heads: int = 32,
-    clip_x0: float = 10.0,
+    weights: StateDict, mean: np.ndarray, std: np.ndarray, dtype: str = "float32", heads: int = 32
 ) -> tuple[ConfigDict, dict]:
     """Config and parameters of the `prior_diffusion` stage. mean, std (dim,): of CLIP's image embeddings."""
     width, dim = weights.shape("clip_img_proj.weight")
@@ -26,10 +79,7 @@ def convert_prior(
     params = {
         "caption": dense(weights, "text_enc_proj", states, width),
         "text_embedding": dense(weights, "text_emb_proj", dim, width),
-        "time": {
-            "in": dense(weights, "time_embed.0", width, width),
-            "out": dense(weights, "time_embed.2", width, width),
-        },
+        "time": {name: dense(weights, f"time_embed.{n}", width, width) for name, n in (("in", 0), ("out", 2))},
         "noised_embedding": dense(weights, "clip_img_proj", dim, width),
         "query": weights.take("prd_emb", 1, 1, width)[0, 0],
         "positions": weights.take("positional_embedding", 1, places, width)[0],
@@ -68,7 +118,7 @@ def convert_prior(
             "steps": "25",
             "eta": 0.0,
             "guidance_scale": 4.0,
-            "clip_x0": clip_x0,
+            "clip_x0": 10.0,  # Karlo's
             "temperature": 1.0,
             "draws": 1,
         },
@@ -97,13 +147,8 @@ def convert_decoder(
         "image_to_emb": _unscaled(dense(weights, "clip_emb", dim, emb)),
     }
     if tokens:
-        # Karlo's outputs go channel by channel, ours token by token.
         projection = dense(weights, "clip_tok_proj", dim, width * tokens)
-        projection = {
-            name: value.reshape(*value.shape[:-1], width, tokens).swapaxes(-2, -1).reshape(value.shape)
-            for name, value in projection.items()
-        }
-        conditioner["image_to_tokens"] = _unscaled(projection)
+        conditioner["image_to_tokens"] = _unscaled(_by_token(projection, tokens))
     if "cf_param" in weights:
         conditioner["null_embedding"] = weights.take("cf_param", dim) * np.float32(dim**0.5)
     params = {"conditioner": conditioner, "unet": unet_params(weights, unet, channels, outputs, width)}
@@ -172,6 +217,7 @@ def convert_upsampler(
             "predicts": "eps",
             "learned_variance": outputs == channels,
             "snr_clip": (),
+            "degradation": "blur",
             "blur_probability": 0.5,
             "blur_sigma": 0.6,
         },
@@ -183,3 +229,12 @@ def convert_upsampler(
 def _unscaled(projection: dict) -> dict:
     kernel = projection["kernel"]
     return projection | {"kernel": kernel / np.float32(len(kernel) ** 0.5)}
+
+
+def _by_token(projection: dict, tokens: int) -> dict:
+    """Karlo's outputs go channel by channel, ours token by token."""
+
+    def turned(value):
+        return value.reshape(*value.shape[:-1], -1, tokens).swapaxes(-2, -1).reshape(value.shape)
+
+    return {name: turned(value) for name, value in projection.items()}

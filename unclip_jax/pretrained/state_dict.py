@@ -83,7 +83,7 @@ def read(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}: there is no such file")
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if isinstance(tensors, Mapping) and isinstance(tensors.get("state_dict"), Mapping):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, Mapping) or not tensors or not all(hasattr(v, "shape") for v in tensors.values()):
@@ -118,7 +118,8 @@ def _read_safetensors(path: Path) -> dict:
         raise UserError(f"{path} is damaged or cut short ({error}): download it again") from error
 
 
-def _read_torch(path: Path):
+def read_torch(path: Path):
+    """What a PyTorch file holds; as in `read`."""
     try:
         import torch
     except ImportError as error:

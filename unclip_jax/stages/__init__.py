@@ -7,10 +7,18 @@ from unclip_jax.stages.base import Stage
 from unclip_jax.stages.clip import Clip
 from unclip_jax.stages.decoder import Decoder
 from unclip_jax.stages.glide import Glide
+from unclip_jax.stages.prior_ar import PriorAR
 from unclip_jax.stages.prior_diffusion import PriorDiffusion
 from unclip_jax.stages.upsampler import Upsampler
 
-STAGES = {"clip": Clip, "prior_diffusion": PriorDiffusion, "decoder": Decoder, "upsampler": Upsampler, "glide": Glide}
+STAGES = {
+    "clip": Clip,
+    "prior_diffusion": PriorDiffusion,
+    "prior_ar": PriorAR,
+    "decoder": Decoder,
+    "upsampler": Upsampler,
+    "glide": Glide,
+}
 
 
 def make_stage(config: ConfigDict, clip: Stage | None = None) -> Stage:

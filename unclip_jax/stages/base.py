@@ -1,7 +1,7 @@
 """What every stage is, and the few lines that all diffusion stages share."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -44,12 +44,20 @@ class Stage:
         """Name → (whose tokenizer: "own" or "clip", context, whether start and end tokens are added)."""
         return {}
 
+    @property
+    def bsr_factor(self) -> int | None:
+        """How many times smaller "low_res" is, a BSR-degraded copy of "image" in a batch; None: there is none."""
+        return None
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a batch's arrays."""
         spec = {}
         for name, size in self.images.items():
             side = self.patch if name == "image" and self.patch else size
             spec[name] = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8)
+        if self.bsr_factor:
+            side = spec["image"].shape[1] // self.bsr_factor
+            spec["low_res"] = jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8)
         for name, (_, context, _) in self.texts.items():
             spec[name] = jax.ShapeDtypeStruct((batch_size, context), jnp.int32)
             spec[f"{name}_length"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
@@ -58,6 +66,13 @@ class Stage:
     def init(self, key) -> Params:
         """Fresh parameters."""
         raise TypeError(f"{type(self).__name__} has no parameters")
+
+    def prepare(self, params: Params, frozen: Params, batches: Iterator[dict]) -> tuple[Params, dict[str, jax.Array]]:
+        """Before the first step: parameters that hold what training batches tell, and scalars worth saying about it.
+
+        batches: endless; takes as many as it needs. Leaves found here that are not to be trained belong under "fixed".
+        """
+        return params, {}
 
     def loss(self, params: Params, frozen: Params, batch: dict, key) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Mean loss of a batch and the scalars worth logging beside it."""

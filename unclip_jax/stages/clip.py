@@ -11,11 +11,15 @@ from unclip_jax.stages.base import Stage, to_float
 
 
 class Clip(Stage):
-    """Params {"image", "text", "logit_scale"}. Embeddings have unit norm unless `config.model.unit_norm` is False."""
+    """Params {"image", "text", "logit_scale"}. Embeddings have unit norm unless `config.model.unit_norm` is False.
+
+    Where `config.model.image` is None it is a text tower alone, as public weights may be: it is neither trained nor
+    embeds pictures, and has no params "image".
+    """
 
     @property
     def images(self):
-        return {"image": self.config.model.image_size}
+        return {"image": self.config.model.image_size} if self.config.model.image else {}
 
     @property
     def texts(self):
@@ -30,7 +34,7 @@ class Clip(Stage):
         m, shared = self.config.model, {"dim": self.dim, "dtype": jnp.dtype(self.config.dtype)}
         shared |= {"activation": m.activation, "remat": m.remat}
         return CLIP(
-            image=ImageTower(**m.image, **shared),
+            image=ImageTower(**m.image, **shared) if m.image else None,
             text=TextTower(**m.text, **shared),
             initial_scale=m.initial_scale,
             unit_norm=m.unit_norm,
@@ -38,8 +42,10 @@ class Clip(Stage):
 
     def init(self, key):
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.batch_spec(1).items()}
-        images = self._normalized(to_float(batch["image"]))
         length = batch["tokens_length"] + 1
+        if not self.config.model.image:
+            return self._model().init(key, batch["tokens"], length, method="embed_text")["params"]
+        images = self._normalized(to_float(batch["image"]))
         return self._model().init(key, images, batch["tokens"], length, jnp.zeros_like(length))["params"]
 
     def embed_images(self, params, images):

@@ -12,17 +12,12 @@ import jax.numpy as jnp
 
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.prior import DiffusionPrior
-from unclip_jax.stages.base import Stage, diffusion_loss, draw, empty_caption
+from unclip_jax.stages.base import diffusion_loss, draw, empty_caption
+from unclip_jax.stages.prior import Prior
 
 
-class PriorDiffusion(Stage):
+class PriorDiffusion(Prior):
     """Batches give pictures and captions for CLIP, and the caption again in the prior's own tokens."""
-
-    needs_clip = True
-
-    @property
-    def images(self):
-        return {"clip_image": self.clip.config.model.image_size}
 
     @property
     def texts(self):
@@ -67,8 +62,7 @@ class PriorDiffusion(Stage):
         return states, length, scale * jnp.where(keep[:, None], text_embedding, empty_embedding)
 
     def loss(self, params, frozen, batch, key):
-        z_i = self.clip.embed_images(frozen, batch["clip_image"])
-        z_t = self.clip.embed_texts(frozen, batch["clip_tokens"], batch["clip_tokens_length"])
+        z_i, z_t = self.embeddings(frozen, batch)
         key_drop, key_loss = jax.random.split(key)
         keep = ~jax.random.bernoulli(key_drop, self.config.diffusion.drop_text, z_i.shape[:1])
         condition = self._condition(frozen, batch, z_t, keep)
@@ -99,27 +93,3 @@ class PriorDiffusion(Stage):
         drawn = drawn.reshape(draws, *z_t.shape)
         nearest = jnp.argmax(jnp.sum(drawn * z_t[None], axis=-1), axis=0)
         return jnp.take_along_axis(drawn, nearest[None, :, None], axis=0)[0]
-
-    def evaluate(self, params, frozen, batch, key):
-        """Mean cosine of drawn embeddings to the true ones, beside three baselines that know less: the text embedding
-        itself, the mean of the true embeddings, and embeddings drawn for another row's caption."""
-        loss, _ = self.loss(params, frozen, batch, key)
-        z_i = self.clip.embed_images(frozen, batch["clip_image"])
-        z_t = self.clip.embed_texts(frozen, batch["clip_tokens"], batch["clip_tokens_length"])
-        conditions = {name: value for name, value in batch.items() if "tokens" in name} | {
-            "text_embedding": z_t,
-            "guidance_scale": jnp.float32(self.config.sampling.guidance_scale),
-        }
-        drawn = self.sample(params, frozen, conditions, key)
-
-        def cosine(z):
-            return jnp.mean(jnp.sum(normalize(z) * normalize(z_i), axis=-1))
-
-        metrics = {
-            "loss": loss,
-            "cosine_model": cosine(drawn),
-            "cosine_copy_text": cosine(z_t),
-            "cosine_mean": cosine(normalize(jnp.mean(z_i, axis=0, keepdims=True))),
-            "cosine_shuffled_text": cosine(jnp.roll(drawn, 1, axis=0)),
-        }
-        return metrics, None

@@ -1,7 +1,8 @@
 """unCLIP's upsamplers: a picture → the same at four times the side (arXiv 2204.06125, section 2.1 and appendix C).
 
 Convolutions only, no caption and no guidance: trained on small patches, applied to whole pictures. The low-resolution
-input is corrupted a little in training, so that the flaws of the stage before do not throw it off.
+input is corrupted a little in training, so that the flaws of the stage before do not throw it off: blurred here, or
+degraded by data/bsr.py. Sampling and PSNR take it as it is.
 """
 
 import functools
@@ -29,6 +30,10 @@ class Upsampler(Stage):
     def patch(self):
         return self.config.model.patch
 
+    @property
+    def bsr_factor(self):
+        return self.config.model.factor if self.config.diffusion.degradation == "bsr" else None
+
     def _unet(self) -> UNet:
         dtype = jnp.dtype(self.config.dtype)
         return UNet(
@@ -51,14 +56,17 @@ class Upsampler(Stage):
         height, width = (side * self.config.model.factor for side in low_res.shape[1:3])
         return upsample(low_res, (height, width), self.config.model.interpolation)
 
+    def _blurred(self, images, key):
+        """Float (B, H, W, 3) → small, and some of them blurred."""
+        d = self.config.diffusion
+        return maybe_blur(key, area_downsample(images, self.config.model.factor), d.blur_probability, d.blur_sigma)
+
     def loss(self, params, frozen, batch, key):
         del frozen
-        d = self.config.diffusion
         key_blur, key_dropout, key_loss = jax.random.split(key, 3)
         params = params["first"] if self.config.model.last_step else params
         x0 = to_float(batch["image"])
-        low_res = maybe_blur(key_blur, area_downsample(x0, self.config.model.factor), d.blur_probability, d.blur_sigma)
-        enlarged = self._enlarged(low_res)
+        enlarged = self._enlarged(to_float(batch["low_res"]) if self.bsr_factor else self._blurred(x0, key_blur))
 
         def network(x_t, t):
             x = jnp.concatenate([x_t, enlarged], axis=-1)

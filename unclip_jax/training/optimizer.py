@@ -73,12 +73,14 @@ def decayed(params: Any) -> Any:
 
     These are kernels, matrices and embedding tables. Gains and biases are known by the last word of their name
     ("scale", "bias", "logit_scale"), not by their rank: stacked over the layers of a scanned transformer they have
-    two axes. A learned vector, such as a class or null embedding, is left alone too.
+    two axes. A learned vector, such as a class or null embedding, is left alone too, and so is all under "fixed", which
+    nothing trains.
     """
 
     def is_decayed(path, leaf):
-        last_word = leaf_name(path).rsplit("/", 1)[-1].rsplit("_", 1)[-1]
-        return leaf.ndim >= 2 and last_word not in ("bias", "scale", "gain")
+        names = leaf_name(path).split("/")
+        last_word = names[-1].rsplit("_", 1)[-1]
+        return leaf.ndim >= 2 and names[0] != "fixed" and last_word not in ("bias", "scale", "gain")
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 

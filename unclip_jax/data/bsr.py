@@ -1,0 +1,160 @@
+"""BSR degradation: pictures made small as cameras, resizing programs and JPEG files do it, not plainly averaged.
+
+What unCLIP's second upsampler is trained on (arXiv 2204.06125, section 2.1), so that it forgives what the first one
+leaves behind. The operations are BSRGAN's (2103.14006), the strengths those of latent diffusion (2112.10752; its
+`bsrgan_light`, which leaves out BSRGAN's second blur and sensor noise):
+
+1. With factor 4, a quarter of the pictures are halved first; the factor is 2 from there on.
+2. In random order: `blur`, `shrink` to a random size, `resize` to the final size (never before `shrink`), `noise`,
+   and, for nine of ten, `jpeg`.
+3. `jpeg`.
+
+Made on the host, one picture at a time. One core makes SPEED patches of 256 pixels a second.
+Inside, pictures are float32 (H, W, 3) in [0, 1].
+"""
+
+import io
+
+import numpy as np
+
+from unclip_jax.data.resampling import blur_matrix, resize_matrix, separable
+
+HALVED, RESIZED, COMPRESSED = 0.25, 0.8, 0.9  # shares of the pictures that get a step, or its first variant
+QUALITY = (80, 95)  # of JPEG
+NOISE_LEVELS = (1, 2)  # standard deviations, in 255ths
+NEGLIGIBLE = 1e-5  # weight of a kernel's border
+INTERPOLATIONS = ("bilinear", "bicubic", "area")
+
+
+def degrade(image: np.ndarray, factor: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (H, W, 3) → uint8 (H // factor, W // factor, 3); rows and columns that fill no whole pixel are cut off.
+
+    All randomness is `rng`'s. Raises ValueError when nothing is left.
+    """
+    height, width = (side // factor for side in image.shape[:2])
+    if not (height and width):
+        raise ValueError(f"a picture of shape {image.shape} cannot be divided by {factor}")
+    image = image[: height * factor, : width * factor] * np.float32(1 / 255)
+    if factor == 4 and rng.random() < HALVED:
+        method = "antialiased_bicubic" if rng.random() < 0.5 else _interpolation(rng)
+        image, factor = resize(image, (2 * height, 2 * width), method), 2
+
+    steps = [
+        lambda image: shrink(image, factor, rng),
+        lambda image: resize(image, (height, width), _interpolation(rng)),
+        lambda image: blur(image, factor, rng),
+        lambda image: noise(image, rng),
+        lambda image: jpeg(image, rng) if rng.random() < COMPRESSED else image,
+    ]
+    order = rng.permutation(len(steps)).tolist()
+    first, second = sorted((order.index(0), order.index(1)))
+    order[first], order[second] = 0, 1
+    for step in order:
+        image = steps[step](image)
+    return _to_uint8(jpeg(image, rng))
+
+
+def blur(image: np.ndarray, factor: int, rng: np.random.Generator) -> np.ndarray:
+    """Convolved with a random Gaussian: half of them elongated in a random direction, half round and smaller."""
+    height, width = image.shape[:2]
+    if rng.random() < 0.5:
+        size = rng.integers(5, 15)
+        variances = (4 + factor) / 4 * (1 - rng.random(2))  # 1 - U[0, 1): never zero
+        kernel = gaussian_kernel(size, np.pi * rng.random(), *variances)
+        return _convolve(image, kernel)
+    size = rng.integers(5, 8)
+    std = (2 + 0.2 * factor) / 4 * (1 - rng.random())
+    weights = _normalized(-0.5 * ((np.arange(size) - (size - 1) / 2) / std) ** 2)
+    return separable(image, blur_matrix(height, weights), blur_matrix(width, weights))
+
+
+def gaussian_kernel(size: int, angle: float, along: float, across: float) -> np.ndarray:
+    """Gaussian of (size, size) pixels [y, x] around their middle, of sum 1; variances along and across `angle`."""
+    x = np.arange(size) - (size - 1) / 2
+    y = x[:, None]
+    u, v = x * np.cos(angle) + y * np.sin(angle), x * np.sin(angle) - y * np.cos(angle)
+    return _normalized(-0.5 * (u**2 / along + v**2 / across))
+
+
+def shrink(image: np.ndarray, factor: int, rng: np.random.Generator) -> np.ndarray:
+    """To a random size, up to twice as small as `factor` makes it; or blurred, and every factor-th pixel taken."""
+    height, width = image.shape[:2]
+    if rng.random() < RESIZED:
+        scale = 1 / rng.uniform(1, 2 * factor)
+        return resize(image, (max(1, int(scale * height)), max(1, int(scale * width))), _interpolation(rng))
+    weights = sampling_kernel(factor, rng.uniform(0.1, 0.6 * factor))
+    return np.clip(separable(image, *(blur_matrix(n, weights, factor) for n in (height, width))), 0, 1)
+
+
+def sampling_kernel(factor: int, std: float) -> np.ndarray:
+    """Gaussian of 25 pixels, of sum 1, moved by (factor - 1) / 2 to the middle of the `factor` pixels that become one.
+
+    Moved by linear interpolation, which makes it a little wider where the middle lies between two pixels.
+    """
+    places = np.arange(25) - 12
+    weights = np.interp(places - (factor - 1) / 2, places, np.exp(-0.5 * (places / std) ** 2))
+    return weights / weights.sum()
+
+
+def resize(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
+    """To `size` (height, width) by a method of `resize_matrix`, clipped to [0, 1]."""
+    rows, columns = (resize_matrix(n, m, method) for n, m in zip(image.shape, size, strict=False))
+    return np.clip(separable(image, rows, columns), 0, 1)
+
+
+def noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """With Gaussian noise: 40 % grey, 40 % of independent colours, 20 % of correlated ones; clipped to [0, 1]."""
+    level, kind = rng.integers(NOISE_LEVELS[0], NOISE_LEVELS[1] + 1) / 255, rng.random()
+    planes = 1 if kind < 0.4 else 3
+    drawn = rng.standard_normal((*image.shape[:2], planes), dtype=np.float32)
+    if 0.4 <= kind < 0.6:
+        drawn = drawn @ noise_root(rng).astype(np.float32).T
+    else:
+        drawn *= np.float32(level)
+    return np.clip(image + drawn, 0, 1)
+
+
+def noise_root(rng: np.random.Generator) -> np.ndarray:
+    """A random R (3, 3): R Rᵀ is the covariance |L² Uᵀ D U| of correlated colours, L the highest noise level."""
+    basis = np.linalg.svd(rng.random((3, 3)))[0]
+    covariance = np.abs((NOISE_LEVELS[1] / 255) ** 2 * basis.T @ np.diag(rng.random(3)) @ basis)
+    variances, directions = np.linalg.eigh(covariance)
+    return directions * np.sqrt(np.maximum(variances, 0))
+
+
+def jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As it comes back from a JPEG file of random quality."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    quality = int(rng.integers(QUALITY[0], QUALITY[1] + 1))
+    Image.fromarray(_to_uint8(image)).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+    return np.asarray(Image.open(file)) * np.float32(1 / 255)
+
+
+def _interpolation(rng: np.random.Generator) -> str:
+    return INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))]
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(image, 0, 1) * np.float32(255)).astype(np.uint8)
+
+
+def _normalized(exponents: np.ndarray) -> np.ndarray:
+    weights = np.exp(exponents - exponents.max())  # the narrowest Gaussians would be zero at every pixel
+    return weights / weights.sum()
+
+
+def _convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Convolution with a symmetric kernel of sum 1, the border mirrored: one column of the kernel at a time."""
+    height, width = image.shape[:2]
+    cut_y, cut_x = (np.searchsorted(np.cumsum(kernel.sum(axis)), NEGLIGIBLE) for axis in (1, 0))
+    kernel = kernel[cut_y : len(kernel) - cut_y, cut_x : len(kernel) - cut_x]
+    n = kernel.shape[1]
+    padded = np.pad(image, ((0, 0), ((n - 1) // 2, n // 2), (0, 0)), mode="reflect").reshape(height, -1)
+    matrix = blur_matrix(height, kernel[:, 0])
+    result = np.zeros_like(image)
+    for j, weights in enumerate(kernel.T.astype(np.float32)):
+        matrix.data = np.tile(weights, height)
+        result += (matrix @ padded).reshape(height, -1, 3)[:, j : j + width]
+    return result

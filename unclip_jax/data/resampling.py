@@ -1,0 +1,79 @@
+"""Pictures resized and blurred: a sparse matrix along each axis. Several times as fast as array arithmetic in NumPy.
+
+Pictures are (H, W, 3), any number type; results float32.
+"""
+
+import functools
+import math
+
+import numpy as np
+
+METHODS = ("bilinear", "bicubic", "area", "antialiased_bicubic")
+
+
+def separable(image: np.ndarray, rows, columns) -> np.ndarray:
+    """Sparse matrices rows (h, H) and columns (w, W), applied along their axes: (H, W, 3) → (h, w, 3)."""
+    height, width = image.shape[:2]
+    image = (rows @ image.astype(np.float32, copy=False).reshape(height, -1)).reshape(-1, width, 3).swapaxes(0, 1)
+    image = (columns @ image.reshape(width, -1)).reshape(columns.shape[0], -1, 3).swapaxes(0, 1)
+    return np.ascontiguousarray(image)
+
+
+def blur_matrix(length: int, weights: np.ndarray, step: int = 1):
+    """(length / step, length): sums of every `step`-th pixel and its neighbours, times `weights`, the border mirrored.
+
+    An even number of weights has its middle half a pixel after the pixel.
+    """
+    taps = np.arange(0, length, step)[:, None] + np.arange(len(weights)) - (len(weights) - 1) // 2
+    return _matrix(_mirrored(taps, length, 0), np.broadcast_to(weights, taps.shape), length)
+
+
+@functools.lru_cache(maxsize=32)  # height and width are often equal, and so are the pictures of a dataset
+def resize_matrix(length: int, size: int, method: str):
+    """(size, length), with pixels' centres at half-integers.
+
+    "bilinear", "bicubic" (a = -0.75): between the nearest 2 or 4 pixels, border pixels repeated, as OpenCV; where that
+    makes a picture much smaller, pixels are skipped. "area": the mean of what each pixel covers. "antialiased_bicubic"
+    (a = -0.5): as MATLAB's imresize, a wider kernel for a smaller picture, the border mirrored.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r} of resizing: expected one of {', '.join(METHODS)}")
+    scale = length / size
+    if method == "area":
+        low = np.arange(size)[:, None] * scale
+        taps = np.floor(low) + np.arange(math.ceil(scale) + 1)
+        weights = np.maximum(np.minimum(low + scale, taps + 1) - np.maximum(low, taps), 0)
+    else:
+        stretch = max(1, scale) if method == "antialiased_bicubic" else 1
+        reach = stretch if method == "bilinear" else 2 * stretch
+        centre = (np.arange(size)[:, None] + 0.5) * scale - 0.5
+        taps = np.floor(centre - reach) + 1 + np.arange(math.ceil(2 * reach))
+        distance = np.abs(centre - taps) / stretch
+        if method == "bilinear":
+            weights = np.maximum(1 - distance, 0)
+        else:
+            weights = _cubic(distance, -0.5 if method == "antialiased_bicubic" else -0.75)
+    weights /= weights.sum(axis=1, keepdims=True)
+    inside = _mirrored(taps, length, 1) if method == "antialiased_bicubic" else np.clip(taps, 0, length - 1)
+    return _matrix(inside, weights, length)
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def _mirrored(taps: np.ndarray, length: int, repeat: int) -> np.ndarray:
+    """Pixels beyond the border mirrored: c b | a b c | b a (repeat 0), or b a | a b c | c b (repeat 1)."""
+    period = max(1, 2 * (length - 1 + repeat))
+    taps = taps % period
+    return np.minimum(taps, period - repeat - taps)
+
+
+def _matrix(taps: np.ndarray, weights: np.ndarray, length: int):
+    """Sparse (rows, length): row i weighs pixels taps[i] by weights[i]; a pixel named twice counts twice."""
+    from scipy.sparse import csr_array
+
+    rows, n = taps.shape
+    starts = np.arange(0, rows * n + 1, n, dtype=np.int32)
+    return csr_array((weights.astype(np.float32).ravel(), taps.astype(np.int32).ravel(), starts), shape=(rows, length))

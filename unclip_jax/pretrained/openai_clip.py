@@ -1,0 +1,316 @@
+"""OpenAI's CLIP (arXiv 2103.00020), those with a vision transformer: as OpenAI and as transformers store them."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.errors import UserError
+from unclip_jax.models.transformer import ACTIVATIONS
+from unclip_jax.pretrained import Converted, Options, tokenizers
+from unclip_jax.pretrained.layers import dense, joined, norm, stacked
+from unclip_jax.pretrained.state_dict import StateDict, depth, read
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MAX_SCALE = 100.0
+BUFFERS = ("input_resolution", "context_length", "vocab_size")  # scalars of OpenAI's TorchScript archives
+POSITION_IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")  # 0, 1, 2, …
+HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")
+# What transformers leaves out of a config.json where it is the usual.
+USUAL = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+USUAL_HEADS = {"image": 12, "text": 8}
+# The one preprocessing we have; `resample` 3 is bicubic.
+PREPROCESSING = {
+    "do_resize": True,
+    "do_center_crop": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "resample": 3,
+}
+
+
+class Form(NamedTuple):
+    """A release's names of CLIP's tensors, and how it keeps those that releases keep differently."""
+
+    image: dict[str, str]
+    text: dict[str, str]
+    block: dict[str, str]
+    qkv: Callable[[StateDict, str, int], dict]  # of the block of that name and width
+    projection: str  # its axes: "in out", or "out in"
+
+
+OPENAI = Form(
+    image={
+        "class_token": "visual.class_embedding",
+        "patch": "visual.conv1.weight",
+        "positions": "visual.positional_embedding",
+        "norm_in": "visual.ln_pre",
+        "blocks": "visual.transformer.resblocks.{}",
+        "norm_out": "visual.ln_post",
+        "projection": "visual.proj",
+    },
+    text={
+        "tokens": "token_embedding.weight",
+        "positions": "positional_embedding",
+        "blocks": "transformer.resblocks.{}",
+        "norm": "ln_final",
+        "projection": "text_projection",
+    },
+    block={"norm_1": "ln_1", "out": "attn.out_proj", "norm_2": "ln_2", "mlp_in": "mlp.c_fc", "mlp_out": "mlp.c_proj"},
+    qkv=lambda weights, block, width: {
+        "kernel": weights.take(f"{block}.attn.in_proj_weight", 3 * width, width).T,
+        "bias": weights.take(f"{block}.attn.in_proj_bias", 3 * width),
+    },
+    projection="in out",
+)
+HUGGINGFACE = Form(
+    image={
+        "class_token": "vision_model.embeddings.class_embedding",
+        "patch": "vision_model.embeddings.patch_embedding.weight",
+        "positions": "vision_model.embeddings.position_embedding.weight",
+        "norm_in": "vision_model.pre_layrnorm",  # so it is spelt there
+        "blocks": "vision_model.encoder.layers.{}",
+        "norm_out": "vision_model.post_layernorm",
+        "projection": "visual_projection.weight",
+    },
+    text={
+        "tokens": "text_model.embeddings.token_embedding.weight",
+        "positions": "text_model.embeddings.position_embedding.weight",
+        "blocks": "text_model.encoder.layers.{}",
+        "norm": "text_model.final_layer_norm",
+        "projection": "text_projection.weight",
+    },
+    block={
+        "norm_1": "layer_norm1",
+        "out": "self_attn.out_proj",
+        "norm_2": "layer_norm2",
+        "mlp_in": "mlp.fc1",
+        "mlp_out": "mlp.fc2",
+    },
+    qkv=lambda weights, block, width: joined(
+        *(dense(weights, f"{block}.self_attn.{part}_proj", width, width) for part in "qkv")
+    ),
+    projection="out in",
+)
+
+
+def read_folder(source: Path, options: Options) -> Iterator[Converted]:
+    """The one model of a folder, or of a file with its vocabulary beside it.
+
+    Either OpenAI's archive or state dict, such as ViT-L-14.pt, whose heads `options` tell; or, as transformers stores
+    it, model.safetensors (or pytorch_model.bin) with config.json and, if there is one, preprocessor_config.json. Its
+    embeddings get unit norm. Raises UserError for what is missing, damaged or not a CLIP with a vision transformer.
+    """
+    path = source if source.is_file() else _weights_of(source)
+    folder = path.parent
+    vocabulary = tokenizers.clip(folder)
+    weights = StateDict(read(path), str(path))
+    if HUGGINGFACE.image["patch"] in weights:
+        preprocessor = folder / "preprocessor_config.json"
+        preprocessor = tokenizers.read_json(preprocessor) if preprocessor.is_file() else {}
+        hf_config = tokenizers.read_json(folder / "config.json")
+        config, params = convert_huggingface(weights, hf_config, preprocessor, options.dtype)
+    else:
+        config, params = convert(weights, options.dtype, options.head_channels, options.heads)
+    count, rows = Tokenizer(vocabulary).vocab_size, config.model.text.vocab_size
+    if count != rows:
+        raise UserError(f"the vocabulary in {folder} has {count} tokens, {path.name} has {rows}: give the model's own")
+    yield Converted("", config, params, vocabulary)
+
+
+def convert(
+    weights: StateDict,
+    dtype: str = "float32",
+    head_channels: int = 64,
+    text_heads: int = 0,
+    activation: str = "quick_gelu",
+    unit_norm: bool = True,
+) -> tuple[ConfigDict, dict]:
+    """Config and parameters of the `clip` stage, from OpenAI's names.
+
+    head_channels: of both towers' attention; text_heads: 0 for heads as wide in the text tower. activation: others who
+    kept these names also took "gelu". No shape tells these. unit_norm: embeddings are given out with length 1; else as
+    the projections leave them. Raises UserError for a state dict that is not such a model.
+    """
+    widths = weights.shape(OPENAI.image["class_token"])[0], weights.shape(OPENAI.text["tokens"])[1]
+    if any(width % head_channels for width in widths[: 1 if text_heads else 2]):
+        raise UserError(f"heads of {head_channels} channels do not fit towers of {widths} channels: give their width")
+    heads = {"image": widths[0] // head_channels, "text": text_heads or widths[1] // head_channels}
+    weights.skip(*BUFFERS)
+    scale = weights.take("logit_scale")
+    return _convert(OPENAI, weights, weights, heads, activation, scale, {}, dtype, unit_norm)
+
+
+def convert_huggingface(
+    weights: StateDict, hf_config: dict, preprocessor: dict, dtype: str = "float32", unit_norm: bool = True
+) -> tuple[ConfigDict, dict]:
+    """The same from the names of transformers' CLIPModel.
+
+    hf_config, preprocessor: its config.json and preprocessor_config.json; {} for OpenAI's mean and deviation. Raises
+    UserError for a model that ours cannot be and for other preprocessing.
+    """
+    scale = weights.take("logit_scale")
+    configs = hf_config.get("vision_config", {}), hf_config.get("text_config", {})
+    return _convert_huggingface(weights, weights, *configs, scale, preprocessor, dtype, unit_norm)
+
+
+def convert_towers(
+    text: StateDict,
+    text_config: dict,
+    image: StateDict | None,
+    image_config: dict,
+    preprocessor: dict,
+    dtype: str = "float32",
+    unit_norm: bool = True,
+) -> tuple[ConfigDict, dict]:
+    """The same from one CLIP's two halves, CLIPTextModelWithProjection and CLIPVisionModelWithProjection, or from the
+    first alone: then image is None, and so is `config.model.image`.
+
+    text_config, image_config: their config.json; preprocessor: as above. Neither holds the scale of the dot products,
+    which is set to 100: OpenAI's models ended there.
+    """
+    scale = np.float32(math.log(MAX_SCALE))
+    return _convert_huggingface(image, text, image_config, text_config, scale, preprocessor, dtype, unit_norm)
+
+
+def _convert_huggingface(image, text, image_config, text_config, scale, preprocessor, dtype, unit_norm):
+    configs = {"text": USUAL | text_config}
+    if image is not None:
+        configs["image"] = USUAL | image_config
+        image.skip(*POSITION_IDS)
+    text.skip(*POSITION_IDS)
+    activations = {config["hidden_act"] for config in configs.values()}
+    if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
+        raise UserError(f"hidden_act is {' and '.join(sorted(activations))}: expected one, {' or '.join(ACTIVATIONS)}")
+    heads = {}
+    for name, config in configs.items():
+        if not math.isclose(config["layer_norm_eps"], 1e-5):
+            raise UserError(f"layer_norm_eps of the {name} tower is {config['layer_norm_eps']}: only 1e-5 is supported")
+        heads[name] = config.get("num_attention_heads", USUAL_HEADS[name])
+    return _convert(HUGGINGFACE, image, text, heads, activations.pop(), scale, preprocessor, dtype, unit_norm)
+
+
+def _convert(form, image, text, heads, activation, scale, preprocessor, dtype, unit_norm) -> tuple[ConfigDict, dict]:
+    """image, text: state dicts, which may be the same; image may be None. heads: of each tower."""
+    dim = text.shape(form.text["projection"])[form.projection.split().index("out")]
+    text_sizes, text_params = _text_tower(form, text, heads["text"], dim)
+    params = {"text": text_params, "logit_scale": scale}
+    image_size, image_sizes = 0, None
+    if image is not None:
+        image_size, image_sizes, params["image"] = _image_tower(form, image, heads["image"], dim)
+        image.finish()
+    if image is not text:
+        text.finish()
+    mean, std = _mean_and_std(preprocessor, image_size)
+    config = ConfigDict({
+        "stage": "clip",
+        "dtype": dtype,
+        "model": {
+            "image_size": image_size,
+            "dim": dim,
+            "image": image_sizes,
+            "text": text_sizes,
+            "activation": activation,
+            "initial_scale": 1 / 0.07,
+            "max_scale": MAX_SCALE,
+            "mean": mean,
+            "std": std,
+            "resize": "bicubic",
+            "unit_norm": unit_norm,
+            "remat": False,
+        },
+    })  # fmt: skip
+    return config, params
+
+
+def _image_tower(form: Form, weights: StateDict, heads: int, dim: int) -> tuple[int, dict, dict]:
+    """(side of its pictures, its part of the config, its parameters)."""
+    names = form.image
+    width, _, _, patch = weights.shape(names["patch"])
+    places = weights.shape(names["positions"])[0]
+    layers, mlp_width = _sizes(form, weights, names["blocks"], width, heads)
+    kernel = weights.take(names["patch"], width, 3, patch, patch)
+    params = {
+        "class_token": weights.take(names["class_token"], width),
+        "patch": {"kernel": kernel.transpose(2, 3, 1, 0)},
+        "positions": weights.take(names["positions"], places, width),
+        "norm_in": norm(weights, names["norm_in"], width),
+        "transformer": stacked(lambda n: _block(form, weights, names["blocks"].format(n), width, mlp_width), layers),
+        "norm_out": norm(weights, names["norm_out"], width),
+        "projection": _projection(form, weights, names["projection"], width, dim),
+    }
+    sizes = {"patch": patch, "width": width, "depth": layers, "heads": heads, "timesteps": 0}
+    return patch * math.isqrt(places - 1), sizes | {"mlp_width": mlp_width}, params
+
+
+def _text_tower(form: Form, weights: StateDict, heads: int, dim: int) -> tuple[dict, dict]:
+    """(its part of the config, its parameters)."""
+    names = form.text
+    vocab_size, width = weights.shape(names["tokens"])
+    context = weights.shape(names["positions"])[0]
+    layers, mlp_width = _sizes(form, weights, names["blocks"], width, heads)
+    params = {
+        "tokens": {"embedding": weights.take(names["tokens"], vocab_size, width)},
+        "positions": weights.take(names["positions"], context, width),
+        "transformer": stacked(lambda n: _block(form, weights, names["blocks"].format(n), width, mlp_width), layers),
+        "norm": norm(weights, names["norm"], width),
+        "projection": _projection(form, weights, names["projection"], width, dim),
+    }
+    sizes = {"vocab_size": vocab_size, "context": context, "width": width, "depth": layers, "heads": heads}
+    return sizes | {"mlp_width": mlp_width}, params
+
+
+def _sizes(form: Form, weights: StateDict, blocks: str, width: int, heads: int) -> tuple[int, int]:
+    """(number of blocks, hidden units of their MLPs)."""
+    if width % heads:
+        raise UserError(f"{heads} heads do not share {width} channels of {weights.source} equally: give their number")
+    mlp_width = weights.shape(f"{blocks.format(0)}.{form.block['mlp_in']}.weight")[0]
+    return depth(weights, f"{blocks}.{form.block['norm_1']}.weight"), mlp_width
+
+
+def _block(form: Form, weights: StateDict, block: str, width: int, mlp_width: int) -> dict:
+    names = {part: f"{block}.{name}" for part, name in form.block.items()}
+    return {
+        "norm_1": norm(weights, names["norm_1"], width),
+        "qkv": form.qkv(weights, block, width),
+        "out": dense(weights, names["out"], width, width),
+        "norm_2": norm(weights, names["norm_2"], width),
+        "mlp_in": dense(weights, names["mlp_in"], width, mlp_width),
+        "mlp_out": dense(weights, names["mlp_out"], mlp_width, width),
+    }
+
+
+def _projection(form: Form, weights: StateDict, name: str, inputs: int, outputs: int) -> dict:
+    if form.projection == "in out":
+        return {"kernel": weights.take(name, inputs, outputs)}
+    return {"kernel": weights.take(name, outputs, inputs).T}
+
+
+def _mean_and_std(preprocessor: dict, image_size: int) -> tuple[tuple, tuple]:
+    """Of pixels in [0, 1]. Raises UserError for preprocessing that is not the resizing and cropping of CLIP's."""
+    asked = PREPROCESSING | preprocessor
+    wrong = [f"{name}={asked[name]}" for name in PREPROCESSING if asked[name] != PREPROCESSING[name]]
+    for name, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
+        given = preprocessor.get(name, image_size)
+        # Older files write one number.
+        if given not in (image_size, dict.fromkeys(sides, image_size)):
+            wrong.append(f"{name}={given}")
+    if wrong:
+        raise UserError(
+            f"preprocessor_config.json has {', '.join(wrong)}: only CLIP's own preprocessing is supported, the shorter "
+            f"side brought to the model's {image_size} pixels by bicubic interpolation and the middle cut out"
+        )
+    return tuple(preprocessor.get("image_mean", MEAN)), tuple(preprocessor.get("image_std", STD))
+
+
+def _weights_of(folder: Path) -> Path:
+    found = [folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()]
+    found = found or sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
+    if not found or (len(found) > 1 and found[0].name not in HUGGINGFACE_FILES):
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"{folder} should hold one file of weights, .pt or .safetensors, but has {names}: give one")
+    return found[0]

@@ -1,0 +1,74 @@
+"""A CLIP image embedding as a sequence of codes, and back (unCLIP, section 2.2: PCA, each component quantised).
+
+    y_k = u_k · (z - μ)                            μ: mean; u_1, u_2, …: eigenvectors of the covariance, largest first
+    c_k = ⌊(y_k - low_k) / w_k⌋, in [0, B)         w_k = (high_k - low_k) / B; what is outside goes to the end buckets
+    z'  = μ + Σ_k (low_k + (c_k + 1/2) w_k) u_k    N codes of dim: what the other components held is lost
+
+low_k and high_k are quantiles of y_k, and the buckets of the dot product z_i · z_t lie between its smallest and its
+largest value, in training. `fit` finds all this once; the dict it gives is an argument of everything else.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+DOT_QUANTILES = 1001  # stored, from the smallest dot product to the largest
+
+Statistics = dict[str, jax.Array]
+
+
+def fit(z_i: np.ndarray, dot: np.ndarray, num_codes: int, outside: float) -> Statistics:
+    """Statistics of training embeddings (rows, dim) and of their dot products (rows,) with the captions' embeddings.
+
+    outside: share of the rows beyond each end of a component's buckets. Worked out in float64, given as float32.
+    """
+    z_i = z_i.astype(np.float64)
+    mean = z_i.mean(axis=0)
+    z_i -= mean
+    _, vectors = np.linalg.eigh(z_i.T @ z_i)  # columns, in the order of increasing eigenvalues
+    components = vectors[:, ::-1][:, :num_codes].T
+    low, high = np.quantile(z_i @ components.T, [outside, 1 - outside], axis=0)
+    quantiles = np.quantile(dot.astype(np.float64), np.linspace(0, 1, DOT_QUANTILES))
+    found = {"mean": mean, "components": components, "low": low, "high": high, "dot_quantiles": quantiles}
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+
+def unfitted(dim: int, num_codes: int) -> Statistics:
+    """Those of unit vectors of which nothing is known: the first coordinates, from -1 to 1."""
+    ones = jnp.ones(num_codes)
+    return {
+        "mean": jnp.zeros(dim),
+        "components": jnp.eye(num_codes, dim),
+        "low": -ones,
+        "high": ones,
+        "dot_quantiles": jnp.linspace(-1.0, 1.0, DOT_QUANTILES),
+    }
+
+
+def encode(statistics: Statistics, z, buckets: int):
+    """Embeddings (B, dim) → codes (B, N) int32 in [0, buckets)."""
+    y = jnp.matmul(z - statistics["mean"][None], statistics["components"].T, precision="highest")
+    return _bucket(y, statistics["low"][None], statistics["high"][None], buckets)
+
+
+def decode(statistics: Statistics, codes, buckets: int):
+    """Codes (B, N) → embeddings (B, dim): the middle of each code's bucket."""
+    low, high = statistics["low"][None], statistics["high"][None]
+    y = low + (codes.astype(jnp.float32) + 0.5) * ((high - low) / buckets)
+    return jnp.matmul(y, statistics["components"], precision="highest") + statistics["mean"][None]
+
+
+def encode_dot(statistics: Statistics, dot, buckets: int):
+    """Dot products (B,) → int32 (B,) in [0, buckets)."""
+    return _bucket(dot, statistics["dot_quantiles"][0], statistics["dot_quantiles"][-1], buckets)
+
+
+def draw_dot(statistics: Statistics, key, rows: int, percentile: float):
+    """Dot products (rows,) as in training, of those above a percentile of them."""
+    share = jax.random.uniform(key, (rows,), minval=percentile / 100, maxval=1.0)
+    return jnp.interp(share, jnp.linspace(0.0, 1.0, DOT_QUANTILES), statistics["dot_quantiles"])
+
+
+def _bucket(value, low, high, buckets: int):
+    width = jnp.maximum((high - low) / buckets, 1e-30)  # 0 of a component in which nothing differs
+    return jnp.clip(jnp.floor((value - low) / width), 0, buckets - 1).astype(jnp.int32)

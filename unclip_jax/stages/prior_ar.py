@@ -1,0 +1,141 @@
+"""The autoregressive prior: caption → the codes of a CLIP image embedding, one by one (arXiv 2204.06125, section 2.2).
+
+L = mean over the codes of -log p(c_k | c_1 … c_{k-1}, dot, caption, z_t). The caption and z_t are dropped together;
+dot, the quantised z_i · z_t, never is. Sampling takes a dot from the top half of those in training, and each code from
+the logits l_null + s (l_caption - l_null).
+
+Parameters: the network's, and "fixed", which `prepare` finds in training embeddings and nothing trains (see codes.py).
+"""
+
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from unclip_jax.errors import UserError
+from unclip_jax.models.ar_prior import ARPrior
+from unclip_jax.models.clip import normalize
+from unclip_jax.models.transformer import TextTransformer
+from unclip_jax.stages import codes
+from unclip_jax.stages.prior import Prior, mean_cosine
+from unclip_jax.training.state import whole
+
+
+class PriorAR(Prior):
+    """Batches as the diffusion prior's: the caption in the prior's own tokens and in CLIP's, and CLIP's picture."""
+
+    @property
+    def texts(self):
+        own, clip = self.config.model.text.context, self.clip.config.model.text.context
+        return {"tokens": ("own", own, False), "clip_tokens": ("clip", clip, True)}
+
+    def _model(self) -> ARPrior:
+        m, dtype = self.config.model, jnp.dtype(self.config.dtype)
+        return ARPrior(
+            text=TextTransformer(**m.text, dtype=dtype, remat=m.remat),
+            num_codes=m.num_codes,
+            num_buckets=m.num_buckets,
+            num_dot_buckets=m.num_dot_buckets,
+            context=m.context,
+            width=m.width,
+            depth=m.depth,
+            heads=m.heads,
+            dtype=dtype,
+            remat=m.remat,
+        )
+
+    def init(self, key):
+        _check(self.config)
+        m = self.config.model
+        one, keep = jnp.ones((1,), jnp.int32), jnp.ones((1,), bool)
+        caption, z, own = (jnp.zeros((1, n), jnp.int32) for n in (m.text.context, m.embedding_dim, m.num_codes))
+        params = self._model().init(key, caption, one, z.astype(jnp.float32), keep, one, own)["params"]
+        return params | {"fixed": codes.unfitted(m.embedding_dim, m.num_codes)}
+
+    def prepare(self, params, frozen, batches):
+        """Finds the components and buckets in `config.prior.batches` batches; says how well codes hold embeddings."""
+        m, p = self.config.model, self.config.prior
+        embed = jax.jit(self.embeddings)
+        pairs = [jax.tree.map(whole, embed(frozen, batch)) for batch in islice(batches, p.batches)]
+        z_i, z_t = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        fixed = codes.fit(z_i, np.sum(z_i * z_t, axis=-1), m.num_codes, p.outside)
+        return params | {"fixed": fixed}, jax.jit(self.roundtrip)(fixed, z_i)
+
+    def roundtrip(self, fixed, z):
+        """What embeddings (B, dim) lose as codes: mean cosine to them after, share of their variance that is kept."""
+        back = codes.decode(fixed, codes.encode(fixed, z, self.config.model.num_buckets), self.config.model.num_buckets)
+        spread = jnp.sum((z - jnp.mean(z, axis=0, keepdims=True)) ** 2)
+        return {"roundtrip_cosine": mean_cosine(back, z), "roundtrip_variance": 1 - jnp.sum((back - z) ** 2) / spread}
+
+    def loss(self, params, frozen, batch, key):
+        network, fixed = _parts(params)
+        m = self.config.model
+        z_i, z_t = self.embeddings(frozen, batch)
+        keep = ~jax.random.bernoulli(key, self.config.prior.drop_text, z_i.shape[:1])
+        dot = codes.encode_dot(fixed, jnp.sum(z_i * z_t, axis=-1), m.num_dot_buckets)
+        target = codes.encode(fixed, z_i, m.num_buckets)
+        given = batch["tokens"], batch["tokens_length"], z_t, keep, dot
+        logits = self._model().apply({"params": network}, *given, target)
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, target)), {}
+
+    def sample(self, params, frozen, conditions, key):
+        """CLIP embeddings (B, dim) for captions in the prior's tokens with their lengths, "text_embedding" (B, dim) and
+        "guidance_scale" ()."""
+        drawn = codes.decode(_parts(params)[1], self.draw_codes(params, conditions, key), self.config.model.num_buckets)
+        return normalize(drawn) if self.clip.config.model.unit_norm else drawn
+
+    def draw_codes(self, params, conditions, key):
+        """The codes (B, num_codes) of `sample`'s embeddings."""
+        network, fixed = _parts(params)
+        m, s = self.config.model, self.config.sampling
+        rows = len(conditions["text_embedding"])
+        key_dot, key_codes = jax.random.split(key)
+        dot = codes.encode_dot(fixed, codes.draw_dot(fixed, key_dot, rows, s.dot_percentile), m.num_dot_buckets)
+        # Rows: all conditional, then all unconditional.
+        names = "tokens", "tokens_length", "text_embedding"
+        caption = [jnp.concatenate([conditions[name]] * 2) for name in names]
+        given = *caption, jnp.arange(2 * rows) < rows, jnp.tile(dot, 2)
+
+        def apply(*arguments, method):
+            return self._model().apply({"params": network}, *arguments, method=method)
+
+        def step(carry, k):
+            cache, token = carry
+            logits, cache = apply(cache, k, token, method="step")
+            conditional, null = jnp.split(logits, 2)
+            guided = null + conditions["guidance_scale"] * (conditional - null)
+            # The largest logit with Gumbel noise is a draw from softmax(logits / temperature); 0 takes the likeliest.
+            noise = jax.random.gumbel(jax.random.fold_in(key_codes, k), guided.shape)
+            code = jnp.argmax(guided + s.temperature * noise, axis=-1).astype(jnp.int32)
+            return (cache, jnp.tile(code, 2)), code
+
+        _, drawn = jax.lax.scan(step, apply(*given, method="start"), jnp.arange(m.num_codes))
+        return drawn.T
+
+    def evaluate(self, params, frozen, batch, key):
+        """As any prior's, and `roundtrip_cosine`: what the codes of the true embeddings themselves would reach."""
+        metrics, images = super().evaluate(params, frozen, batch, key)
+        z_i, _ = self.embeddings(frozen, batch)
+        return metrics | {"roundtrip_cosine": self.roundtrip(_parts(params)[1], z_i)["roundtrip_cosine"]}, images
+
+
+def _parts(params):
+    """The network's parameters, and the statistics, which no gradient reaches."""
+    network = dict(params)
+    return network, jax.lax.stop_gradient(network.pop("fixed"))
+
+
+def _check(config):
+    for section, name, low, high in (
+        ("model", "num_codes", 1, config.model.embedding_dim),
+        ("prior", "batches", 1, float("inf")),
+        ("prior", "outside", 0, 0.4),
+        ("prior", "drop_text", 0, 1),
+        ("sampling", "temperature", 0, float("inf")),
+        ("sampling", "dot_percentile", 0, 100),
+    ):
+        value = config[section][name]
+        if not low <= value <= high:
+            raise UserError(f"{section}.{name} is {value}: expected at least {low} and at most {high}")
