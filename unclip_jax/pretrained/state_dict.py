@@ -92,11 +92,13 @@ def read(path: str | Path) -> dict:
 
 
 class _LazyTensor:
-    """One tensor of an open safetensors file: its shape now, its numbers when asked for."""
+    """One tensor of a safetensors file: its shape now, its numbers when asked for.
 
-    def __init__(self, file, name: str):
-        self._file, self._name = file, name
-        self.shape = tuple(file.get_slice(name).get_shape())
+    The file is opened for each: kept open, it would in the end be in memory as a whole, beside what was made of it.
+    """
+
+    def __init__(self, path: Path, name: str, shape: tuple[int, ...]):
+        self._path, self._name, self.shape = path, name, shape
 
     def detach(self):
         return self
@@ -105,17 +107,21 @@ class _LazyTensor:
         return self
 
     def numpy(self) -> np.ndarray:
-        return np.asarray(self._file.get_tensor(self._name), np.float32)
+        from safetensors import safe_open
+
+        with safe_open(self._path, framework="numpy") as file:
+            return np.asarray(file.get_tensor(self._name), np.float32)
 
 
 def _read_safetensors(path: Path) -> dict:
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = safe_open(path, framework="numpy")
-        return {name: _LazyTensor(file, name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise UserError(f"{path} is damaged or cut short ({error}): download it again") from error
+    return {name: _LazyTensor(path, name, shape) for name, shape in shapes.items()}
 
 
 def read_torch(path: Path):
