@@ -56,6 +56,8 @@ def get_config(size: str = "paper") -> ConfigDict:
             clip_norm=0.0,  # 0: no clipping
             ema_decay=0.9999,
             accumulate=1,  # microbatches per step
+            sam_rho=0.1,  # length of SAM's step; 0: no SAM, and half the time
+            sam_rows=64,  # rows of the batch that take it together: one replica's in the paper
         )
     )
     config.train = ConfigDict(
@@ -84,7 +86,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     remat=False,
                 ),
                 data=dict(source="tfds:emoji_scenes/pair_256", crop="center"),
-                optim=dict(warmup_steps=500, weight_decay=0.1, ema_decay=0.999),
+                optim=dict(warmup_steps=500, weight_decay=0.1, ema_decay=0.999, sam_rho=0.0),
                 train=dict(steps=10000, batch_size=1024, checkpoint_every=1000, sample_every=1000),
             )
         )
@@ -106,6 +108,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     weight_decay=0.05,
                     clip_norm=1.0,
                     ema_decay=0.98,
+                    sam_rho=0.0,
                 ),
                 train=dict(steps=260, batch_size=128, checkpoint_every=500, sample_every=100000, keep=2),
             )

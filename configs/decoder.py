@@ -78,6 +78,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             caption_feature="caption",
             tokenizer="",  # a sentencepiece model; "": one is trained on the captions
             crop="dalle",  # random square crop and scale (arXiv 2102.12092); "center": none
+            embeddings="",  # folder written by `python -m unclip_jax.data embed`; "": CLIP runs in the step
             threads=16,
         )
     )
@@ -157,7 +158,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     clip_norm=1.0,
                     ema_decay=0.995,
                 ),
-                train=dict(steps=1000, batch_size=32, checkpoint_every=400, sample_every=100000, keep=2),
+                train=dict(steps=1300, batch_size=32, checkpoint_every=400, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":

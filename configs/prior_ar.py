@@ -61,6 +61,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             caption_feature="caption",
             tokenizer="",  # a sentencepiece model; "": one is trained on the captions
             crop="dalle",  # random square crop and scale (arXiv 2102.12092); "center": none
+            embeddings="",  # folder written by `python -m unclip_jax.data embed`; "": CLIP runs in the step
             threads=16,
         )
     )

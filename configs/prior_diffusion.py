@@ -42,7 +42,7 @@ def get_config(size: str = "paper") -> ConfigDict:
     )
     config.sampling = ConfigDict(
         dict(
-            sampler="ddpm",  # or "ddim"
+            sampler="analytic",  # or "ddpm", "ddim"
             steps="64",
             eta=0.0,  # of ddim
             guidance_scale=1.0,
@@ -67,6 +67,7 @@ def get_config(size: str = "paper") -> ConfigDict:
             caption_feature="caption",
             tokenizer="",  # a sentencepiece model; "": one is trained on the captions
             crop="dalle",  # random square crop and scale (arXiv 2102.12092); "center": none
+            embeddings="",  # folder written by `python -m unclip_jax.data embed`; "": CLIP runs in the step
             threads=16,
         )
     )

@@ -136,7 +136,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     ema_decay=0.99,
                 ),
                 train=dict(
-                    steps=300,
+                    steps=400,
                     batch_size=8,
                     checkpoint_every=500,
                     sample_every=100000,

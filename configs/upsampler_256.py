@@ -134,7 +134,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     clip_norm=1.0,
                     ema_decay=0.99,
                 ),
-                train=dict(steps=550, batch_size=8, checkpoint_every=500, sample_every=100000, keep=2),
+                train=dict(steps=600, batch_size=8, checkpoint_every=500, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":

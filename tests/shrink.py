@@ -16,10 +16,12 @@ from unclip_jax.bundle import save_bundle
 from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.stages import make_stage
 
-CONFIGS = ("clip", "prior_diffusion", "prior_ar", "decoder", "upsampler_256", "upsampler_1024")
+CONFIGS = ("clip", "clip_noised", "prior_diffusion", "prior_ar", "decoder", "upsampler_256", "upsampler_1024")
+CONFIGS += ("glide", "glide_upsampler")
 UNET = dict(channels=8, channel_mult=(1, 2), norm_groups=4)
 CHANGES = {
     "clip": dict(image_size=16, dim=8, image=dict(width=16, depth=1), text=dict(width=16, depth=1, context=12)),
+    "clip_noised": dict(image_size=8, dim=8, image=dict(width=16, depth=1), text=dict(width=16, depth=1, context=12)),
     "prior_diffusion": dict(embedding_dim=8, width=16, depth=1, context=10),
     "prior_ar": dict(
         embedding_dim=8,
@@ -39,6 +41,16 @@ CHANGES = {
     ),
     "upsampler_256": dict(patch=16, unet=UNET),
     "upsampler_1024": dict(patch=32, unet=UNET),
+    "glide": dict(
+        image_size=8,
+        unet=UNET | dict(attention=(2,), head_channels=8),
+        text=dict(width=8, depth=1, context=10),
+    ),
+    "glide_upsampler": dict(
+        image_size=16,
+        unet=UNET | dict(attention=(2,), head_channels=8),
+        text=dict(width=8, depth=1, context=10),
+    ),
 }
 
 
@@ -47,7 +59,7 @@ def small_config(name):
     config = cli.load_config(f"configs/{name}.py:tiny").unlock()
     config.model.update(CHANGES[name])
     config.train.update(dict(steps=2, batch_size=16, log_every=1, checkpoint_every=2, sample_every=2, eval_size=4))
-    if "diffusion" in config:
+    if "sampling" in config and "steps" in config.sampling:
         config.sampling.steps = "3"
     if "prior" in config:
         config.prior.batches = 1

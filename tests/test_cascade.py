@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from shrink import compilation_cache, save_cascade
 
-from unclip_jax import cascade as module
+from unclip_jax import model as module
 from unclip_jax.cascade import Cascade
 from unclip_jax.errors import UserError
 
@@ -110,10 +110,10 @@ def test_seventeen_prompts_are_seventeen_pictures(small):
 def test_chunks_fill_up_the_last_and_stay_small(monkeypatch):
     monkeypatch.setattr(module, "ROWS", 16)
     numbers, squares = np.arange(17), np.arange(17) ** 2
-    chunks = list(module._chunks(numbers, squares))
+    chunks = list(module.chunks(numbers, squares))
     assert [[len(part) for part in chunk] for chunk in chunks] == [[16, 16], [16, 16]]
     np.testing.assert_array_equal(chunks[1][1], [256] * 16)
-    assert [len(part) for (part,) in module._chunks(numbers[:3])] == [3]
+    assert [len(part) for (part,) in module.chunks(numbers[:3])] == [3]
 
 
 def test_without_upsamplers_the_decoders_picture_is_the_last(small):

@@ -19,6 +19,7 @@ def load(name, size):
 
 
 # arXiv 2204.06125, appendix C, table 3. Sampling steps 27 are spaced as GLIDE's ("fast27").
+# GLIDE: 2112.10741, section 4.1 and appendix B.2; learning rate, Adam and EMA, which are not in it: ADM's (2105.05233).
 TRAINING = {
     #                 batch   steps      learning rate  b2   eps   weight decay  EMA
     "prior_ar": (4096, 1_000_000, 1.6e-4, 0.91, 1e-10, 4.0e-2, 0.999),
@@ -26,13 +27,17 @@ TRAINING = {
     "decoder": (2048, 800_000, 1.2e-4, 0.999, 1e-8, 0.0, 0.9999),
     "upsampler_256": (1024, 1_000_000, 1.2e-4, 0.999, 1e-8, 0.0, 0.9999),
     "upsampler_1024": (512, 1_000_000, 1.0e-4, 0.999, 1e-8, 0.0, 0.9999),
+    "glide": (2048, 2_500_000, 3e-4, 0.999, 1e-8, 0.0, 0.9999),
+    "glide_upsampler": (512, 1_600_000, 3e-4, 0.999, 1e-8, 0.0, 0.9999),
 }
 DIFFUSION = {
     #                 steps, schedule, sampling steps, sampler
-    "prior_diffusion": (1000, "cosine", 64, "ddpm"),
+    "prior_diffusion": (1000, "cosine", 64, "analytic"),
     "decoder": (1000, "cosine", 250, "ddpm"),
     "upsampler_256": (1000, "cosine", 27, "ddim"),
     "upsampler_1024": (1000, "linear", 15, "ddim"),
+    "glide": (1000, "cosine", 150, "ddpm"),
+    "glide_upsampler": (1000, "linear", 27, "ddim"),
 }
 MODELS = {
     # unCLIP, appendix C; temperature and normalisation: the CLIP paper and its code.
@@ -133,6 +138,46 @@ MODELS = {
         "diffusion.learned_variance": True,
         "sampling.eta": 0.0,
     },
+    # Section 4.1; topology and dropout: ADM's of the same sizes; heads: the release's; guidance: appendix B, figure 5.
+    "glide": {
+        "model.image_size": 64,
+        "model.factor": 0,
+        "model.inpaint": False,
+        "model.unet.channels": 512,
+        "model.unet.channel_mult": (1, 2, 3, 4),
+        "model.unet.res_blocks": 3,
+        "model.unet.attention": (64 // 32, 64 // 16, 64 // 8),
+        "model.unet.middle_attention": True,
+        "model.unet.head_channels": 64,
+        "model.unet.dropout": 0.1,
+        "model.text.width": 2048,
+        "model.text.depth": 24,
+        "diffusion.predicts": "eps",
+        "diffusion.learned_variance": True,
+        "diffusion.drop_caption": 0.0,
+        "sampling.guidance_scale": 3.0,
+        "sampling.temperature": 1.0,
+    },
+    # Interpolation: section 2.1; temperature: the release's notebook.
+    "glide_upsampler": {
+        "model.image_size": 256,
+        "model.factor": 4,
+        "model.interpolation": "bicubic",
+        "model.round_low_res": True,
+        "model.inpaint": False,
+        "model.unet.channels": 384,
+        "model.unet.channel_mult": (1, 1, 2, 2, 4, 4),
+        "model.unet.res_blocks": 2,
+        "model.unet.attention": (256 // 32, 256 // 16, 256 // 8),
+        "model.unet.middle_attention": True,
+        "model.unet.head_channels": 64,
+        "model.unet.dropout": 0.0,
+        "model.text.width": 1024,
+        "diffusion.predicts": "eps",
+        "diffusion.learned_variance": True,
+        "sampling.eta": 0.0,
+        "sampling.temperature": 0.997,
+    },
 }
 
 
@@ -195,12 +240,15 @@ def test_sizes_have_the_same_keys(name):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_stages_of_a_size_make_a_cascade(size):
-    clip, prior, prior_ar, decoder, first, second = (load(name, size) for name in CONFIGS)
-    for config in (prior, prior_ar, decoder):
-        assert clip.model.dim == config.model.embedding_dim
-        make_stage(config, make_stage(clip))
-    assert first.model.image_size == decoder.model.image_size * first.model.factor
-    assert second.model.image_size == first.model.image_size * second.model.factor
+    configs = {name: load(name, size) for name in CONFIGS}
+    for name in ("prior_diffusion", "prior_ar", "decoder"):
+        assert configs["clip"].model.dim == configs[name].model.embedding_dim
+        make_stage(configs[name], make_stage(configs["clip"]))
+    side = {name: config.model.image_size for name, config in configs.items() if "image_size" in config.model}
+    assert side["clip_noised"] == side["decoder"] == side["glide"]
+    assert side["upsampler_256"] == side["decoder"] * configs["upsampler_256"].model.factor
+    assert side["upsampler_1024"] == side["upsampler_256"] * configs["upsampler_1024"].model.factor
+    assert side["glide_upsampler"] == side["glide"] * configs["glide_upsampler"].model.factor
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -210,7 +258,7 @@ def test_papers_loss_and_update_hold_together(name):
     stage = make_stage(config, clip if "clip" in config else None)
     frozen = jax.eval_shape(clip.init, jax.random.key(0)) if "clip" in config else {}
     params = jax.eval_shape(stage.init, jax.random.key(0))
-    loss, metrics = jax.eval_shape(stage.loss, params, frozen, stage.batch_spec(8), jax.random.key(0))
+    loss, metrics = jax.eval_shape(stage.loss, params, frozen, stage.batch_spec(64), jax.random.key(0))
     assert loss.shape == () and loss.dtype == jnp.float32
     assert all(value.shape == () for value in metrics.values())
     optimizer = make_optimizer(config.optim, config.train.steps)
@@ -225,3 +273,31 @@ def test_smaller_models_are_smaller(name, size):
     """Their networks fit together, each size well below the one before."""
     smaller, larger = (sum(plan.parameters(load(name, s)).values()) for s in (size, SIZES[SIZES.index(size) - 1]))
     assert 0 < 2 * smaller < larger
+
+
+RELEASED = {
+    "model.unet.channels": 192,
+    "model.text.context": 128,
+    "model.text.width": 512,
+    "model.text.depth": 16,
+    "model.text.heads": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "size"),
+    [
+        # Section 4.1: 2.3B and 1.2B for the text; 1.5B. Counted with the public code at these sizes.
+        ("glide", {"model.text.context": 128}, 3_554_414_086),
+        ("glide_upsampler", {"model.text.context": 128}, 1_540_932_998),
+        # The public weights.
+        ("glide", RELEASED, 385_030_726),
+        ("glide", RELEASED | {"model.inpaint": True}, 385_037_638),
+        ("glide_upsampler", RELEASED, 398_361_286),
+        ("glide_upsampler", RELEASED | {"model.inpaint": True}, 398_368_198),
+    ],
+)
+def test_glide_has_as_many_parameters_as_the_public_code(name, changes, size):
+    config = load(name, "paper").unlock()
+    config.update_from_flattened_dict(changes)
+    assert sum(plan.parameters(config).values()) == size

@@ -9,7 +9,7 @@ from PIL import Image
 from shrink import compilation_cache, save_cascade, small_config
 
 from unclip_jax import edit
-from unclip_jax.cascade import Cascade, slerp
+from unclip_jax.cascade import DDIM, Cascade, slerp
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
 from unclip_jax.stages.base import draw
@@ -57,10 +57,11 @@ def test_without_noise_the_seed_does_not_matter_and_with_it_it_does(cascade, pic
 def test_variations_differ_and_eta_never_compiles_anew(cascade, pictures):
     first = cascade.variations(pictures[0], 3, 1.0, 0, steps=STEPS)
     assert len({image.tobytes() for image in first["images"][0]}) == 3
-    (model,) = (m for key, m in cascade._variants.items() if ("steps", str(STEPS)) in key)
-    before = model.sample._cache_size()
+    model = cascade.decoder.sampled_by(**DDIM, steps=str(STEPS))
+    before = model._sample._cache_size()
+    assert before
     cascade.variations(pictures[1], 3, 0.5, 1, steps=STEPS, guidance_scale=2.0)
-    assert model.sample._cache_size() == before
+    assert model._sample._cache_size() == before
 
 
 def test_interpolation_ends_at_both_pictures(cascade, pictures):
@@ -84,12 +85,26 @@ def test_text_diff_starts_at_the_picture_and_heads_for_the_difference(cascade, p
     np.testing.assert_allclose(angles, angles[0] * np.array([1, 0.75, 0.5]), atol=1e-4)
 
 
+def test_reconstructions_keep_so_many_components(cascade, pictures):
+    z = cascade.image_embeddings(pictures[:1])[0]
+    rng = np.random.default_rng(0)
+    statistics = {"mean": rng.normal(size=8) / 3, "components": np.linalg.qr(rng.normal(size=(8, 8)))[0][:6]}
+    found = cascade.reconstructions(pictures[0], statistics, (0, 3, 6), 0, steps=STEPS)
+    assert [image.shape for image in found["images"]] == [(3, side, side, 3) for side in (8, 32, 128)]
+    for count, row in zip((0, 3, 6), found["embeddings"], strict=True):
+        kept = statistics["components"][:count]
+        expected = statistics["mean"] + kept.T @ kept @ (z - statistics["mean"])
+        np.testing.assert_allclose(row, expected / np.linalg.norm(expected), atol=1e-6)
+    with pytest.raises(UserError, match="7 principal components: expected 0 to 6"):
+        cascade.reconstructions(pictures[0], statistics, (7,), 0)
+
+
 @pytest.mark.parametrize("side", [24, 64])
 def test_inpainting_keeps_known_pixels_bit_for_bit(cascade, pictures, side):
     picture = np.random.default_rng(1).integers(0, 256, (side, side, 3)).astype(np.uint8)
     mask = np.zeros((side, side), bool)
     mask[side // 4 : side // 2, side // 3 :] = True
-    drawn = cascade.inpaint(picture, mask, "a red apple", 2, 0)
+    drawn = cascade.inpaint(picture, mask, "a red apple", 2, 0)["images"][-1]
     final = drawn.shape[1]
     if side == final:
         np.testing.assert_array_equal(drawn[:, ~mask], np.stack([picture[~mask]] * 2))
@@ -189,7 +204,8 @@ def test_command_writes_pictures_and_a_sheet(folder, files, tmp_path, command, o
 
 def test_classify_prints_labels_by_probability(folder, files, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "classify", f"--image={files['one']}", "--label=a fox", "--label=a tent") == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, sheet = capsys.readouterr().out.splitlines()
+    assert Image.open(sheet).size[0] > 256
     shares = [float(line.split("%")[0]) for line in lines]
     assert len(lines) == 2 and shares == sorted(shares, reverse=True)
     assert abs(sum(shares) - 100) < 0.02

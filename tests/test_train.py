@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -11,12 +12,24 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from shrink import compilation_cache, leaves, random_params, save_pictures, small_config, small_stage, tokenizer_bytes
+from shrink import (
+    CAPTIONS,
+    compilation_cache,
+    leaves,
+    random_params,
+    save_pictures,
+    small_config,
+    small_stage,
+    tokenizer_bytes,
+)
 
 from unclip_jax import cli, train
 from unclip_jax.bundle import load_bundle, save_bundle
+from unclip_jax.data import __main__ as data_command
+from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.errors import UserError
-from unclip_jax.stages import make_stage
+from unclip_jax.stages import glide, make_stage
+from unclip_jax.stages.clip import Clip
 from unclip_jax.stages.prior_ar import PriorAR
 from unclip_jax.training.sharding import make_mesh
 
@@ -30,8 +43,8 @@ def config_of(name, folder, steps=STEPS, **sections):
     config.train.update(dict(steps=steps, checkpoint_every=steps, sample_every=1000))
     if "unet" in config.model:
         config.model.unet.channel_mult = (1,)  # half the compilation
-    if name == "decoder":
-        config.model.unet.attention = (1,)
+        if config.model.unet.get("attention"):
+            config.model.unet.attention = (1,)
     for section, values in sections.items():
         config[section].update(values)
     return config.lock()
@@ -90,9 +103,17 @@ def spoiled(tmp_path_factory):
     return folder
 
 
+def save_glide(folder):
+    """A random bundle of GLIDE's base, with a tokenizer of more captions than the pictures have."""
+    config = config_of("glide", "elsewhere")
+    save_bundle(folder, "glide", config, random_params(make_stage(config)), tokenizer_bytes(), "", {})
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, pictures, spoiled):
-    """Each stage trained two steps. The decoder is given no CLIP and trains its own; the priors take that one.
+    """Each stage trained two steps. The decoder is given no CLIP and trains its own; the priors take that one. GLIDE
+    goes on from a random bundle and learns nothing, as it was and to inpaint where nothing is known.
 
     On one device: of arrays on several, Orbax cuts a slice for each, which takes longer than the training.
     """
@@ -113,6 +134,11 @@ def runs(tmp_path_factory, pictures, spoiled):
     run("prior_ar", config_of("prior_ar", pictures, clip=dict(bundle=clip)))
     run("upsampler_256", config_of("upsampler_256", pictures, train=dict(sample_every=1)))
     run("clip", config_of("clip", pictures))
+    start = dict(init=dict(bundle=save_glide(root / "origin")), optim=dict(learning_rate=0.0))
+    run("glide", config_of("glide", pictures, **start))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glide, "random_known", lambda key, rows, size: np.zeros((rows, size, size, 1), bool))
+        run("glide_inpaint", config_of("glide", pictures, model=dict(inpaint=True), **start))
     return found
 
 
@@ -120,7 +146,9 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-STAGES = pytest.mark.parametrize("name", ["clip", "prior_diffusion", "prior_ar", "decoder", "upsampler_256"])
+STAGES = pytest.mark.parametrize(
+    "name", ["clip", "prior_diffusion", "prior_ar", "decoder", "upsampler_256", "glide", "glide_inpaint"]
+)
 
 
 @STAGES
@@ -145,12 +173,31 @@ def test_run_leaves_metrics_checkpoint_and_bundle(runs, name):
 @STAGES
 def test_every_key_of_the_config_is_read(runs, name):
     config = runs[name].config
-    idle = {"clip": {"model.resize"}, "upsampler_256": {"model.round_low_res"}}.get(name, set())  # for a cascade
-    if "sampling" in config and config.sampling.get("sampler") == "ddpm":
+    # The first two are a cascade's; rows take no step of SAM's where it has no length.
+    idle = {"clip": {"model.resize", "optim.sam_rows"}, "upsampler_256": {"model.round_low_res"}}.get(name, set())
+    if "sampling" in config and config.sampling.get("sampler") in ("ddpm", "analytic"):
         idle |= {"sampling.eta"}
     if "clip" in config and config.clip.bundle:
         idle |= {"clip.config"}
     assert runs[name].unread == idle
+
+
+def test_glide_goes_on_from_a_bundle_with_its_tokenizer(runs):
+    """At a learning rate of zero a run's average is what it started from."""
+    origin = load_bundle(runs["glide"].config.init.bundle)
+    plain, inpaint = (load_bundle(str(runs[name].folder / "bundle")) for name in ("glide", "glide_inpaint"))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), plain.params, origin.params)
+    kernel = inpaint.params["unet"]["conv_in"].pop("kernel")
+    before = origin.params["unet"]["conv_in"].pop("kernel")
+    np.testing.assert_allclose(kernel, np.pad(before, ((0, 0), (0, 0), (0, 4), (0, 0))), rtol=1e-6)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), inpaint.params, origin.params)
+    assert plain.tokenizer_bytes == inpaint.tokenizer_bytes == origin.tokenizer_bytes
+    assert train_tokenizer(CAPTIONS[:12], 512).model_bytes != origin.tokenizer_bytes, "the pictures' own is another"
+
+
+def test_inpainting_where_nothing_is_known_begins_with_the_loss_of_the_model_it_goes_on_from(runs):
+    plain, inpaint = (lines(runs[name].folder / "metrics.jsonl") for name in ("glide", "glide_inpaint"))
+    np.testing.assert_allclose([line["loss"] for line in inpaint], [line["loss"] for line in plain], rtol=1e-5)
 
 
 def test_both_upsamplers_have_the_same_keys():
@@ -197,6 +244,29 @@ def test_pictures_are_drawn_on_the_way(runs):
 def test_unreadable_pictures_are_counted(runs):
     assert lines(runs["prior_diffusion"].folder / "metrics.jsonl")[-1]["records_skipped"] > 0
     assert lines(runs["clip"].folder / "metrics.jsonl")[-1]["records_skipped"] == 0
+
+
+def test_embeddings_made_once_train_the_same_model(runs, tmp_path, monkeypatch, spoiled):
+    """The same losses and evaluation, though CLIP does not run and a picture is spoiled."""
+    run, folder = runs["prior_diffusion"], tmp_path / "embeddings"
+    data_command.embed(run.config, folder, 0, 1)
+    given = dict(clip=dict(bundle=run.config.clip.bundle), data=dict(embeddings=str(folder)))
+    config = config_of("prior_diffusion", spoiled, **given)
+    for tower in ("embed_images", "embed_texts"):
+        monkeypatch.setattr(Clip, tower, None)
+    monkeypatch.setattr(train, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+    report = train.run(config, str(tmp_path / "run"))
+    one, other = (lines(place / "metrics.jsonl") for place in (run.folder, tmp_path / "run"))
+    np.testing.assert_allclose([line["loss"] for line in other], [line["loss"] for line in one], rtol=1e-6)
+    assert other[-1]["records_skipped"] > 0
+    assert report["metrics"] == pytest.approx(run.report["metrics"], abs=1e-4)
+
+    stage, _, params = small_stage("clip")
+    save_bundle(tmp_path / "clip", "clip", stage.config, params, tokenizer_bytes(), "", {})
+    config = config_of("prior_diffusion", spoiled, **given | dict(clip=dict(bundle=str(tmp_path / "clip"))))
+    with pytest.raises(UserError, match="holds embeddings of clip"):
+        train.run(config, str(tmp_path / "refused"))
+    assert not (tmp_path / "refused").exists()
 
 
 def test_the_bundle_holds_the_average_not_the_last_parameters(runs, tmp_path):
@@ -287,6 +357,27 @@ def test_decoder_needs_a_clip_of_its_own_size(tmp_path, pictures):
     refused(tmp_path, config, "embeddings of 8 numbers, but its CLIP makes 16")
 
 
+def test_glide_goes_on_from_its_own_kind_alone(tmp_path, pictures):
+    stage, _, params = small_stage("decoder")
+    save_bundle(tmp_path / "other", "decoder", stage.config, params, tokenizer_bytes(), "", {})
+    origin = save_glide(tmp_path / "run" / "bundle")
+
+    def config(bundle, **sections):
+        return config_of("glide", pictures, init=dict(bundle=str(bundle)), **sections)
+
+    refused(tmp_path, config(tmp_path / "other"), "holds a model of stage 'decoder', not 'glide'")
+    refused(tmp_path, config(tmp_path / "nothing"), "no bundle at")
+    refused(tmp_path, config(origin), "of this same workdir")
+    origin = save_glide(tmp_path / "origin")
+    wider = dict(text=dict(width=16))
+    refused(tmp_path, config(origin, model=wider), "do not fit the model")
+    another = tmp_path / "another.model"
+    another.write_bytes(train_tokenizer(CAPTIONS[:12], 512).model_bytes)
+    refused(tmp_path, config(origin, data=dict(tokenizer=str(another))), "data.tokenizer is set")
+    another.rename(tmp_path / "run" / "tokenizer.model")
+    refused(tmp_path, config(origin), "another tokenizer than init.bundle's")
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -300,6 +391,8 @@ def test_decoder_needs_a_clip_of_its_own_size(tmp_path, pictures):
         (dict(sampling=dict(sampler="dpm")), "sampling.sampler is 'dpm'"),
         (dict(mesh=dict(fsdp=3)), "do not cover 8"),
         (dict(data=dict(crop="random")), "data.crop is 'random'"),
+        (dict(data=dict(crop="dalle", embeddings="DIR")), "data.crop is 'dalle', but embeddings are of"),
+        (dict(data=dict(embeddings="DIR")), "data.embeddings is set, but not the CLIP that made them"),
         (dict(data=dict(tokenizer="missing.model")), "missing.model does not exist"),
         (dict(data=dict(source="folder:/nowhere")), "no folder /nowhere"),
     ],

@@ -2,51 +2,26 @@
 2112.10741, is caption → decoder → upsampler).
 
 A cascade is a folder of bundles: decoder/, beside it clip/ and prior/ where the decoder draws CLIP embeddings, and, if
-they are there, upsampler_256/ and upsampler_1024/. Each arrow is one jitted function of arrays; guidance scales and
-keys are arguments, so no choice of them compiles anew.
+they are there, upsampler_256/, upsampler_1024/ and, to guide the decoder, noised_clip/. Each arrow is one jitted
+function of arrays; guidance scales and keys are arguments, so no choice of them compiles anew.
 """
 
-import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from unclip_jax.bundle import check_params, load_bundle, load_description
-from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.bundle import load_description
 from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
-from unclip_jax.stages import Stage, make_stage
+from unclip_jax.model import Model
 
 UPSAMPLERS = ("upsampler_256", "upsampler_1024")
 PRIORS = ("prior_diffusion", "prior_ar")
 DDIM = {"sampler": "ddim", "clip_x0": 0.0}  # clipping would not let it run to and fro
 STEPS = 250  # of DDIM, to and fro: what reproduces a picture (arXiv 2105.05233, appendix F)
-ROWS = 16  # at most so many pictures at once: bounds memory, and keeps the shapes few
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """One trained stage, ready to be called."""
-
-    stage: Stage
-    params: Any
-    tokenizer: Tokenizer | None
-    identity: str
-
-    @functools.cached_property
-    def sample(self):
-        """Jitted (params, frozen, conditions, key) → what the stage draws."""
-        return jax.jit(self.stage.sample)
-
-    @functools.cached_property
-    def invert(self):
-        """Jitted (params, frozen, conditions, images) → the noise that they are drawn from."""
-        return jax.jit(self.stage.invert)
 
 
 class Cascade:
@@ -55,32 +30,38 @@ class Cascade:
     A cascade without a prior draws pictures for embeddings alone, one without a CLIP for captions alone.
     """
 
-    def __init__(self, clip: Model | None, prior: Model | None, decoder: Model, upsamplers: list[Model]):
+    def __init__(
+        self,
+        clip: Model | None,
+        prior: Model | None,
+        decoder: Model,
+        upsamplers: list[Model],
+        noised_clip: Model | None = None,
+    ):
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, upsamplers
-        self._variants: dict[tuple, Model] = {}
-        if clip:
-            self._embed_texts = jax.jit(clip.stage.embed_texts)
-            self._embed_images = jax.jit(clip.stage.embed_images)
+        self.noised_clip = noised_clip
 
     @classmethod
     def load(cls, folder: str) -> "Cascade":
-        """Reads a folder of bundles. Raises UserError for what is missing or was trained against another CLIP."""
+        """Reads a folder of bundles. Raises UserError for what is missing or does not belong together."""
         root = Path(folder).expanduser()
         if not root.is_dir():
             raise UserError(f"no bundle at {root}: expected a folder with decoder/ and what it needs")
-        clip = prior = None
+        clip = prior = noised_clip = None
         if load_description(root / "decoder")["stage"] == "decoder":
-            clip = _load(root / "clip", ("clip",), None)
-            prior = _load(root / "prior", PRIORS, clip) if (root / "prior").exists() else None
-        decoder = _load(root / "decoder", ("decoder", "glide"), clip)
+            clip = Model.load(root / "clip", ("clip",))
+            prior = Model.load(root / "prior", PRIORS, clip) if (root / "prior").exists() else None
+        decoder = Model.load(root / "decoder", ("decoder", "glide"), clip)
+        if (root / "noised_clip").exists():
+            noised_clip = Model.load(root / "noised_clip", ("clip",))
+            _check_noised_clip(root, noised_clip, decoder)
         upsamplers = [root / name for name in UPSAMPLERS if (root / name).exists()]
-        return cls(clip, prior, decoder, [_load(path, ("upsampler", "glide"), clip) for path in upsamplers])
+        upsamplers = [Model.load(path, ("upsampler", "glide"), clip) for path in upsamplers]
+        return cls(clip, prior, decoder, upsamplers, noised_clip)
 
     def text_embeddings(self, texts: list[str]) -> np.ndarray:
         """CLIP text embeddings."""
-        arrays = self.clip.tokenizer.encode(texts, self.clip.stage.config.model.text.context, ends=True)
-        rows = [self._embed_texts(self.clip.params, *chunk) for chunk in _chunks(*arrays)]
-        return np.concatenate(rows)[: len(texts)]
+        return self.clip.read(texts)
 
     def image_embeddings(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """CLIP image embeddings of pictures, uint8 (H, W, 3) of any size: the square in their middle is looked at.
@@ -90,9 +71,7 @@ class Cascade:
         m = self.clip.stage.config.model
         if not m.image:
             raise UserError("this cascade's CLIP reads captions alone: pictures need one that has its image tower too")
-        squares = np.stack([center_square(image, m.image_size, m.resize) for image in images])
-        rows = [self._embed_images(self.clip.params, *chunk) for chunk in _chunks(squares)]
-        return np.concatenate(rows)[: len(squares)]
+        return self.clip.look(np.stack([center_square(image, m.image_size, m.resize) for image in images]))
 
     def embeddings(self, texts: list[str], key, guidance_scale: float | None = None) -> np.ndarray:
         """The prior's image embeddings for captions. guidance_scale: None is the trained config's."""
@@ -116,26 +95,23 @@ class Cascade:
         seed: int,
         guidance_scale: float | None = None,
         prior_guidance_scale: float | None = None,
+        clip_guidance_scale: float = 0.0,
+        embeddings: np.ndarray | None = None,
     ) -> dict[str, Any]:
         """One picture per caption: {"embeddings" (None of GLIDE), "images": list of arrays, the decoder's first, the
-        largest last}."""
-        key_prior, key_decoder, key_upsampler = jax.random.split(jax.random.key(seed), 3)
-        embeddings = self.embeddings(texts, key_prior, prior_guidance_scale) if self.clip else None
-        small = self._decode(embeddings, texts, key_decoder, guidance_scale)
-        larger = self._upsample(small, texts, key_upsampler)
-        return {"embeddings": embeddings, "images": [_to_uint8(images) for images in (small, *larger)]}
+        largest last}.
+
+        Scales: None is the trained config's; clip_guidance_scale is of the noised CLIP's gradient (GLIDE, section 2.4),
+        0 does without it. embeddings: image embeddings (N, dim) in place of the prior's.
+        """
+        return self._generate(texts, seed, guidance_scale, prior_guidance_scale, clip_guidance_scale, embeddings)
 
     def encode(self, pictures: Sequence[np.ndarray], steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
         """The two halves of what the decoder draws pictures from: CLIP embedding and, by DDIM inversion, x_T."""
         embeddings = self.image_embeddings(pictures)
-        model = self._sampled_by(self.decoder, **DDIM, steps=str(steps))
-        small = _to_float(self._squares(pictures))
-        conditions = self._captions(model, [""] * len(small)) | {"image_embedding": embeddings}
-        parts = [
-            model.invert(model.params, self.clip.params, dict(zip(conditions, rows, strict=True)), images)
-            for images, *rows in _chunks(small, *conditions.values())
-        ]
-        return embeddings, np.concatenate(parts)[: len(small)]
+        model = self.decoder.sampled_by(**DDIM, steps=str(steps))
+        conditions = self._captions(model, [""] * len(pictures)) | {"image_embedding": embeddings}
+        return embeddings, model.invert(self.clip.params, conditions, _to_float(self._squares(pictures)))
 
     def redraw(
         self,
@@ -148,7 +124,7 @@ class Cascade:
     ) -> dict[str, Any]:
         """Pictures for embeddings (N, dim) and x_T (N, R, R, 3), by DDIM: what variations, interpolations and
         text diffs are made of. eta 0 adds no noise, so that `encode`d pictures come out as they were."""
-        model = self._sampled_by(self.decoder, **DDIM, steps=str(steps))
+        model = self.decoder.sampled_by(**DDIM, steps=str(steps))
         conditions = self._captions(model, [""] * len(embeddings)) | {"image_embedding": embeddings, "x_T": x_T}
         key_decoder, key_upsampler = jax.random.split(jax.random.key(seed))
         small = self._draw(model, conditions | {"eta": np.float32(eta)}, key_decoder, guidance_scale)
@@ -188,21 +164,35 @@ class Cascade:
         path = [slerp(embeddings[0], direction, share) for share in np.linspace(0, theta, count)]
         return self.redraw(np.stack(path), np.repeat(x_T, count, axis=0), seed, **options)
 
+    def reconstructions(
+        self, picture: np.ndarray, statistics: dict[str, np.ndarray], counts: Sequence[int], seed: int, **options
+    ) -> dict[str, Any]:
+        """Pictures of what CLIP sees in a picture, kept by the first so many principal components of its embedding
+        (section 4.2, figure 7), all from one draw of noise.
+
+        statistics: "mean" (dim,) and "components" (N, dim), as an autoregressive prior holds them. Raises UserError
+        for a count that is not from 0 to N.
+        """
+        mean, components = statistics["mean"], statistics["components"]
+        for count in counts:
+            if not 0 <= count <= len(components):
+                raise UserError(f"{count} principal components: expected 0 to {len(components)}, which are known")
+        kept = components @ (self.image_embeddings([picture])[0] - mean)
+        rows = np.stack([mean + kept[:count] @ components[:count] for count in counts])
+        if self.clip.stage.config.model.unit_norm:
+            rows = _unit(rows)
+        size = self.decoder.stage.config.model.image_size
+        noise = np.asarray(jax.random.normal(jax.random.key(seed), (1, size, size, 3)))
+        return self.redraw(rows, np.repeat(noise, len(rows), axis=0), seed, **options)
+
     def inpaint(
-        self,
-        picture: np.ndarray,
-        mask: np.ndarray,
-        text: str,
-        count: int,
-        seed: int,
-        guidance_scale: float | None = None,
-        prior_guidance_scale: float | None = None,
-    ) -> np.ndarray:
+        self, picture: np.ndarray, mask: np.ndarray, text: str, count: int, seed: int, **options
+    ) -> dict[str, Any]:
         """`count` pictures in which only what `mask`, bool (H, W), marks is drawn anew, after the caption.
 
         A model that was trained to inpaint is told the known pixels; others have them put back after every step. In
-        the result, at the size of the last upsampler, they are those of `picture` bit for bit. Raises UserError for a
-        mask of another size than the picture, or that marks all or nothing.
+        the result, at every size, they are those of `picture` bit for bit. options: of `generate`. Raises UserError for
+        a mask of another size than the picture, or that marks all or nothing.
         """
         if mask.shape != picture.shape[:2]:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (mask.shape, picture.shape)]
@@ -217,41 +207,26 @@ class Cascade:
             source = _to_float(center_square(picture, size, "area"))
             return {"known_image": np.stack([source] * count), "known": np.stack([kept] * count)}
 
-        texts = [text] * count
-        key_prior, key_decoder, key_upsampler = jax.random.split(jax.random.key(seed), 3)
-        embeddings = self.embeddings(texts, key_prior, prior_guidance_scale) if self.clip else None
-        more = known(self.decoder.stage.config.model.image_size)
-        images = self._decode(embeddings, texts, key_decoder, guidance_scale, more)
-        images = [images, *self._upsample(images, texts, key_upsampler, known)][-1]
-        last = known(images.shape[1])
-        return np.where(last["known"], _to_uint8(last["known_image"]), _to_uint8(images))
+        drawn = self._generate([text] * count, seed, known=known, **options)
+        for i, images in enumerate(drawn["images"]):
+            there = known(images.shape[1])
+            drawn["images"][i] = np.where(there["known"], _to_uint8(there["known_image"]), images)
+        return drawn
 
     def sdedit(
-        self,
-        sketch: np.ndarray,
-        text: str,
-        start: float,
-        count: int,
-        seed: int,
-        guidance_scale: float | None = None,
-        prior_guidance_scale: float | None = None,
-    ) -> list[np.ndarray]:
-        """`count` pictures of a caption that keep the layout of a sketch (SDEdit, arXiv 2108.01073), at every size.
+        self, sketch: np.ndarray, text: str, start: float, count: int, seed: int, **options
+    ) -> dict[str, Any]:
+        """`count` pictures of a caption that keep the layout of a sketch (SDEdit, arXiv 2108.01073).
 
-        start: how far the sketch is noised first, from 0 to 1; 0.3 to 0.6 is usual.
+        start: how far the sketch is noised first, from 0 to 1; 0.3 to 0.6 is usual. options: of `generate`.
         """
-        texts = [text] * count
-        key_prior, key_decoder, key_upsampler = jax.random.split(jax.random.key(seed), 3)
-        embeddings = self.embeddings(texts, key_prior, prior_guidance_scale) if self.clip else None
-        more = {"sketch": np.repeat(_to_float(self._squares([sketch])), count, axis=0)}
-        model = self._sampled_by(self.decoder, start=start)
-        small = self._decode(embeddings, texts, key_decoder, guidance_scale, more, model)
-        return [_to_uint8(images) for images in (small, *self._upsample(small, texts, key_upsampler))]
+        rows = {"sketch": np.repeat(_to_float(self._squares([sketch])), count, axis=0)}
+        return self._generate([text] * count, seed, decoder=self.decoder.sampled_by(start=start), more=rows, **options)
 
     def similarity(self, images: Sequence[np.ndarray], texts: list[str]) -> np.ndarray:
         """Cosines (pictures, texts) of CLIP embeddings."""
         both = self.image_embeddings(images), self.text_embeddings(texts)
-        pictures, captions = (z / np.linalg.norm(z, axis=-1, keepdims=True) for z in both)
+        pictures, captions = (_unit(z) for z in both)
         return pictures @ captions.T
 
     def classify(self, picture: np.ndarray, labels: list[str]) -> np.ndarray:
@@ -282,26 +257,43 @@ class Cascade:
         size = self.decoder.stage.config.model.image_size
         return np.stack([center_square(picture, size, "area") for picture in pictures])
 
-    def _sampled_by(self, model: Model, **sampling) -> Model:
-        """The model with `sampling` changed; the same object every time, so that it compiles once."""
-        key = id(model), *sampling.items()
-        if key not in self._variants:
-            config = model.stage.config.copy_and_resolve_references().unlock()
-            config.sampling.update(sampling)
-            stage = dataclasses.replace(model.stage, config=config.lock())
-            self._variants[key] = dataclasses.replace(model, stage=stage)
-        return self._variants[key]
-
     def _check_prior(self):
         if self.clip and not self.prior:
             raise UserError("this cascade has no prior/: it draws pictures for image embeddings, not for captions")
 
-    def _decode(self, embeddings, texts, key, guidance_scale, more=None, model=None):
-        model = model or self.decoder
+    def _generate(
+        self,
+        texts: list[str],
+        seed: int,
+        guidance_scale: float | None = None,
+        prior_guidance_scale: float | None = None,
+        clip_guidance_scale: float = 0.0,
+        embeddings: np.ndarray | None = None,
+        decoder: Model | None = None,
+        more: dict[str, np.ndarray] | None = None,
+        known: Callable[[int], dict[str, np.ndarray]] = lambda size: {},
+    ) -> dict[str, Any]:
+        """`generate`, by another decoder, with more conditions of it, and with pixels known at every size."""
+        if clip_guidance_scale and not self.noised_clip:
+            raise UserError("CLIP guidance needs a noised CLIP: put its bundle into the cascade, as noised_clip/")
+        key_prior, key_decoder, key_upsampler = jax.random.split(jax.random.key(seed), 3)
+        if embeddings is None and self.clip:
+            embeddings = self.embeddings(texts, key_prior, prior_guidance_scale)
+        more = (more or {}) | known(self.decoder.stage.config.model.image_size)
+        small = self._decode(embeddings, texts, key_decoder, guidance_scale, clip_guidance_scale, decoder, more)
+        larger = self._upsample(small, texts, key_upsampler, known)
+        return {"embeddings": embeddings, "images": [_to_uint8(images) for images in (small, *larger)]}
+
+    def _decode(self, embeddings, texts, key, guidance_scale, clip_guidance_scale=0.0, decoder=None, more=None):
+        model = decoder or self.decoder
         conditions = self._captions(model, texts) | (more or {})
         if embeddings is not None:
             conditions["image_embedding"] = embeddings
-        return self._draw(model, conditions, key, guidance_scale)
+        if not clip_guidance_scale:
+            return self._draw(model, conditions, key, guidance_scale)
+        conditions["noised_text"] = _unit(self.noised_clip.read(texts))
+        conditions["clip_scale"] = np.float32(clip_guidance_scale)
+        return self._draw(model, conditions, key, guidance_scale, self.noised_clip)
 
     def _upsample(self, images, texts, key, known=lambda size: {}):
         sizes = []
@@ -323,18 +315,13 @@ class Cascade:
             arrays[name], arrays[f"{name}_length"] = tokenizer.encode(texts, context, ends)
         return arrays
 
-    def _draw(self, model: Model, conditions: dict[str, np.ndarray], key, guidance_scale: float | None):
-        """What the model draws, a row for each row of the conditions; single numbers among them go to all rows."""
-        scalars = {name: value for name, value in conditions.items() if not np.ndim(value)}
-        arrays = {name: value for name, value in conditions.items() if np.ndim(value)}
-        if "guidance_scale" in model.stage.config.sampling:
-            scale = model.stage.config.sampling.guidance_scale if guidance_scale is None else guidance_scale
-            scalars["guidance_scale"] = jnp.float32(scale)
-        frozen, drawn = self.clip.params if model.stage.needs_clip else {}, []
-        for i, rows in enumerate(_chunks(*arrays.values())):
-            chunk = dict(zip(arrays, rows, strict=True)) | scalars
-            drawn.append(np.asarray(model.sample(model.params, frozen, chunk, jax.random.fold_in(key, i))))
-        return np.concatenate(drawn)[: len(next(iter(arrays.values())))]
+    def _draw(self, model, conditions, key, guidance_scale, noised_clip=None):
+        sampling = model.stage.config.sampling
+        if "guidance_scale" in sampling:
+            scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+            conditions = conditions | {"guidance_scale": np.float32(scale)}
+        frozen = self.clip.params if model.stage.needs_clip else {}
+        return model.draw(frozen, conditions, key, noised_clip)
 
 
 def slerp(a: np.ndarray, b: np.ndarray, theta: float) -> np.ndarray:
@@ -346,16 +333,16 @@ def slerp(a: np.ndarray, b: np.ndarray, theta: float) -> np.ndarray:
     return (np.sin((1 - theta) * angle) * a + np.sin(theta * angle) * b) / np.sin(angle)
 
 
-def _load(folder: Path, stages: tuple[str, ...], clip: Model | None) -> Model:
-    bundle = load_bundle(str(folder))
-    if bundle.stage not in stages:
-        raise UserError(f"{folder} holds a model of stage {bundle.stage!r}: expected {' or '.join(stages)}")
-    if bundle.clip_identity and bundle.clip_identity != clip.identity:
-        raise UserError(f"{folder} was trained against another CLIP than the one beside it: use the CLIP it knows")
-    stage = make_stage(bundle.config, clip.stage if clip else None)
-    check_params(bundle.params, jax.eval_shape(stage.init, jax.random.key(0)))
-    tokenizer = Tokenizer(bundle.tokenizer_bytes) if bundle.tokenizer_bytes else None
-    return Model(stage, jax.device_put(bundle.params), tokenizer, bundle.identity)
+def _check_noised_clip(root: Path, noised_clip: Model, decoder: Model) -> None:
+    m, d = noised_clip.stage.config.model, decoder.stage.config
+    theirs, ours = (m.image_size, m.image.timesteps if m.image else 0), (d.model.image_size, d.diffusion.timesteps)
+    if theirs != ours:
+        raise UserError(f"{root}/noised_clip sees {theirs[0]} px at {theirs[1]} timesteps, the decoder draws {ours[0]} "
+                        f"px at {ours[1]}: it must be trained for the decoder")  # fmt: skip
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:
@@ -364,13 +351,3 @@ def _to_uint8(images: np.ndarray) -> np.ndarray:
 
 def _to_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 127.5 - 1
-
-
-def _chunks(*arrays):
-    """Rows in chunks of ROWS (fewer where there are fewer in all), the last filled up with its own first row."""
-    count = len(arrays[0])
-    size = min(count, ROWS)
-    for start in range(0, count, size):
-        parts = [np.asarray(a[start : start + size]) for a in arrays]
-        fill = size - len(parts[0])
-        yield [np.concatenate([p, np.repeat(p[:1], fill, axis=0)]) if fill else p for p in parts]

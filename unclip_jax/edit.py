@@ -3,12 +3,15 @@
     python -m unclip_jax.edit variations  --bundle DIR --image cat.png -n 8 --eta 1
     python -m unclip_jax.edit interpolate --bundle DIR --image cat.png --image dog.png -n 8
     python -m unclip_jax.edit text_diff   --bundle DIR --image cat.png --before "a cat" --after "an anime cat" -n 8
+    python -m unclip_jax.edit reconstruct --bundle DIR --image cat.png --components 5 --components 20 [--pca BUNDLE]
     python -m unclip_jax.edit inpaint     --bundle DIR --image room.png --mask hole.png --prompt "a red lamp"
     python -m unclip_jax.edit sdedit      --bundle DIR --image sketch.png --prompt "a castle" --start 0.5
     python -m unclip_jax.edit classify    --bundle DIR --image cat.png --label "a cat" --label "a dog"
 
-Writes OUT/NAME_SEED_I.png, with what made it inside, and OUT/sheet.png; of interpolate and text_diff OUT/path.gif too.
-inpaint takes --mask and --prompt several times, for a scene built up step by step.
+Writes OUT/NAME_SEED_I.png, with what made it inside, and OUT/sheet.png; of interpolate, text_diff and reconstruct
+OUT/path.gif too. classify prints, and writes OUT/sheet.png alone. reconstruct keeps so many principal components of the
+CLIP embedding, as found by an autoregressive prior: the cascade's own, or the bundle that --pca names. inpaint takes
+--mask and --prompt several times, for a scene built up step by step.
 """
 
 import sys
@@ -21,9 +24,14 @@ from unclip_jax import cli, pictures
 from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
 from unclip_jax.errors import UserError
 
-COMMANDS = ("variations", "interpolate", "text_diff", "inpaint", "sdedit", "classify")
-
-NEEDS = {"text_diff": ("before", "after"), "sdedit": ("prompt",), "inpaint": ("prompt", "mask"), "classify": ("label",)}
+COMMANDS = ("variations", "interpolate", "text_diff", "reconstruct", "inpaint", "sdedit", "classify")
+NEEDS = {
+    "text_diff": ("before", "after"),
+    "reconstruct": ("components",),
+    "inpaint": ("prompt", "mask"),
+    "sdedit": ("prompt",),
+    "classify": ("label",),
+}
 
 
 def main(argv: list[str]) -> int:
@@ -44,7 +52,7 @@ def main(argv: list[str]) -> int:
     if args.prompt:
         cascade.check_prompts(args.prompt)
     if args.command == "classify":
-        _print_probabilities(cascade.classify(images[0], args.label), args.label)
+        _classify(cascade, args, images[0], out)
         return 0
     drawn, labels, frames = _edit(cascade, args, images, masks)
     _write(out, args, drawn, labels, frames)
@@ -62,12 +70,15 @@ def _parse(argv: list[str]):
     parser.add_argument("--before", help="caption of the picture as it is")
     parser.add_argument("--after", help="caption of the picture as it should be")
     parser.add_argument("--label", action="append", default=[], help="of classify; may be repeated")
+    parser.add_argument("--components", action="append", type=int, default=[], help="of reconstruct; may be repeated")
+    parser.add_argument("--pca", help="of reconstruct: bundle of an autoregressive prior beside this CLIP")
     parser.add_argument("-n", "--n", type=int, default=4, help="pictures")
     parser.add_argument("--eta", type=float, default=1.0, help="of variations: 0 reproduces, 1 varies most")
     parser.add_argument("--theta", type=float, default=0.4, help="of text_diff: how far, from 0 to 1")
     parser.add_argument("--start", type=float, default=0.5, help="of sdedit: how much noise, from 0 to 1")
     parser.add_argument("--steps", type=int, default=250, help="of DDIM, to and fro")
     parser.add_argument("--guidance", type=float, help="of the decoder; default: 1, with a prompt the config's")
+    parser.add_argument("--clip-guidance", type=float, default=0.0, help="of inpaint and sdedit, by noised_clip/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="edits", help="folder to write to")
     return parser.parse_args(argv[1:])
@@ -103,20 +114,39 @@ def _edit(cascade, args, images, masks):
     if args.command == "text_diff":
         drawn = cascade.text_diff(images[0], args.before, args.after, args.theta, args.n, **free)["images"][-1]
         return drawn, [f"theta {share:.2f}" for share in np.linspace(0, args.theta, args.n)], True
+    if args.command == "reconstruct":
+        statistics = _components(cascade, args)
+        drawn = cascade.reconstructions(images[0], statistics, args.components, **free)["images"][-1]
+        return drawn, [f"{count} components" for count in args.components], True
+    scales = {"guidance_scale": args.guidance, "clip_guidance_scale": args.clip_guidance}
     if args.command == "sdedit":
-        drawn = cascade.sdedit(images[0], args.prompt[0], args.start, args.n, args.seed, args.guidance)[-1]
+        drawn = cascade.sdedit(images[0], args.prompt[0], args.start, args.n, args.seed, **scales)["images"][-1]
         return drawn, args.prompt * args.n, False
-    return _scene(cascade, args, images[0], masks), [args.prompt[-1]] * args.n, False
+    return _scene(cascade, args, images[0], masks, scales), [args.prompt[-1]] * args.n, False
 
 
-def _scene(cascade, args, image, masks):
+def _components(cascade, args):
+    """Mean and principal components of CLIP's embeddings, as the autoregressive prior holds them."""
+    from unclip_jax.model import Model
+
+    prior = Model.load(Path(args.pca).expanduser(), ("prior_ar",), cascade.clip) if args.pca else cascade.prior
+    if not prior or prior.stage.config.stage != "prior_ar":
+        raise UserError("reconstruct needs an autoregressive prior, which holds the principal components: name its "
+                        "bundle by --pca")  # fmt: skip
+    return {name: np.asarray(value) for name, value in prior.params["fixed"].items()}
+
+
+def _scene(cascade, args, image, masks, scales):
     """Mask after mask; each of the n pictures goes its own way from the first on."""
-    drawn = cascade.inpaint(image, masks[0], args.prompt[0], args.n, args.seed, args.guidance)
+    drawn = cascade.inpaint(image, masks[0], args.prompt[0], args.n, args.seed, **scales)["images"][-1]
     for step, (mask, prompt) in enumerate(zip(masks[1:], args.prompt[1:], strict=True), 1):
         mask = center_square(np.repeat(np.uint8(255) * mask[..., None], 3, -1), drawn.shape[1], "area")[..., 0] > 0
         seeds = [args.seed + 1000 * step + i for i in range(args.n)]
-        parts = zip(drawn, seeds, strict=True)
-        drawn = np.concatenate([cascade.inpaint(one, mask, prompt, 1, seed, args.guidance) for one, seed in parts])
+        parts = [
+            cascade.inpaint(one, mask, prompt, 1, seed, **scales)["images"][-1]
+            for one, seed in zip(drawn, seeds, strict=True)
+        ]
+        drawn = np.concatenate(parts)
     return drawn
 
 
@@ -135,9 +165,15 @@ def _write(out: Path, args, drawn, labels, frames: bool) -> None:
         print(out / "path.gif")
 
 
-def _print_probabilities(probabilities: np.ndarray, labels: list[str]) -> None:
-    for i in np.argsort(-probabilities):
-        print(f"{probabilities[i]:7.2%}  {labels[i]}")
+def _classify(cascade, args, image, out: Path) -> None:
+    """Prints each label's probability, the likeliest first, and draws the picture above them."""
+    probabilities = cascade.classify(image, args.label)
+    lines = [f"{probabilities[i]:7.2%}  {args.label[i]}" for i in np.argsort(-probabilities)]
+    print("\n".join(lines))
+    square = center_square(image, 256, "area")
+    sheet = pictures.grid(square[None], 1, [", ".join(" ".join(line.split()) for line in lines)])
+    pictures.save_png(out / "sheet.png", sheet, {"edit": {"command": "classify", "image": args.image[0]}})
+    print(out / "sheet.png")
 
 
 def _read(name: str) -> np.ndarray:

@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, help="of the decoder; 1: none; default: the trained config's")
     parser.add_argument("--prior-guidance", type=float, help="of the prior; likewise")
+    parser.add_argument("--clip-guidance", type=float, default=0.0, help="of the decoder, by noised_clip/")
     parser.add_argument("--out", default="samples", help="folder to write to")
     args = parser.parse_args(argv[1:])
     if args.n < 1:
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> int:
     if args.rerank and not cascade.clip:
         raise UserError(f"--rerank needs a CLIP, and {args.bundle} has no clip/")
     texts = [prompt for prompt in args.prompt for _ in range(args.rerank or args.n)]
-    images = cascade.generate(texts, args.seed, args.guidance, args.prior_guidance)["images"][-1]
+    scales = args.guidance, args.prior_guidance, args.clip_guidance
+    images = cascade.generate(texts, args.seed, *scales)["images"][-1]
     if args.rerank:
         images, texts = _best(cascade, images, args)
     models = {"decoder": cascade.decoder, "prior": cascade.prior} if cascade.prior else {"decoder": cascade.decoder}
@@ -52,6 +54,7 @@ def main(argv: list[str]) -> int:
         "rerank": args.rerank,
         "guidance": args.guidance if args.guidance is not None else _trained_scale(cascade.decoder),
         "prior_guidance": args.prior_guidance,
+        "clip_guidance": args.clip_guidance,
         **{name: model.identity for name, model in models.items()},
         "version": __version__,
     }

@@ -22,7 +22,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from unclip_jax import cli, pictures
-from unclip_jax.bundle import check_params, load_bundle, save_bundle
+from unclip_jax.bundle import Bundle, check_params, load_bundle, save_bundle
+from unclip_jax.data.embeddings import EmbeddedSource, Provenance
 from unclip_jax.data.pipeline import batches, evaluation_batch
 from unclip_jax.data.sources import open_source
 from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -45,7 +46,7 @@ from unclip_jax.training.state import (
     whole,
 )
 
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "analytic")
 DEGRADATIONS = ("blur", "bsr")
 TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
 
@@ -72,31 +73,36 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
     mesh = make_mesh(config.mesh)
     upstream = _upstream(config, workdir, mesh)
     stage, optimizer, train_step = _assemble(config, upstream.stage, mesh)
-    source = _open(config, config.data.split)
-    tokenizer = _tokenizer(config, stage, source, workdir)
+    origin = _origin(config, stage)
+    source = _open(config, config.data.split, upstream.identity)
+    unseen = _open(config, config.data.eval_split, upstream.identity)
+    tokenizer = _tokenizer(config, stage, source, workdir, origin)
     to_example = _to_example(config, stage, tokenizer, upstream.tokenizer)
-    held_out = evaluation_batch(
-        _open(config, config.data.eval_split), to_example, config.train.eval_size, config.train.seed
-    )
+    held_out = evaluation_batch(unseen, to_example, config.train.eval_size, config.train.seed)
 
     checkpointer = Checkpointer(workdir, config.train.keep)
     state = checkpointer.restore_latest(abstract_state(stage, optimizer, mesh))
     start = int(state.step) if state else 0
     state = state or init_state(stage, optimizer, mesh, config.train.seed)
-    frozen, root = jax.device_put(upstream.params, replicated(mesh)), root_key(config.train.seed)
+    frozen = jax.device_put(upstream.params if stage.runs_clip else {}, replicated(mesh))
+    root = root_key(config.train.seed)
     evaluate = jax.jit(stage.evaluate)
 
-    def look(state):
+    def look(params, step):
         """Scalars of the held-out batch; its pictures go to WORKDIR/samples."""
-        scalars, images = evaluate(state.ema, frozen, held_out, jax.random.fold_in(root, 2**31 - 1))
+        scalars, images = evaluate(params, frozen, held_out, jax.random.fold_in(root, 2**31 - 1))
         scalars = {name: float(value) for name, value in scalars.items()}
-        _record(workdir, int(state.step), scalars, images)
+        _record(workdir, step, scalars, images)
         return scalars
 
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     _say(f"{config.stage}: {size:,} parameters on {mesh.size} {jax.default_backend()} device(s), from step {start}")
     if start == 0:
+        if origin:
+            _say(f"{config.stage}: starting from {config.init.bundle}")
+            state = _with_params(state, origin.params)
         state = _prepared(state, stage, frozen, _first_batches(config, source, to_example, mesh))
+    del origin  # its parameters need as much memory again
     steps, data = config.train.steps, _batches(config, source, to_example, start)
     with MetricLogger(workdir, steps, config.train.batch_size, start, Path(workdir).name) as log, _Stop() as stop:
         waiting = None  # metrics of an earlier step, logged once the next one is under way
@@ -115,7 +121,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
                 waiting = (k, metrics | {"records_skipped": data.skipped})
             if k % config.train.sample_every == 0 and k < steps:
                 with log.pause(metrics):
-                    look(state)
+                    look(state.ema, k)
             if stopping or k % config.train.checkpoint_every == 0:
                 with log.pause(metrics):
                     checkpointer.save(state, {"config": config.to_dict()})
@@ -127,8 +133,11 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
     if int(state.step) < steps:
         _say(f"stopped at step {int(state.step)} of {steps}, saved: the same command goes on from there")
         return None
-    scalars = look(state)
-    average = jax.tree.map(whole, state.ema)
+    finished, found = stage.finish(state.ema, frozen, held_out, jax.random.fold_in(root, 2**31 - 2))
+    if found:
+        _say("finished: " + ", ".join(f"{name} {float(value):.4g}" for name, value in found.items()))
+    scalars = look(finished, steps)
+    average = jax.tree.map(whole, finished)
     if jax.process_index() == 0:
         model = tokenizer.model_bytes if tokenizer else None
         save_bundle(os.path.join(workdir, "bundle"), config.stage, config, average, model, upstream.identity, {})
@@ -144,14 +153,28 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
     if config.data.crop not in CROPS:
         raise UserError(f"data.crop is {config.data.crop!r}: expected one of {', '.join(CROPS)}")
+    if _embedded(config) and config.data.crop != "center":
+        raise UserError(f"data.crop is {config.data.crop!r}, but embeddings are of a picture's middle: expected center")
+    if _embedded(config) and not config.clip.bundle:
+        raise UserError("data.embeddings is set, but not the CLIP that made them: name it by clip.bundle")
     named = config.data.tokenizer if "tokenizer" in config.data else ""
     if named and not epath.Path(named).exists():
         raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
+    if "init" in config and config.init.bundle:
+        if named:
+            raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")
+        if Path(config.init.bundle).expanduser().resolve() == Path(workdir).expanduser().resolve() / "bundle":
+            raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new model another")
     if "://" in workdir:
         raise UserError(f"workdir {workdir} is no local folder: give one, and copy its bundle/ where you want it")
     cli.output_folder(workdir, "workdir")
     if config.stage == "clip" and config.optim.accumulate > 1:
         raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
+    if config.stage == "clip" and config.optim.sam_rho:
+        rho, rows = config.optim.sam_rho, config.optim.sam_rows
+        if rho < 0 or rows < 1 or config.train.batch_size % rows:
+            raise UserError(f"optim.sam_rho={rho}, sam_rows={rows}: expected a positive step and rows that divide "
+                            f"train.batch_size={config.train.batch_size}")  # fmt: skip
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {config.dtype!r}: expected float32 or bfloat16")
     _check_widths("model", config.model)
@@ -192,11 +215,14 @@ def _check_diffusion(config: ConfigDict) -> None:
         raise UserError("diffusion.snr_clip weighs errors of x0: set it to () where diffusion.predicts is eps")
     if s.sampler not in SAMPLERS:
         raise UserError(f"sampling.sampler is {s.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    if s.sampler == "analytic" and config.stage != "prior_diffusion":
+        raise UserError(f"sampling.sampler is 'analytic', which {config.stage} does not estimate variances for: "
+                        "expected ddpm or ddim")  # fmt: skip
 
 
 def _assemble(config: ConfigDict, clip: Stage | None, mesh):
     """The stage, its optimizer and its train step, from shapes alone. Raises UserError where they cannot fit."""
-    stage = make_stage(config, clip)
+    stage = make_stage(config, clip, _embedded(config))
     optimizer = make_optimizer(config.optim, config.train.steps)
     rate = learning_rate(config.optim, config.train.steps)
     return stage, optimizer, make_train_step(stage, optimizer, rate, config, mesh)
@@ -237,26 +263,52 @@ def _upstream(config: ConfigDict, workdir: str, mesh) -> Upstream:
     return Upstream(stage, bundle.params, Tokenizer(bundle.tokenizer_bytes), bundle.identity)
 
 
-def _open(config: ConfigDict, split: str):
+def _origin(config: ConfigDict, stage: Stage) -> Bundle | None:
+    """The trained model that `config.init.bundle` names, its parameters made the stage's own; None: from scratch."""
+    if "init" not in config or not config.init.bundle:
+        return None
+    folder = config.init.bundle
+    bundle = load_bundle(folder)
+    if bundle.stage != config.stage:
+        raise UserError(f"init.bundle {folder} holds a model of stage {bundle.stage!r}, not {config.stage!r}")
+    params = stage.adopted(bundle.params, bundle.config)
+    check_params(params, jax.eval_shape(stage.init, jax.random.key(0)))
+    return bundle._replace(params=params)
+
+
+def _embedded(config: ConfigDict) -> bool:
+    return "embeddings" in config.data and bool(config.data.embeddings)
+
+
+def _open(config: ConfigDict, split: str, clip_identity: str):
     d = config.data
-    return open_source(d.source, split, os.path.expanduser(d.data_dir), d.image_feature, d.caption_feature)
+    source = open_source(d.source, split, os.path.expanduser(d.data_dir), d.image_feature, d.caption_feature)
+    if not _embedded(config):
+        return source
+    provenance = Provenance(clip_identity, d.source, d.image_feature, d.caption_feature)
+    return EmbeddedSource(source, Path(d.embeddings).expanduser(), provenance, split)
 
 
-def _tokenizer(config: ConfigDict, stage: Stage, source, workdir: str) -> Tokenizer | None:
-    """The stage's own tokenizer: the file named, the one an earlier run left in WORKDIR, or a new one."""
+def _tokenizer(config: ConfigDict, stage: Stage, source, workdir: str, origin: Bundle | None) -> Tokenizer | None:
+    """The stage's own tokenizer: that of the model it starts from, the file named, the one an earlier run left in
+    WORKDIR, or a new one."""
     if "own" not in {owner for owner, _, _ in stage.texts.values()}:
         return None
     vocab_size = (config.model if "vocab_size" in config.model else config.model.text).vocab_size
     stored = epath.Path(workdir) / "tokenizer.model"
     named = epath.Path(config.data.tokenizer) if config.data.tokenizer else stored
-    if named.exists():
+    if origin:
+        if stored.exists() and stored.read_bytes() != origin.tokenizer_bytes:
+            raise UserError(f"{workdir} holds a run with another tokenizer than init.bundle's: give a new one")
+        tokenizer = Tokenizer(origin.tokenizer_bytes)
+    elif named.exists():
         tokenizer = Tokenizer(named.read_bytes())
     else:
         count = min(len(source), TOKENIZER_CAPTIONS)
         tokenizer = train_tokenizer((source[i]["caption"] for i in range(count)), vocab_size)
-        if jax.process_index() == 0:
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            stored.write_bytes(tokenizer.model_bytes)
+    if not named.exists() and jax.process_index() == 0:
+        stored.parent.mkdir(parents=True, exist_ok=True)
+        stored.write_bytes(tokenizer.model_bytes)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{named} has {tokenizer.vocab_size} pieces, more than the model's vocab_size={vocab_size}")
     return tokenizer
@@ -265,7 +317,7 @@ def _tokenizer(config: ConfigDict, stage: Stage, source, workdir: str) -> Tokeni
 def _to_example(config: ConfigDict, stage: Stage, own: Tokenizer | None, clip: Tokenizer | None) -> ToExample:
     tokenizers = {"own": own, "clip": clip}
     texts = {name: (tokenizers[owner], context, ends) for name, (owner, context, ends) in stage.texts.items()}
-    return ToExample(stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor)
+    return ToExample(stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors)
 
 
 def _batches(config: ConfigDict, source, to_example: ToExample, start: int):
@@ -290,6 +342,11 @@ def _prepared(state: TrainState, stage: Stage, frozen, batches) -> TrainState:
     if params is state.params:
         return state
     _say("prepared: " + ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items()))
+    return _with_params(state, params)
+
+
+def _with_params(state: TrainState, params) -> TrainState:
+    """The state before step 1 with other parameters, which are their average too."""
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, state.params))
     return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
 

@@ -7,6 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 from shrink import random_batch, random_params, small_config, small_stage
 
+from unclip_jax.bundle import check_params
+from unclip_jax.stages import glide as glide_module
 from unclip_jax.stages import make_stage
 from unclip_jax.stages.base import empty_caption
 
@@ -90,6 +92,72 @@ def test_glide_keeps_known_pixels_and_draws_the_others(factor):
     known = np.broadcast_to(known, image.shape)
     np.testing.assert_allclose(drawn[known], image[known], atol=1e-6)
     assert np.abs(drawn - image)[~known].mean() > 0.1
+
+
+def input_channels_moved(stage, params):
+    """Which channels of the U-Net's input the loss reaches the weights of."""
+    batch = random_batch(stage, 8)
+    grads = jax.jit(jax.grad(lambda p: stage.loss(p, {}, batch, jax.random.key(3))[0]))(params)
+    return np.abs(np.asarray(grads["unet"]["conv_in"]["kernel"])).max(axis=(0, 1, 3)) > 0
+
+
+def test_training_to_inpaint_gives_known_pixels_and_hides_the_others(monkeypatch):
+    stage, params = glide(4, inpaint=True)
+    assert input_channels_moved(stage, params).all()
+    hide = lambda key, rows, size: np.zeros((rows, size, size, 1), bool)  # noqa: E731
+    monkeypatch.setattr(glide_module, "random_known", hide)
+    small_picture = [True] * 3
+    assert input_channels_moved(stage, params).tolist() == [True] * 3 + [False] * 4 + small_picture
+
+
+@pytest.mark.parametrize("factor", [0, 4])
+def test_model_adopted_for_inpainting_draws_as_before_whatever_is_known(factor):
+    plain, params = glide(factor)
+    inpainting, _ = glide(factor, inpaint=True)
+    adopted = inpainting.adopted(params, plain.config)
+    check_params(adopted, jax.eval_shape(inpainting.init, jax.random.key(0)))
+    batch, rng = random_batch(plain, 3), np.random.default_rng(0)
+    x_t, image = rng.normal(size=(2, 3, 8, 8, 3)).astype(np.float32)
+    conditions = {"low_res": rng.uniform(-1, 1, (3, 2, 2, 3)).astype(np.float32)} if factor else {}
+    known = {"known": rng.random((3, 8, 8, 1)) < 0.5, "known_image": image}
+
+    def output(stage, params, conditions):
+        told = stage.condition(params, batch["tokens"], batch["tokens_length"])
+        return stage.apply(params, told, stage._beside(conditions, x_t.shape), x_t, jnp.full((3,), 300))
+
+    before = jax.jit(lambda: output(plain, params, conditions))()
+    after = jax.jit(lambda: output(inpainting, adopted, conditions | known))()
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    assert inpainting.adopted(adopted, inpainting.config) is adopted, "only once"
+    assert plain.adopted(params, plain.config) is params
+
+
+def test_pictures_of_the_evaluation_show_what_was_known():
+    stage, params = glide(4, inpaint=True)
+    batch = random_batch(stage, 8)
+    _, rows = jax.jit(lambda p: stage.evaluate(p, {}, batch, jax.random.key(0)))(params)
+    drawn, given, truth = np.split(np.asarray(rows).astype(int), 3, axis=1)
+    np.testing.assert_array_equal(truth, batch["image"])
+    erased = (given == 128).all(axis=-1)
+    assert 0.2 < erased.mean() < 0.9
+    np.testing.assert_array_equal(given[~erased], truth[~erased])
+    np.testing.assert_array_equal(drawn[~erased], truth[~erased])
+    assert (drawn[erased] != truth[erased]).any(axis=-1).mean() > 0.9
+
+
+def test_evaluation_guides_only_a_model_that_knows_empty_captions():
+    stage, params = glide()
+    batch = random_batch(stage, 2)
+
+    def drawn(drop_caption, guidance_scale):
+        config = stage.config.copy_and_resolve_references().unlock()
+        config.diffusion.drop_caption = drop_caption
+        config.sampling.guidance_scale = guidance_scale
+        other = make_stage(config.lock())
+        return jax.jit(lambda p: other.evaluate(p, {}, batch, jax.random.key(0))[1])(params)
+
+    np.testing.assert_array_equal(drawn(0.0, 3000.0), drawn(0.0, 1.0))
+    assert not np.array_equal(drawn(0.2, 3000.0), drawn(0.2, 1.0))
 
 
 def test_glide_hears_the_small_picture():

@@ -1,6 +1,7 @@
 """One record → the arrays of one training example. Pictures stay uint8 until they are on the device."""
 
 import io
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -21,7 +22,8 @@ class UnreadableRecord(Exception):
 class ToExample:
     """(record, rng) → {picture name: uint8 (size, size, 3), text name: int32 (context,), NAME_length: int32 ()}.
 
-    And "low_res", where there is a `bsr_factor`: "image" BSR-degraded to so many times less.
+    And "low_res", where there is a `bsr_factor`: "image" BSR-degraded to so many times less. And `vectors`, float32
+    (dim,): "image_embedding", "text_embedding", of records that come with embeddings, of the caption drawn.
 
     images: name → side; all are cut from the same square crop. texts: name → (tokenizer, context, ends).
     crop: "center", or "dalle" (see `square_crop`). patch: side of a random window of the picture named "image".
@@ -34,33 +36,48 @@ class ToExample:
         crop: str,
         patch: int | None,
         bsr_factor: int | None = None,
+        vectors: Iterable[str] = (),
     ):
         if crop not in CROPS:
             raise UserError(f"data.crop is {crop!r}: expected one of {', '.join(CROPS)}")
         if patch is not None and not (0 < patch <= images["image"] and patch % ALIGNMENT == 0):
             raise UserError(f"patch is {patch}: expected a multiple of {ALIGNMENT}, at most {images['image']}")
         self.images, self.texts, self.crop, self.patch, self.bsr_factor = images, texts, crop, patch, bsr_factor
+        self.vectors = tuple(vectors)
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Raises UnreadableRecord."""
-        square = square_crop(decode(record["image"]), max(self.images.values()), self.crop, rng)
-        windows = {"image": _window(self.images["image"], self.patch, rng)} if self.patch else {}
-        example = {name: area_resize(square, size, windows.get(name, WHOLE)) for name, size in self.images.items()}
-        caption = _one_of(record["caption"], rng)
+        if self.vectors and "image_embedding" not in record:
+            raise UnreadableRecord("it could not be read when the embeddings were made")
+        example = self._pictures(record["image"], rng) if self.images else {}
+        drawn = _one_of(record["caption"], rng)
         for name, (tokenizer, context, ends) in self.texts.items():
-            ids, lengths = tokenizer.encode([caption], context, ends)
+            ids, lengths = tokenizer.encode([captions_of(record)[drawn]], context, ends)
             example[name], example[f"{name}_length"] = ids[0], lengths[0]
         if self.bsr_factor:
             example["low_res"] = degrade(example["image"], self.bsr_factor, rng)
+        for name in self.vectors:
+            example[name] = record["text_embeddings"][drawn] if name == "text_embedding" else record[name]
         return example
 
+    def _pictures(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        square = square_crop(decode(data), max(self.images.values()), self.crop, rng)
+        windows = {"image": _window(self.images["image"], self.patch, rng)} if self.patch else {}
+        return {name: area_resize(square, size, windows.get(name, WHOLE)) for name, size in self.images.items()}
 
-def _one_of(captions: str | list[str], rng: np.random.Generator) -> str:
+
+def captions_of(record: dict) -> list[str]:
+    """All captions of a record."""
+    return [record["caption"]] if isinstance(record["caption"], str) else list(record["caption"])
+
+
+def _one_of(captions: str | list[str], rng: np.random.Generator) -> int:
+    """Place of one of a record's captions, drawn where there are several."""
     if isinstance(captions, str):
-        return captions
+        return 0
     if not captions:
         raise UnreadableRecord("it has no caption")
-    return captions[rng.integers(len(captions))]
+    return int(rng.integers(len(captions)))
 
 
 def decode(data: bytes) -> np.ndarray:

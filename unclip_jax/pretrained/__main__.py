@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
         print(f"{target}: {model.config.stage}, {size:,} parameters", file=sys.stderr, flush=True)
         if model.place == "clip":
             clip, clip_identity = stage, identity
+        del model  # else it would be held while the next one is made
     return 0
 
 

@@ -21,8 +21,8 @@ STAGES = {
 }
 
 
-def make_stage(config: ConfigDict, clip: Stage | None = None) -> Stage:
-    """The stage that `config.stage` names; `clip` for those that live in a CLIP's space.
+def make_stage(config: ConfigDict, clip: Stage | None = None, embedded: bool = False) -> Stage:
+    """The stage that `config.stage` names; `clip` for those that live in a CLIP's space, `embedded` as of Stage.
 
     Raises UserError for an unknown stage and for an embedding size that is not the CLIP's.
     """
@@ -34,4 +34,4 @@ def make_stage(config: ConfigDict, clip: Stage | None = None) -> Stage:
     dim = config.model.embedding_dim
     if clip is not None and clip.dim != dim:
         raise UserError(f"the config expects embeddings of {dim} numbers, but its CLIP makes {clip.dim}: set the same")
-    return stage(config, clip)
+    return stage(config, clip, embedded)

@@ -8,10 +8,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from unclip_jax.diffusion.guidance import classifier_free, clip_x0, known_pixels, known_states
+from unclip_jax.diffusion.guidance import (
+    classifier_free,
+    clip_x0,
+    condition_eps,
+    condition_mean,
+    known_pixels,
+    known_states,
+)
 from unclip_jax.diffusion.losses import training_loss
 from unclip_jax.diffusion.process import make_denoiser, q_sample
-from unclip_jax.diffusion.samplers import ddim_invert, ddim_step, ddpm_step, sample
+from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_invert, ddim_step, ddpm_step, sample
 from unclip_jax.diffusion.schedule import first_steps, make_schedule, respace
 
 Params = dict[str, Any]
@@ -23,10 +30,12 @@ class Stage:
 
     Built from a config (and, where the model lives in CLIP's space, the CLIP stage); construction computes nothing.
     Parameters are plain dicts. `frozen` is the parameters of that CLIP, or {}.
+    `embedded`: batches carry the embeddings that CLIP made beforehand, in place of what it makes them of.
     """
 
     config: ConfigDict
     clip: "Stage | None" = None
+    embedded: bool = False
     needs_clip: ClassVar[bool] = False
 
     @property
@@ -49,6 +58,16 @@ class Stage:
         """How many times smaller "low_res" is, a BSR-degraded copy of "image" in a batch; None: there is none."""
         return None
 
+    @property
+    def vectors(self) -> dict[str, int]:
+        """Name → length of each float32 vector in a batch: embeddings made beforehand."""
+        return {}
+
+    @property
+    def runs_clip(self) -> bool:
+        """Whether the loss needs CLIP's parameters: a batch holds what CLIP reads."""
+        return "clip_image" in self.images or "clip_tokens" in self.texts
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a batch's arrays."""
         spec = {}
@@ -61,17 +80,28 @@ class Stage:
         for name, (_, context, _) in self.texts.items():
             spec[name] = jax.ShapeDtypeStruct((batch_size, context), jnp.int32)
             spec[f"{name}_length"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        for name, size in self.vectors.items():
+            spec[name] = jax.ShapeDtypeStruct((batch_size, size), jnp.float32)
         return spec
 
     def init(self, key) -> Params:
         """Fresh parameters."""
         raise TypeError(f"{type(self).__name__} has no parameters")
 
+    def adopted(self, params: Params, config: ConfigDict) -> Params:
+        """What this model starts from, made of the parameters of a trained one of the same stage, of `config`."""
+        return params
+
     def prepare(self, params: Params, frozen: Params, batches: Iterator[dict]) -> tuple[Params, dict[str, jax.Array]]:
         """Before the first step: parameters that hold what training batches tell, and scalars worth saying about it.
 
         batches: endless; takes as many as it needs. Leaves found here that are not to be trained belong under "fixed".
         """
+        return params, {}
+
+    def finish(self, params: Params, frozen: Params, batch: dict, key) -> tuple[Params, dict[str, jax.Array]]:
+        """After the last step: the averaged parameters as they go into the bundle, with what a held-out batch tells of
+        the trained network, and scalars worth saying about it."""
         return params, {}
 
     def loss(self, params: Params, frozen: Params, batch: dict, key) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -132,6 +162,8 @@ def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], conditio
     "sketch": pictures to start from, noised to the share `config.sampling.start` of all steps (SDEdit).
     "eta": of DDIM, instead of the config's.
     "known_image", "known" (bool): pixels to keep; told_known: whether the network was told of them.
+    "clip_gradient": (x_t, timesteps) → what CLIP guidance follows, "clip_scale" times; a pytree that can be called.
+    "C": of the sampler "analytic", a number for each step.
     Scales, eta and arrays may be traced.
     """
     s, d = config.sampling, config.diffusion
@@ -146,7 +178,16 @@ def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], conditio
         denoiser = classifier_free(denoiser, conditions["guidance_scale"])
     if s.clip_x0:
         denoiser = clip_x0(denoiser, schedule, s.clip_x0)
-    step = ddpm_step if s.sampler == "ddpm" else ddim_step(conditions.get("eta", s.eta))
+    if s.sampler == "ddim":
+        step = ddim_step(conditions.get("eta", s.eta))
+    else:
+        step = analytic_dpm_step(conditions["C"], 1.0) if s.sampler == "analytic" else ddpm_step
+    if "clip_gradient" in conditions:
+        gradient, scale = conditions["clip_gradient"], conditions["clip_scale"]
+        if s.sampler == "ddim":
+            denoiser = condition_eps(denoiser, schedule, gradient, scale)
+        else:
+            step = condition_mean(step, gradient, scale)
     if "known" in conditions:
         x0, known = conditions["known_image"], conditions["known"]
         if told_known:

@@ -28,7 +28,12 @@ class Decoder(Stage):
 
     @property
     def images(self):
-        return {"image": self.config.model.image_size, "clip_image": self.clip.config.model.image_size}
+        clip = {} if self.embedded else {"clip_image": self.clip.config.model.image_size}
+        return {"image": self.config.model.image_size} | clip
+
+    @property
+    def vectors(self):
+        return {"image_embedding": self.clip.dim} if self.embedded else {}
 
     @property
     def texts(self):
@@ -84,9 +89,13 @@ class Decoder(Stage):
         variables = {"params": params["conditioner"]}
         return self._conditioner().apply(variables, *caption, image_embedding, has_embedding)
 
+    def embeddings(self, frozen, batch):
+        """CLIP's z_i of a batch, (B, dim)."""
+        return batch["image_embedding"] if self.embedded else self.clip.embed_images(frozen, batch["clip_image"])
+
     def loss(self, params, frozen, batch, key):
         d = self.config.diffusion
-        z_i = self.clip.embed_images(frozen, batch["clip_image"])
+        z_i = self.embeddings(frozen, batch)
         key_z, key_text, key_dropout, key_loss = jax.random.split(key, 4)
         has_embedding = ~jax.random.bernoulli(key_z, d.drop_embedding, z_i.shape[:1])
         has_caption = ~jax.random.bernoulli(key_text, d.drop_caption, z_i.shape[:1])
@@ -128,7 +137,7 @@ class Decoder(Stage):
         """Held-out loss; pictures drawn from the true embeddings and captions, each above the true picture."""
         loss, _ = self.loss(params, frozen, batch, key)
         conditions = {k: v for k, v in batch.items() if "tokens" in k} | {
-            "image_embedding": self.clip.embed_images(frozen, batch["clip_image"]),
+            "image_embedding": self.embeddings(frozen, batch),
             "guidance_scale": jnp.float32(self.config.sampling.guidance_scale),
         }
         drawn = to_uint8(self.sample(params, frozen, conditions, key))

@@ -1,6 +1,6 @@
 """GLIDE (arXiv 2112.10741): caption → picture, and caption and small picture → the same at four times the side.
 
-Both may also take a picture and which of its pixels are known, to fill in the others (section 2.5): x_t is then
+Both may also take a picture and which of its pixels are known, to fill in the others (section 4.3): x_t is then
 followed, channel by channel, by the known pixels, by 1 where they are known, and by the enlarged small picture.
 """
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.diffusion.corruption import area_downsample, upsample
+from unclip_jax.diffusion.masks import random_known
 from unclip_jax.models.transformer import TextTransformer
 from unclip_jax.models.unet import TextConditioner, UNet
 from unclip_jax.stages.base import Stage, diffusion_loss, draw, output_channels, rounded, to_float, to_uint8
@@ -45,6 +46,16 @@ class Glide(Stage):
         unet = self._unet().init(key_unet, x, one, *conditioning)
         return {"conditioner": conditioner["params"], "unet": unet["params"]}
 
+    def adopted(self, params, config):
+        """To a model that was not trained to fill in, the known pixels and their mask weigh nothing at first."""
+        if config.model.inpaint or not self.config.model.inpaint:
+            return params
+        first = params["unet"]["conv_in"]
+        x_t, low_res = first["kernel"][:, :, :3], first["kernel"][:, :, 3:]
+        nothing = jnp.zeros((*x_t.shape[:2], 4, x_t.shape[3]), x_t.dtype)
+        kernel = jnp.concatenate([x_t, nothing, low_res], axis=2)
+        return params | {"unet": params["unet"] | {"conv_in": first | {"kernel": kernel}}}
+
     def _beside(self, conditions, shape):
         """The channels that follow x_t of `shape`: known pixels (none, where they are not given), small picture."""
         channels = []
@@ -55,6 +66,12 @@ class Glide(Stage):
         if self.config.model.factor:
             channels.append(upsample(conditions["low_res"], shape[1:3], self.config.model.interpolation))
         return channels
+
+    def _known(self, x0, key):
+        """What is known of pictures (B, R, R, 3), as conditions: some of their pixels, where the model takes any."""
+        if not self.config.model.inpaint:
+            return {}
+        return {"known_image": x0, "known": random_known(key, len(x0), x0.shape[1])}
 
     def apply(self, params, conditioning, beside, x_t, t, **options):
         """The U-Net's output for x_t (B, R, R, 3) at original timesteps t (B,)."""
@@ -67,9 +84,9 @@ class Glide(Stage):
 
     def loss(self, params, frozen, batch, key):
         del frozen
-        key_text, key_dropout, key_loss = jax.random.split(key, 3)
+        key_text, key_dropout, key_loss, key_known = jax.random.split(key, 4)
         x0 = to_float(batch["image"])
-        conditions = {}
+        conditions = self._known(x0, key_known)
         if self.config.model.factor:
             conditions["low_res"] = area_downsample(x0, self.config.model.factor)
         dropped = jax.random.bernoulli(key_text, self.config.diffusion.drop_caption, x0.shape[:1])
@@ -101,12 +118,20 @@ class Glide(Stage):
         return draw(self.config, network, shape, conditions, key, told_known=self.config.model.inpaint)
 
     def evaluate(self, params, frozen, batch, key):
-        """Held-out loss; pictures drawn for the captions, each above the true picture."""
-        loss, _ = self.loss(params, frozen, batch, key)
-        conditions = {name: batch[name] for name in ("tokens", "tokens_length")}
-        if "guidance_scale" in self.config.sampling:
+        """Held-out loss; pictures drawn for the captions, each above the true picture. A model that fills in is given
+        some of the pixels, and what it was given stands in between, the rest in gray.
+
+        Guided where the model knows what to draw without a caption: where it was trained to, at times.
+        """
+        key_loss, key_known, key_draw = jax.random.split(key, 3)
+        loss, _ = self.loss(params, frozen, batch, key_loss)
+        truth = to_float(batch["image"])
+        conditions = {name: batch[name] for name in ("tokens", "tokens_length")} | self._known(truth, key_known)
+        if "guidance_scale" in self.config.sampling and self.config.diffusion.drop_caption:
             conditions["guidance_scale"] = jnp.float32(self.config.sampling.guidance_scale)
         if self.config.model.factor:
-            conditions["low_res"] = rounded(area_downsample(to_float(batch["image"]), self.config.model.factor))
-        drawn = to_uint8(self.sample(params, frozen, conditions, key))
-        return {"loss": loss}, jnp.concatenate([drawn, batch["image"]], axis=1)
+            conditions["low_res"] = rounded(area_downsample(truth, self.config.model.factor))
+        rows = [to_uint8(self.sample(params, frozen, conditions, key_draw)), batch["image"]]
+        if "known" in conditions:
+            rows.insert(1, to_uint8(jnp.where(conditions["known"], truth, 0.0)))
+        return {"loss": loss}, jnp.concatenate(rows, axis=1)

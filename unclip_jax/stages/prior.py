@@ -7,16 +7,22 @@ from unclip_jax.stages.base import Stage
 
 
 class Prior(Stage):
-    """Batches give pictures and captions for CLIP; `sample` draws embeddings (B, dim) for captions."""
+    """Batches give pictures and captions for CLIP, or its embeddings; `sample` draws embeddings (B, dim)."""
 
     needs_clip = True
 
     @property
     def images(self):
-        return {"clip_image": self.clip.config.model.image_size}
+        return {} if self.embedded else {"clip_image": self.clip.config.model.image_size}
+
+    @property
+    def vectors(self):
+        return {"image_embedding": self.clip.dim, "text_embedding": self.clip.dim} if self.embedded else {}
 
     def embeddings(self, frozen, batch):
         """CLIP's z_i and z_t of a batch, (B, dim) each."""
+        if self.embedded:
+            return batch["image_embedding"], batch["text_embedding"]
         z_i = self.clip.embed_images(frozen, batch["clip_image"])
         return z_i, self.clip.embed_texts(frozen, batch["clip_tokens"], batch["clip_tokens_length"])
 

@@ -28,8 +28,8 @@ class PriorAR(Prior):
 
     @property
     def texts(self):
-        own, clip = self.config.model.text.context, self.clip.config.model.text.context
-        return {"tokens": ("own", own, False), "clip_tokens": ("clip", clip, True)}
+        own = {"tokens": ("own", self.config.model.text.context, False)}
+        return own if self.embedded else own | {"clip_tokens": ("clip", self.clip.config.model.text.context, True)}
 
     def _model(self) -> ARPrior:
         m, dtype = self.config.model, jnp.dtype(self.config.dtype)

@@ -3,6 +3,8 @@
 x0 = `embedding_scale` · z_i; L = E ‖f(x_t, t, caption, z_t) − x0‖² averaged over elements. Caption and z_t count as one
 condition and are dropped together. Sampling draws two embeddings and keeps the one nearer z_t.
 
+Sampled by "analytic", its steps have Analytic-DPM's variance (arXiv 2201.06503), which is stored with the weights.
+
 Karlo's form, for its public weights: the caption as CLIP's text tower reads it, a dropped one being the empty caption,
 and z_i whitened by a mean and a standard deviation per dimension that are stored with the weights.
 """
@@ -10,10 +12,16 @@ and z_i whitened by a mean and a standard deviation per dimension that are store
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.diffusion.analytic import estimate_C, squared_errors
+from unclip_jax.diffusion.guidance import clip_x0
+from unclip_jax.diffusion.process import make_denoiser
+from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.prior import DiffusionPrior
 from unclip_jax.stages.base import diffusion_loss, draw, empty_caption
 from unclip_jax.stages.prior import Prior
+
+NOISE_DRAWS = 8  # for each held-out embedding and timestep, of which the variances are estimated
 
 
 class PriorDiffusion(Prior):
@@ -21,8 +29,10 @@ class PriorDiffusion(Prior):
 
     @property
     def texts(self):
-        clip = {"clip_tokens": ("clip", self.clip.config.model.text.context, True)}
-        return {"tokens": ("own", self.config.model.context, False)} | clip if self._own_text else clip
+        own = {"tokens": ("own", self.config.model.context, False)} if self._own_text else {}
+        if self._own_text and self.embedded:
+            return own
+        return own | {"clip_tokens": ("clip", self.clip.config.model.text.context, True)}
 
     @property
     def _own_text(self) -> bool:
@@ -39,11 +49,45 @@ class PriorDiffusion(Prior):
         caption = jnp.zeros(shape, jnp.int32 if self._own_text else jnp.float32)
         params = self._model().init(key, z, one, caption, one, z)["params"]
         whitening = {"embedding_mean": jnp.zeros(m.embedding_dim), "embedding_std": jnp.ones(m.embedding_dim)}
-        return params | whitening if self.config.diffusion.whiten else params
+        params = params | whitening if self.config.diffusion.whiten else params
+        # C = 0 is the posterior's variance, which serves until the training is done.
+        return params | {"fixed": {"C": jnp.zeros(self._schedule().num_steps)}} if self._analytic else params
+
+    @property
+    def _analytic(self) -> bool:
+        return self.config.sampling.sampler == "analytic"
+
+    def _schedule(self):
+        """That of sampling."""
+        d = self.config.diffusion
+        return respace(make_schedule(d.schedule, d.timesteps), self.config.sampling.steps)
+
+    def finish(self, params, frozen, batch, key):
+        """Finds the variances of the sampling steps; says the mean squared error of the first and the last."""
+        if not self._analytic:
+            return params, {}
+        C = jax.jit(self._errors)(params, frozen, batch, key)
+        return params | {"fixed": {"C": C}}, {"C_least_noise": C[0], "C_most_noise": C[-1]}
+
+    def _errors(self, params, frozen, batch, key):
+        z_i, z_t = self.embeddings(frozen, batch)
+        condition = self._condition(frozen, batch, z_t, jnp.ones(len(z_i), bool))
+        weights, mean, std = self._whitening(params)
+        x0 = self.config.diffusion.embedding_scale * ((z_i - mean) / std)
+        d, schedule, limit = self.config.diffusion, self._schedule(), self.config.sampling.clip_x0
+
+        def network(x_t, t):
+            return self._model().apply({"params": weights}, x_t, t, *condition)
+
+        denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
+        denoiser = clip_x0(denoiser, schedule, limit) if limit else denoiser
+        noises = jax.random.normal(key, (NOISE_DRAWS, *x0.shape))
+        errors = jax.lax.map(lambda noise: squared_errors(denoiser, schedule, x0, noise), noises)
+        return estimate_C(errors, jnp.mean(jnp.square(x0)))
 
     def _whitening(self, params):
         """Parameters of the network; mean and std (1, dim) of the embeddings, never trained."""
-        network = dict(params)
+        network = {name: value for name, value in params.items() if name != "fixed"}
         if not self.config.diffusion.whiten:
             return network, 0.0, 1.0
         mean, std = (jax.lax.stop_gradient(network.pop(f"embedding_{name}"))[None] for name in ("mean", "std"))
@@ -87,7 +131,8 @@ class PriorDiffusion(Prior):
         def network(x_t, t):
             return self._model().apply({"params": weights}, x_t, t, *condition)
 
-        drawn = draw(self.config, network, (draws * len(z_t), z_t.shape[-1]), conditions, key)
+        known = params["fixed"] if self._analytic else {}
+        drawn = draw(self.config, network, (draws * len(z_t), z_t.shape[-1]), conditions | known, key)
         drawn = drawn / self.config.diffusion.embedding_scale * std + mean
         drawn = normalize(drawn) if self.clip.config.model.unit_norm else drawn
         drawn = drawn.reshape(draws, *z_t.shape)

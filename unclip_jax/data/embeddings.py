@@ -1,0 +1,176 @@
+"""CLIP's embeddings of a dataset on disk: what `python -m unclip_jax.data embed` writes and training reads.
+
+    DIR/embeddings.json                     which CLIP, which data, how many records of each split
+    DIR/train-00000-of-00012.safetensors    SHARD records, and all of the above again
+
+A shard holds "image" (records, dim) and "text" (captions, dim), float32, and "records" (records, 3), int64: where in
+"text" a record's captions begin, how many they are (0: the record could not be read), and a checksum of the record, by
+which data that changed is noticed. Shards appear whole or not at all.
+"""
+
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import numpy as np
+
+from unclip_jax.data.sources import Source
+from unclip_jax.data.transforms import captions_of
+from unclip_jax.errors import UserError
+
+FORMAT = 1  # goes up when an older reader would misread the folder
+DESCRIPTION = "embeddings.json"
+SHARD = 2**14  # records; 128 MiB at the papers' size with one caption each
+COMMAND = "python -m unclip_jax.data embed"
+
+
+class Provenance(NamedTuple):
+    """Whose embeddings they are."""
+
+    clip: str  # identity of the CLIP's bundle
+    source: str  # this and the following as in config.data
+    image_feature: str
+    caption_feature: str
+
+
+class Shard(NamedTuple):
+    """One file: records start … stop - 1 of a split."""
+
+    path: Path
+    start: int
+    stop: int
+    labels: dict[str, str]  # what the file says about itself
+
+
+def begin(folder: Path, provenance: Provenance, splits: dict[str, int]) -> list[Shard]:
+    """The shards that `folder` is to have, which need not exist yet. Any number of processes may begin at once.
+
+    splits: name → number of records. Raises UserError where embeddings of something else are there.
+    """
+    if not (folder / DESCRIPTION).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # The others write the same; each under a name of its own, so that a rename makes it appear whole.
+        handle, beside = tempfile.mkstemp(dir=folder, prefix=DESCRIPTION)
+        with os.fdopen(handle, "w") as file:
+            description = {"format": FORMAT} | provenance._asdict() | {"shard": SHARD, "splits": splits}
+            file.write(json.dumps(description, indent=2) + "\n")
+        os.chmod(beside, 0o644)
+        os.replace(beside, folder / DESCRIPTION)
+    description = _description(folder, provenance)
+    if description["splits"] != splits:
+        found, now = (", ".join(f"{n} of {name}" for name, n in s.items()) for s in (description["splits"], splits))
+        raise UserError(f"{folder} was begun for records {found}, now there are {now}: give a new folder")
+    return [shard for split in splits for shard in _shards(folder, description, split)]
+
+
+def write(shard: Shard, image: np.ndarray, text: np.ndarray, records: np.ndarray) -> None:
+    """Arrays as this module's docstring has them."""
+    from safetensors.numpy import save_file
+
+    unreadable = {"unreadable": str(int(np.sum(records[:, 1] == 0)))}
+    beside = shard.path.with_suffix(".tmp")  # one process alone writes this shard
+    save_file({"image": image, "text": text, "records": records}, beside, shard.labels | unreadable)
+    os.chmod(beside, 0o644)
+    os.replace(beside, shard.path)
+
+
+def unreadable(shard: Shard) -> int:
+    """Number of a finished shard's records that could not be read."""
+    return int(_opened(shard).metadata()["unreadable"])
+
+
+def checksum(record: dict) -> int:
+    """Of a record's picture file and captions."""
+    return zlib.crc32("\0".join(captions_of(record)).encode(), zlib.crc32(record["image"]))
+
+
+class EmbeddedSource:
+    """A source whose records hold "image_embedding" (dim,) and "text_embeddings" (captions, dim) too, float32.
+
+    They are missing from records that could not be read when the embeddings were made.
+    """
+
+    def __init__(self, source: Source, folder: Path, provenance: Provenance, split: str):
+        """Raises UserError where these are not the embeddings of all records of this split, by this CLIP."""
+        description = _description(folder, provenance)
+        if split not in description["splits"]:
+            there = ", ".join(description["splits"])
+            raise UserError(f"data.embeddings {folder} has no split {split!r}: it has {there}")
+        if description["splits"][split] != len(source):
+            raise UserError(
+                f"data.embeddings {folder} is of {description['splits'][split]} records of split {split!r}, now there "
+                f"are {len(source)}: make it anew by {COMMAND}"
+            )
+        shards = _shards(folder, description, split)
+        missing = sum(not shard.path.exists() for shard in shards)
+        if missing:
+            raise UserError(f"data.embeddings {folder} lacks {missing} of {len(shards)} files of split {split!r}: run "
+                            f"{COMMAND} again, it goes on where it was")  # fmt: skip
+        self._source, self._folder, self._size = source, folder, description["shard"]
+        self._shards = [_opened(shard) for shard in shards]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        """Raises UserError where the record is not the one that was embedded."""
+        record = self._source[index]
+        number, row = divmod(int(index), self._size)
+        shard = self._shards[number]
+        first, count, stored = shard.get_slice("records")[row : row + 1][0].tolist()
+        if not count:
+            return record
+        if stored != checksum(record):
+            raise UserError(f"record {record['key']} changed since data.embeddings {self._folder} was made: make it "
+                            f"anew by {COMMAND}")  # fmt: skip
+        return record | {
+            "image_embedding": shard.get_slice("image")[row : row + 1][0],
+            "text_embeddings": shard.get_slice("text")[first : first + count],
+        }
+
+
+def _description(folder: Path, provenance: Provenance) -> dict[str, Any]:
+    if not (folder / DESCRIPTION).exists():
+        raise UserError(f"no embeddings at {folder}: it has no {DESCRIPTION}; make them by {COMMAND} --out={folder}")
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        if description["format"] > FORMAT:
+            raise UserError(f"{folder} was written by a newer version of this library: upgrade unclip_jax")
+        found = {name: description[name] for name in (*Provenance._fields, "shard", "splits")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / DESCRIPTION} cannot be read ({error!r}): make it anew by {COMMAND}") from error
+    for name, ours in provenance._asdict().items():
+        if found[name] != ours:
+            raise UserError(f"{folder} holds embeddings of {name} {found[name]}, not {ours}: make others by {COMMAND}")
+    return found
+
+
+def _shards(folder: Path, description: dict[str, Any], split: str) -> list[Shard]:
+    size, total = description["shard"], description["splits"][split]
+    count = -(-total // size)
+    found = []
+    for k in range(count):
+        start, stop = k * size, min((k + 1) * size, total)
+        labels = {name: description[name] for name in Provenance._fields}
+        labels |= {"split": split, "start": str(start), "stop": str(stop)}
+        name = f"{quote(split, safe='')}-{k:05}-of-{count:05}.safetensors"
+        found.append(Shard(folder / name, start, stop, labels))
+    return found
+
+
+def _opened(shard: Shard):
+    """A reader that keeps no file open: there may be thousands. Raises UserError for what is not this shard."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        reader = safe_open(shard.path, framework="numpy")
+    except SafetensorError as error:
+        raise UserError(f"{shard.path} is damaged ({error}): delete it and run {COMMAND} again") from error
+    labels = reader.metadata() or {}
+    if {name: labels.get(name) for name in shard.labels} != shard.labels:
+        raise UserError(f"{shard.path} belongs to other embeddings: delete it and run {COMMAND} again")
+    return reader
