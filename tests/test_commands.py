@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from shrink import compilation_cache, save_cascade, save_pictures
 
-from unclip_jax import __version__, cascade, cli, plan, quickstart, sample, train
+from unclip_jax import __version__, cli, model, plan, quickstart, sample, train
 from unclip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -119,7 +119,7 @@ def drawn(tmp_path_factory):
         ["--prompt=a green whale", "--n", "4", "--guidance", "3.5", "--prior-guidance=2"],
     ]
     with pytest.MonkeyPatch.context() as patch, compilation_cache():
-        patch.setattr(cascade, "ROWS", 2)
+        patch.setattr(model, "ROWS", 2)
         for folder, options in zip(folders, arguments, strict=True):
             with contextlib.redirect_stderr(io.StringIO()) as words:
                 assert sample.main(["sample", f"--bundle={bundle}", f"--out={folder}", *options]) == 0

@@ -2,14 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from shrink import CONFIGS, leaves
+from shrink import CONFIGS, leaves, random_batch
 
 from unclip_jax import cli, plan, train
 from unclip_jax.data.emoji_scenes import EmojiScenes
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.stages import make_stage
-from unclip_jax.training.optimizer import make_optimizer
+from unclip_jax.training.optimizer import learning_rate, make_optimizer
+from unclip_jax.training.sharding import make_mesh
+from unclip_jax.training.state import init_state, make_train_step, root_key
 
 SIZES = ("paper", "small", "tiny")
 
@@ -251,7 +254,13 @@ def test_stages_of_a_size_make_a_cascade(size):
     assert side["glide_upsampler"] == side["glide"] * configs["glide_upsampler"].model.factor
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("clip_noised", "upsampler_256", "glide_upsampler")))
+        for name in CONFIGS
+    ],
+)
 def test_papers_loss_and_update_hold_together(name):
     """By shapes alone: nothing of these models is allocated."""
     config, clip = load(name, "paper"), make_stage(load("clip", "paper"))
@@ -301,3 +310,28 @@ def test_glide_has_as_many_parameters_as_the_public_code(name, changes, size):
     config = load(name, "paper").unlock()
     config.update_from_flattened_dict(changes)
     assert sum(plan.parameters(config).values()) == size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tiny_trains_two_steps_and_draws_once(name):
+    """At its own size, on noise: the network, its loss, its update and its sampler hold together."""
+    config = load(name, "tiny").unlock()
+    config.train.update(dict(steps=2, batch_size=8))
+    clip = make_stage(load("clip", "tiny"))
+    stage = make_stage(config.lock(), clip if "clip" in config else None)
+    frozen = jax.jit(clip.init)(jax.random.key(1)) if "clip" in config else {}
+    optimizer, rate = make_optimizer(config.optim, 2), learning_rate(config.optim, 2)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    step = make_train_step(stage, optimizer, rate, config, mesh)
+    state = init_state(stage, optimizer, mesh, 0)
+    before = jax.tree.map(np.asarray, state.params)
+    for seed in range(2):
+        state, metrics = step(state, frozen, random_batch(stage, 8, seed), root_key(0))
+        assert np.isfinite(float(metrics["loss"])) and float(metrics["skipped"]) == 0
+    moved = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)]
+    assert any(moved)  # not all: what starts at zero lets no gradient through yet
+    scalars, pictures = jax.jit(stage.evaluate)(state.ema, frozen, random_batch(stage, 2), jax.random.key(0))
+    assert np.isfinite([float(value) for value in scalars.values()]).all()
+    if "factor" in config.model or config.stage in ("decoder", "glide"):
+        assert pictures.dtype == jnp.uint8 and pictures.shape[0] == 2

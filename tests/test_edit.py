@@ -54,6 +54,7 @@ def test_without_noise_the_seed_does_not_matter_and_with_it_it_does(cascade, pic
     np.testing.assert_array_equal(draw(1, 1.0), draw(1, 1.0))
 
 
+@pytest.mark.slow
 def test_variations_differ_and_eta_never_compiles_anew(cascade, pictures):
     first = cascade.variations(pictures[0], 3, 1.0, 0, steps=STEPS)
     assert len({image.tobytes() for image in first["images"][0]}) == 3

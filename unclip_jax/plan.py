@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax import cli
 from unclip_jax.stages import make_stage
+from unclip_jax.stages.base import trained
 
 DEPTH = 2  # levels of names that the table shows apart
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
 
 def parameters(config: ConfigDict) -> dict[str, int]:
     """Number of parameters of each part of the model, by the first names of their paths."""
-    shapes = jax.eval_shape(make_stage(config).init, jax.random.key(0))
+    shapes = trained(jax.eval_shape(make_stage(config).init, jax.random.key(0)))
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         part = "/".join(str(entry.key) for entry in path[:DEPTH])

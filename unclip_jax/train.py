@@ -32,6 +32,7 @@ from unclip_jax.diffusion.process import PREDICTS
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
 from unclip_jax.stages import Stage, make_stage
+from unclip_jax.stages.base import trained
 from unclip_jax.training.checkpoint import Checkpointer
 from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES, MetricLogger
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
@@ -95,7 +96,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | None:
         _record(workdir, step, scalars, images)
         return scalars
 
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained(state.params)))
     _say(f"{config.stage}: {size:,} parameters on {mesh.size} {jax.default_backend()} device(s), from step {start}")
     if start == 0:
         if origin:

@@ -1,17 +1,18 @@
-"""How many examples of the second upsampler does one core make in a second, BSR degradation included?
+"""How many examples of the second upsampler does the host make in a second, BSR degradation included?
 
-    python experiments/bsr_speed/run.py [--seconds 20]
+    cc -shared -fPIC experiments/bsr_speed/lock.c -o /tmp/lock.so -ldl
+    LD_PRELOAD=/tmp/lock.so python experiments/bsr_speed/run.py
 
-Times `degrade` alone, one record's way to an example, and the whole pipeline as training reads it, on pictures with the
-spectrum of photographs (power 1 / f²) stored as JPEG. All in seconds of CPU, which other programs on the machine do not
-change. Prints a table and writes report.json beside this file.
+Times `degrade` alone, one record's way to an example, and the pipeline as training reads it, on pictures with the
+spectrum of photographs (power 1 / f²) stored as JPEG. All is CPU time, which other programs on the machine change
+little: of each, and of its part under Python's lock, which only one thread of a process has at a time. Prints a table
+and writes report.json beside this file. Without LD_PRELOAD, or where Python is no shared library, the lock is left out.
 """
 
 import argparse
+import ctypes
 import io
 import json
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -57,43 +58,20 @@ class Photographs:
         return {"image": self._files[index], "caption": "a picture", "key": str(index)}
 
 
-def per_second(make, seconds: float) -> float:
-    """Calls of make(k) in a second of CPU, over all threads of this process; of SLICES tries, the fastest."""
+def milliseconds(make, seconds: float, slices: int = SLICES) -> dict[str, float]:
+    """CPU time of one of the examples that make(k) counts, and its part under the lock: the fastest of `slices`."""
+    lock = getattr(ctypes.CDLL(None), "nanoseconds_without_lock", None)
+    if lock:
+        lock.restype = ctypes.c_longlong
     make(0)
-    fastest = 0.0
-    for _ in range(SLICES):
-        count, began = 0, time.process_time()
-        while (taken := time.process_time() - began) < seconds / SLICES:
+    tries = []
+    for _ in range(slices):
+        count, began, free = 0, time.process_time(), lock() if lock else 0
+        while (taken := time.process_time() - began) < seconds / slices:
             count += make(count)
-        fastest = max(fastest, count / taken)
-    return fastest
-
-
-def seconds_under_lock(make, seconds: float) -> float:
-    """Seconds for which one call of make(k) holds Python's lock, while no other thread of the process can run Python.
-
-    A thread that only counts runs whenever the lock is free: what it did not count, of what it counts alone, is held.
-    """
-    counted, stopped = [0], threading.Event()
-
-    def count() -> None:
-        while not stopped.is_set():
-            counted[0] += 1
-
-    sys.setswitchinterval(1e-4)
-    threading.Thread(target=count, daemon=True).start()
-    time.sleep(1)
-    before, began = counted[0], time.perf_counter()
-    time.sleep(seconds / 4)
-    alone = (counted[0] - before) / (time.perf_counter() - began)
-    held = []
-    for _ in range(SLICES):
-        before, began, calls = counted[0], time.perf_counter(), 0
-        while (taken := time.perf_counter() - began) < seconds / SLICES:
-            calls += make(calls)
-        held.append((taken - (counted[0] - before) / alone) / calls)
-    stopped.set()
-    return min(held)
+        held = {"locked": taken - (lock() - free) * 1e-9} if lock else {}
+        tries.append({name: round(1e3 * value / count, 2) for name, value in ({"cpu": taken} | held).items()})
+    return min(tries, key=lambda found: found["cpu"])
 
 
 def forward_flops(config) -> float:
@@ -104,40 +82,36 @@ def forward_flops(config) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of CPU, for each measurement")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of CPU, for each measurement")
     seconds = parser.parse_args().seconds
     config = cli.load_config("configs/upsampler_1024.py:paper")
     m, d = config.model, config.data
     patch = photograph(1024, 0)[: m.patch, : m.patch]
 
     def degraded(k: int) -> int:
-        return len(degrade(patch, m.factor, np.random.default_rng(k))) > 0
+        degrade(patch, m.factor, np.random.default_rng(k))
+        return 1
 
-    flops = forward_flops(config)
-    report = {f"degrade, {m.patch} px": per_second(degraded, seconds)}
+    report = {f"degrade, {m.patch} px": milliseconds(degraded, seconds)}
     for side in SIDES:
         source = Photographs(side)
-        for factor in (m.factor, None):
-            to_example = ToExample({"image": m.image_size}, {}, d.crop, m.patch, factor)
+        plain, whole = (ToExample({"image": m.image_size}, {}, d.crop, m.patch, factor) for factor in (None, m.factor))
+        for name, to_example in (("plain example", plain), ("example", whole)):
 
             def example(k: int, source=source, to_example=to_example) -> int:
-                return len(to_example(source[k % COUNT], np.random.default_rng(k))) > 0
+                to_example(source[k % COUNT], np.random.default_rng(k))
+                return 1
 
-            name = f"example of a {side} px JPEG" + ("" if factor else ", not degraded")
-            report[name] = per_second(example, seconds)
-            if factor:
-                report[f"{name}, under Python's lock"] = 1 / seconds_under_lock(example, seconds)
-        to_example = ToExample({"image": m.image_size}, {}, d.crop, m.patch, m.factor)
-        for threads in (1, d.threads):
-            rows = batches(source, to_example, 16, 0, threads=threads)
-            name = f"pipeline on {side} px, {threads} threads"
-            report[name] = per_second(lambda k, rows=rows: len(next(rows)["image"]), seconds)
-    for name, value in report.items():
-        print(f"{name:52} {value:8.1f} a second")
-    print(f"{flops:.4g} FLOP forward for a patch")
-    rounded = {name: round(value, 1) for name, value in report.items()} | {"forward FLOP": flops}
-    (Path(__file__).parent / "report.json").write_text(json.dumps(rounded, indent=2) + "\n")
+            report[f"{name}, {side} px JPEG"] = milliseconds(example, seconds)
+        rows = batches(source, whole, 16, 0, threads=d.threads)
+        name = f"pipeline, {d.threads} threads, {side} px JPEG"
+        report[name] = milliseconds(lambda k, rows=rows: len(next(rows)["image"]), 4 * seconds, 1)
+    for name, found in report.items():
+        print(f"{name:40}", ", ".join(f"{key} {value:.2f} ms" for key, value in found.items()), flush=True)
+    report["forward_flops"] = forward_flops(config)
+    print(f"{report['forward_flops']:.4g} FLOP forward for a patch")
+    (Path(__file__).parent / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,15 @@ sketch[20:70, 120:140] = (45, 160, 75)
 pictures.save_png(f"{sys.argv[1]}/sketch.png", sketch)
 END
 
+cascade() { # FOLDER DECODER [NOISED_CLIP]: GLIDE's decoder with unCLIP's upsamplers
+  rm -rf "$1" && mkdir "$1"
+  cp -r "$2" "$1/decoder"
+  cp -r "$bundle/upsampler_256" "$bundle/upsampler_1024" "$1"
+  if [[ -n ${3-} ]]; then cp -r "$3" "$1/noised_clip"; fi
+}
+cascade "$runs/cascade_glide" "$runs/glide/bundle" "$runs/clip_noised/bundle"
+cascade "$runs/cascade_glide_inpaint" "$runs/glide_inpaint/bundle"
+
 sheet() { # NAME COMMAND …: a sheet of edit or sample
   local name=$1 module=$2
   shift 2
@@ -39,13 +48,13 @@ sheet text_diff edit text_diff --bundle "$bundle" --image "$work/house.png" -n 8
   --before "a house on a blue background" --after "a house on a red background"
 sheet reconstruct edit reconstruct --bundle "$bundle" --image "$work/castle.png" --pca "$runs/prior_ar/bundle" \
   --components 1 --components 2 --components 4 --components 8 --components 12 --components 16 --components 20 --components 24
-sheet inpaint edit inpaint --bundle "$runs/glide_inpaint_cascade" --image "$work/fox.png" --mask "$work/middle.png" \
+sheet inpaint edit inpaint --bundle "$runs/cascade_glide_inpaint" --image "$work/fox.png" --mask "$work/middle.png" \
   --prompt "a red apple on a blue background" -n 4
 sheet inpaint_implicit edit inpaint --bundle "$bundle" --image "$work/fox.png" --mask "$work/middle.png" \
   --prompt "a red apple on a blue background" -n 4
 sheet sdedit edit sdedit --bundle "$bundle" --image "$work/sketch.png" --start 0.6 \
   --prompt "a red apple on a purple background" -n 8
 sheet classify edit classify --bundle "$bundle" --image "$work/castle.png" --label "a castle" --label "a house" --label "a tent"
-sheet clip_guidance sample --bundle "$runs/glide_cascade" --prompt "a castle on a pink background" -n 8 --guidance 1 \
+sheet clip_guidance sample --bundle "$runs/cascade_glide" --prompt "a castle on a pink background" -n 8 --guidance 1 \
   --clip-guidance 4
 sheet rerank sample --bundle "$bundle" --prompt "a castle on a pink background" -n 4 --rerank 16

@@ -176,6 +176,7 @@ def test_bfloat16_keeps_its_cache_and_answers_in_float32():
     assert (after.shape, after.dtype) == (cache.shape, cache.dtype)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     def gradient(m):
         return jax.jit(jax.grad(lambda p: jnp.mean(m.apply(p, *inputs(), codes()) ** 2)))(params())

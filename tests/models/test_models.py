@@ -86,6 +86,7 @@ def test_text_tower_reads_the_last_token_and_nothing_behind_it():
     assert not np.allclose(out, tower.apply(params, tokens.at[0, 4].set(49), length)[0])
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     x, t = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.array([3, 700])
     plain = UNet(8, (1, 2), 1, (2,), True, 8, (0, 0), 4, True, True, 3, 0.0, F32, False)

@@ -43,7 +43,7 @@ def test_loss_is_the_papers():
     assert float(metrics["accuracy"]) == pytest.approx(np.mean(own))
 
 
-@pytest.mark.parametrize("rows", [ROWS, ROWS // 2])
+@pytest.mark.parametrize("rows", [pytest.param(ROWS, marks=pytest.mark.slow), ROWS // 2])
 def test_sam_descends_where_each_replica_has_climbed(rows):
     """arXiv 2010.01412, algorithm 1, with a climb for each replica's rows (unCLIP, appendix C)."""
     plain, _, params = small_stage("clip")

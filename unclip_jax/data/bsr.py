@@ -9,7 +9,8 @@ leaves behind. The operations are BSRGAN's (2103.14006), the strengths those of 
    and, for nine of ten, `jpeg`.
 3. `jpeg`.
 
-Made on the host, one picture at a time. One core makes SPEED patches of 256 pixels a second.
+Made on the host, one picture at a time. One core (of a 2-core cloud machine) makes 330 patches of 256 pixels a second;
+experiments/bsr_speed says what that means for training.
 Inside, pictures are float32 (H, W, 3) in [0, 1].
 """
 

@@ -38,6 +38,7 @@ def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
         side = options.image_size or SIDES[name.removesuffix("_inpaint")]
         config, params = convert(weights, side, options.dtype, options.head_channels, text_heads=options.heads)
         yield Converted(PLACES[name], config, params, vocabulary)
+        del weights, params  # so that one model is held at a time
     if found.keys() & set(NOISED_CLIP):
         vocabulary = tokenizers.clip(folder)
         towers = [StateDict(read(found.get(name, folder / f"{name}.pt")), name) for name in NOISED_CLIP]

@@ -117,6 +117,11 @@ class Stage:
         return params
 
 
+def trained(params: Params) -> Params:
+    """What of parameters is trained: all but what `prepare` and `finish` find."""
+    return {name: value for name, value in params.items() if name != "fixed"}
+
+
 def to_float(images):
     """uint8 → float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1

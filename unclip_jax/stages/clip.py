@@ -90,21 +90,20 @@ class Clip(Stage):
 
     def loss(self, params, frozen, batch, key):
         del frozen
-        images, timesteps = to_float(batch["image"]), None
-        if self.config.model.image.timesteps:
+        images, steps = to_float(batch["image"]), self.config.model.image.timesteps
+        rows = [images, batch["tokens"], batch["tokens_length"]]
+        if steps:
             key_t, key_noise = jax.random.split(key)
-            timesteps = jax.random.randint(key_t, images.shape[:1], 0, self.config.model.image.timesteps)
-            images = self._noised(images, timesteps, key_noise)
-        rows = [images, batch["tokens"], batch["tokens_length"], timesteps]
-        if self.config.optim.sam_rho:
-            z_i, z_t, scale = self._climbed(params, rows)
-        else:
-            z_i, z_t, scale = self._embedded(params, rows)
+            timesteps = jax.random.randint(key_t, images.shape[:1], 0, steps)
+            rows = [self._noised(images, timesteps, key_noise), *rows[1:], timesteps]
+        # Public weights come without the numbers of a training.
+        sharp = "optim" in self.config and self.config.optim.sam_rho
+        z_i, z_t, scale = (self._climbed if sharp else self._embedded)(params, rows)
         loss, accuracy = _contrastive(z_i, z_t, scale)
-        return loss, {"accuracy": accuracy, "logit_scale": jnp.exp(params["logit_scale"])}
+        return loss, {"accuracy": accuracy, "logit_scale": jnp.mean(scale)}
 
     def _embedded(self, params, rows):
-        """Of (pictures, tokens, lengths, timesteps or None): embeddings of unit norm, (B, dim) each, and the scale."""
+        """Of [pictures, tokens, lengths, a noised CLIP's timesteps]: unit embeddings (B, dim) and the scale."""
         images, *rest = rows
         return self._model().apply({"params": params}, self._normalized(images), *rest)
 
@@ -134,7 +133,7 @@ class Clip(Stage):
         images, caption = to_float(batch["image"]), (batch["tokens"], batch["tokens_length"])
         steps = self.config.model.image.timesteps
         if not steps:
-            loss, retrieval = _contrastive(*self._embedded(params, [images, *caption, None]))
+            loss, retrieval = _contrastive(*self._embedded(params, [images, *caption]))
             return {"loss": loss, "retrieval": retrieval}, None
         found = {}
         for level in NOISE_LEVELS:

@@ -19,6 +19,7 @@ from unclip_jax.models.ar_prior import ARPrior
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.transformer import TextTransformer
 from unclip_jax.stages import codes
+from unclip_jax.stages.base import trained
 from unclip_jax.stages.prior import Prior, mean_cosine
 from unclip_jax.training.state import whole
 
@@ -123,8 +124,7 @@ class PriorAR(Prior):
 
 def _parts(params):
     """The network's parameters, and the statistics, which no gradient reaches."""
-    network = dict(params)
-    return network, jax.lax.stop_gradient(network.pop("fixed"))
+    return trained(params), jax.lax.stop_gradient(params["fixed"])
 
 
 def _check(config):

@@ -18,7 +18,7 @@ from unclip_jax.diffusion.process import make_denoiser
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.prior import DiffusionPrior
-from unclip_jax.stages.base import diffusion_loss, draw, empty_caption
+from unclip_jax.stages.base import diffusion_loss, draw, empty_caption, trained
 from unclip_jax.stages.prior import Prior
 
 NOISE_DRAWS = 8  # for each held-out embedding and timestep, of which the variances are estimated
@@ -87,7 +87,7 @@ class PriorDiffusion(Prior):
 
     def _whitening(self, params):
         """Parameters of the network; mean and std (1, dim) of the embeddings, never trained."""
-        network = {name: value for name, value in params.items() if name != "fixed"}
+        network = trained(params)
         if not self.config.diffusion.whiten:
             return network, 0.0, 1.0
         mean, std = (jax.lax.stop_gradient(network.pop(f"embedding_{name}"))[None] for name in ("mean", "std"))
