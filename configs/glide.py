@@ -145,7 +145,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                 diffusion=dict(
                     predicts="x0",
                     learned_variance=False,
-                    snr_clip=(0.3, 5.0),
+                    snr_clip=(1.0, 5.0),  # the noisiest steps count: there the caption alone tells what to draw
                     drop_caption=0.2,  # so that it can be guided at once
                 ),
                 sampling=dict(sampler="ddim", steps="25"),
@@ -158,7 +158,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                     clip_norm=1.0,
                     ema_decay=0.995,
                 ),
-                train=dict(steps=800, batch_size=32, checkpoint_every=400, sample_every=100000, keep=2),
+                train=dict(steps=1600, batch_size=32, checkpoint_every=400, sample_every=100000, keep=2),
             )
         )
     elif size != "paper":

@@ -182,7 +182,12 @@ def run(folder, out, command, *options):
 @pytest.mark.parametrize(
     ("command", "options", "written"),
     [
-        ("variations", ["--image={one}", "-n", "2"], {"variations_one_0_0.png", "variations_one_0_1.png", "sheet.png"}),
+        pytest.param(
+            "variations",
+            ["--image={one}", "-n", "2"],
+            {"variations_one_0_0.png", "variations_one_0_1.png", "sheet.png"},
+            marks=pytest.mark.slow,
+        ),
         (
             "interpolate",
             ["--image={one}", "--image={two}", "-n", "3"],

@@ -103,8 +103,12 @@ def clip_reads_captions(config):
 
 @pytest.mark.parametrize(
     ("name", "reader"),
-    [(name, "own") for name in NAMES]
-    + [pytest.param(name, "clip", marks=pytest.mark.slow) for name in NAMES if name != "prior_ar"],
+    [
+        pytest.param(name, reader, marks=[pytest.mark.slow] * ((name, reader) != ("prior_diffusion", "own")))
+        for reader in ("own", "clip")
+        for name in NAMES
+        if (name, reader) != ("prior_ar", "clip")
+    ],
 )
 def test_loss_is_that_of_clip_in_the_step(name, reader, clip, folder):
     """Same rows, captions and key; over an epoch, so that spoiled records, too, come up."""

@@ -11,8 +11,8 @@ from shrink import CONFIGS, random_batch, small_stage
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.sharding import batch_sharding, gather, make_mesh, param_shardings, replicated
 
-# Stages whose code another config runs too.
-TWICE = ("clip_noised", "upsampler_1024", "glide_upsampler")
+# Stages whose code another config, or test_public_forms, runs too.
+TWICE = ("clip_noised", "upsampler_1024", "glide", "glide_upsampler")
 STAGE_CASES = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in TWICE)) for name in CONFIGS]
 )
