@@ -5,7 +5,9 @@
 paper  ViT-L with patches of 4 pixels at 64 px (batch, steps and weight decay from GLIDE; learning rate, warm-up and
        Adam's numbers from the CLIP paper). For a TPU slice, with a dataset of your own.
 small  Emoji scenes of two objects at 64 px, for one GPU.
-tiny   Emoji scenes of one object at 16 px, what the tiny decoder draws, for two CPU cores. TIME
+tiny   Emoji scenes of one object at 16 px, what the tiny decoder draws, for two CPU cores. Took 11 minutes
+       on cores that were busy with other work; then, among 64 held-out pictures and captions, finds its own in 93 %
+       without noise, 85, 73 and 34 % at a quarter, half and three quarters of the timesteps, 2 % (chance) at the last.
 """
 
 from ml_collections import ConfigDict

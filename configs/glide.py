@@ -16,7 +16,7 @@ paper  512 channels and a text path of 24 layers of width 2048, 3,554,938,374 pa
        Nor are the steps of fine-tuning: 500K are the released models'. For a TPU slice, with a dataset of your own.
 small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores. It predicts x0, which learns faster in a short run than the
-       papers' eps with a learned variance. TIME
+       papers' eps with a learned variance. Took 11 minutes on cores that were busy with other work.
 """
 
 from ml_collections import ConfigDict

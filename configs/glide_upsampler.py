@@ -11,7 +11,7 @@ paper  384 channels and a text path of width 1024, 1,541,195,142 parameters (GLI
        64 to 256 px, with heads as in the released model; 16 text layers, which make the paper's 1.5 billion. All else
        that is not published: as in configs/glide.py. For a TPU slice, with a dataset of your own.
 small  Emoji scenes of two objects, for one GPU.
-tiny   Emoji scenes of one object, for two CPU cores. TIME
+tiny   Emoji scenes of one object, for two CPU cores; not yet trained to its end.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,9 @@ paper  A text encoder of 24 layers of width 2048 and 24 layers of width 1664 ove
        table 3). The bounds of a code's buckets, the buckets of the dot product, the vocabulary and the guidance are
        not published.
 small  Emoji scenes of two objects, for one GPU.
-tiny   Emoji scenes of one object, for two CPU cores; trains its CLIP first if none is named. TIME
+tiny   Emoji scenes of one object, for two CPU cores; trains its CLIP first if none is named. Took 7 minutes
+       on cores that were busy with other work; cosine to the true embedding 0.85 on held-out captions, where the codes
+       of the true embeddings themselves keep 0.99.
 """
 
 from ml_collections import ConfigDict
