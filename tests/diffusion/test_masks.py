@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from unclip_jax.diffusion import masks
 from unclip_jax.diffusion.masks import random_known
 
 SIZE = 160
@@ -88,3 +89,9 @@ def test_small_pictures_have_masks_too(size):
     known = np.asarray(draw(jax.random.key(3), 300, size))[..., 0]
     assert not known.all(axis=(1, 2)).any()
     assert 0.6 < known.any(axis=(1, 2)).mean() < 0.9
+
+
+def test_the_thinnest_stroke_does_not_slip_between_pixels(monkeypatch):
+    monkeypatch.setattr(masks, "THICKNESS", (0.0, 0.0))
+    known = np.asarray(jax.jit(lambda key: masks.random_known(key, 300, 8))(jax.random.key(4)))
+    assert not known.all(axis=(1, 2, 3)).any()

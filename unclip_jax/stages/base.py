@@ -181,18 +181,17 @@ def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], conditio
     denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
     if "guidance_scale" in conditions:
         denoiser = classifier_free(denoiser, conditions["guidance_scale"])
+    gradient, scale = conditions.get("clip_gradient"), conditions.get("clip_scale")
+    if gradient and s.sampler == "ddim":
+        # Clipped afterwards: at the noisiest steps the least change of eps is a large one of x0.
+        denoiser = condition_eps(denoiser, schedule, gradient, scale)
     if s.clip_x0:
         denoiser = clip_x0(denoiser, schedule, s.clip_x0)
     if s.sampler == "ddim":
         step = ddim_step(conditions.get("eta", s.eta))
     else:
         step = analytic_dpm_step(conditions["C"], 1.0) if s.sampler == "analytic" else ddpm_step
-    if "clip_gradient" in conditions:
-        gradient, scale = conditions["clip_gradient"], conditions["clip_scale"]
-        if s.sampler == "ddim":
-            denoiser = condition_eps(denoiser, schedule, gradient, scale)
-        else:
-            step = condition_mean(step, gradient, scale)
+        step = condition_mean(step, gradient, scale) if gradient else step
     if "known" in conditions:
         x0, known = conditions["known_image"], conditions["known"]
         if told_known:
