@@ -24,93 +24,112 @@ from ml_collections import ConfigDict
 
 def get_config(size: str = "paper") -> ConfigDict:
     config = ConfigDict()
-    config.stage = "glide"
-    config.dtype = "bfloat16"  # of matrix products and convolutions; all else is float32
+    config.stage = "glide"  # the kind of model: a name of unclip_jax/stages/__init__.py
+    config.dtype = "bfloat16"  # of matrix products and convolutions, or "float32"; all else is float32
     config.model = ConfigDict(
         dict(
-            image_size=64,
+            image_size=64,  # side of its square pictures, pixels
             factor=0,  # of enlargement; 0: nothing is enlarged
             inpaint=False,  # takes known pixels in, to fill in the others
-            unet=dict(
-                channels=512,
-                channel_mult=(1, 2, 3, 4),
-                res_blocks=3,
+            unet=dict(  # the ADM U-Net
+                channels=512,  # of the first level; a multiple of norm_groups and head_channels
+                channel_mult=(1, 2, 3, 4),  # times channels, level by level; each further one has half the side
+                res_blocks=3,  # per level; one more on the way up
                 attention=(2, 4, 8),  # downsampling factors: 32, 16 and 8 pixels
-                middle_attention=True,
-                head_channels=64,
+                middle_attention=True,  # attention between the way down and the way up too
+                head_channels=64,  # channels of an attention head; 0: heads tells
                 heads=(0, 0),  # where head_channels is 0: their number, on the way down and up
-                norm_groups=32,
-                scale_shift=True,
-                resample_blocks=True,
-                dropout=0.1,
-                remat=True,
+                norm_groups=32,  # groups of group normalisation
+                scale_shift=True,  # the timestep scales and shifts what is normed; else it is added before
+                resample_blocks=True,  # residual blocks halve and double the side; else convolutions do
+                dropout=0.1,  # share of features dropped in training
+                remat=True,  # activations are computed twice instead of kept: less memory, more time
             ),
-            text=dict(vocab_size=50257, context=256, width=2048, depth=24, heads=32),
+            text=dict(  # the transformer that reads captions
+                vocab_size=50257,  # pieces that its tokenizer may have
+                context=256,  # tokens of a caption; longer ones are cut
+                width=2048,  # channels; a multiple of heads
+                depth=24,  # blocks
+                heads=32,  # of attention, in each block
+            ),
         )
     )
-    config.init = ConfigDict(dict(bundle=""))  # a trained bundle to start from; "": from scratch
+    config.init = ConfigDict(
+        dict(
+            bundle="",  # a trained bundle to start from; "": from scratch
+        )
+    )
     config.diffusion = ConfigDict(
         dict(
-            schedule="cosine",
-            timesteps=1000,
-            predicts="eps",
-            learned_variance=True,
+            schedule="cosine",  # of noise: "cosine" or "linear"
+            timesteps=1000,  # of the whole chain, which is trained
+            predicts="eps",  # "eps": the noise; "x0": what it was added to
+            learned_variance=True,  # the network gives the steps' variances too; else they are fixed
             snr_clip=(),  # (low, high): an x0 error counts clip(SNR, low, high) times; (): plain mean
-            drop_caption=0.0,  # 0.2 in fine-tuning, for guidance
+            # 0.2 in fine-tuning
+            drop_caption=0.0,  # share of examples without the caption, for guidance
         )
     )
     config.sampling = ConfigDict(
         dict(
-            sampler="ddpm",  # or "ddim"
-            steps="150",
-            eta=0.0,  # of ddim
-            guidance_scale=3.0,  # once fine-tuned for it
-            clip_x0=1.0,
+            sampler="ddpm",  # "ddpm", "ddim" or, in the diffusion prior, "analytic"
+            steps="150",  # sampling steps: a number, numbers by section, "ddimN" or "fast27" (diffusion/schedule.py)
+            eta=0.0,  # of ddim: 0 adds no noise, 1 as much as ddpm
+            # once fine-tuned for it
+            guidance_scale=3.0,  # 1: none; more: nearer the caption
+            clip_x0=1.0,  # x0 is clipped to at most this magnitude; 0: no clipping
             temperature=1.0,  # times the noise that sampling starts from
         )
     )
     config.data = ConfigDict(
         dict(
             source="",  # "tfds:NAME" or "folder:/pictures/with/captions"
-            data_dir="~/tensorflow_datasets",
-            split="train",
+            data_dir="~/tensorflow_datasets",  # where TFDS datasets lie; emoji scenes are drawn into it
+            split="train",  # trained on
             eval_split="test",  # never trained on
-            image_feature="image",
-            caption_feature="caption",
+            image_feature="image",  # the picture's name in a TFDS record
+            caption_feature="caption",  # the text's name, or that of several texts
             tokenizer="",  # a sentencepiece model; "": one is trained on the captions
             crop="dalle",  # random square crop and scale (arXiv 2102.12092); "center": none
-            threads=16,
+            threads=16,  # that read and cut pictures, in each process
         )
     )
     config.optim = ConfigDict(
         dict(
-            learning_rate=3e-4,
-            warmup_steps=0,
+            learning_rate=3e-4,  # after warm-up
+            warmup_steps=0,  # in which it rises linearly; 0: none
             schedule="constant",  # "constant", or "cosine" or "linear" to zero at train.steps
-            b1=0.9,
-            b2=0.999,
-            eps=1e-8,
-            weight_decay=0.0,
-            clip_norm=0.0,  # 0: no clipping
-            ema_decay=0.9999,
+            b1=0.9,  # Adam's, of the mean gradient
+            b2=0.999,  # Adam's, of the mean square
+            eps=1e-8,  # Adam's, beside the root of the mean square
+            weight_decay=0.0,  # times the learning rate; of matrices and kernels, not of gains and biases
+            clip_norm=0.0,  # largest norm of the whole gradient; 0: no clipping
+            ema_decay=0.9999,  # of the parameters' moving average, per step
             accumulate=1,  # microbatches per step
         )
     )
     config.train = ConfigDict(
         dict(
-            steps=2_500_000,
-            batch_size=2048,  # over all devices
-            seed=0,
-            log_every=50,
-            checkpoint_every=4000,
-            sample_every=10000,  # evaluation and pictures of held-out examples
-            eval_size=64,
+            steps=2_500_000,  # of the whole run
+            batch_size=2048,  # examples in a step, over all devices
+            seed=0,  # of parameters, order of the data and noise
+            log_every=50,  # steps between lines of metrics
+            checkpoint_every=4000,  # steps between checkpoints
+            sample_every=10000,  # steps between evaluations, with pictures of held-out examples
+            eval_size=64,  # held-out examples that are evaluated
             keep=3,  # checkpoints
+            keep_every=0,  # besides those, checkpoints of every step that this divides; 0: none
+            max_skips=20,  # steps in a row whose loss or gradient is not finite, before the run stops
+            watchdog_minutes=60.0,  # without a step, before a run writes where its threads stand and exits; 0: never
+            expected_loss=(),  # (step, low, high), ...: what runs showed; a loss outside is warned of
         )
     )
     config.mesh = ConfigDict(
-        dict(data=-1, fsdp=1)
-    )  # devices; -1: what fsdp leaves. fsdp splits parameters and Adam state
+        dict(
+            data=-1,  # copies of the model, which share each batch; -1: as many as fsdp leaves devices for
+            fsdp=1,  # devices over which a copy's parameters and Adam's state are split
+        )
+    )
     if size == "small":
         config.update(
             dict(

@@ -15,39 +15,39 @@ from ml_collections import ConfigDict
 
 def get_config(size: str = "paper") -> ConfigDict:
     config = ConfigDict()
-    config.stage = "prior_diffusion"
-    config.dtype = "bfloat16"  # of matrix products and convolutions; all else is float32
+    config.stage = "prior_diffusion"  # the kind of model: a name of unclip_jax/stages/__init__.py
+    config.dtype = "bfloat16"  # of matrix products and convolutions, or "float32"; all else is float32
     config.model = ConfigDict(
         dict(
-            embedding_dim=1024,
-            caption="own",  # tokens with a table of their own; "clip": the states of CLIP's text tower
-            vocab_size=50257,
-            context=256,
-            width=2048,
-            depth=24,
-            heads=32,
-            remat=True,
+            embedding_dim=1024,  # numbers of CLIP's embeddings
+            caption="own",  # read in tokens of its own; "clip": as CLIP's text tower does
+            vocab_size=50257,  # pieces that its tokenizer may have
+            context=256,  # tokens of a caption; longer ones are cut
+            width=2048,  # channels; a multiple of heads
+            depth=24,  # blocks
+            heads=32,  # of attention, in each block
+            remat=True,  # activations are computed twice instead of kept: less memory, more time
         )
     )
     config.diffusion = ConfigDict(
         dict(
-            schedule="cosine",
-            timesteps=1000,
-            predicts="x0",
-            learned_variance=False,
-            snr_clip=(),  # plain mean squared error
+            schedule="cosine",  # of noise: "cosine" or "linear"
+            timesteps=1000,  # of the whole chain, which is trained
+            predicts="x0",  # "eps": the noise; "x0": what it was added to
+            learned_variance=False,  # the network gives the steps' variances too; else they are fixed
+            snr_clip=(),  # (low, high): an x0 error counts clip(SNR, low, high) times; (): plain mean
             embedding_scale=17.2,  # unit vectors of 1024 numbers get the variance of pixels; 0.5375 √dim elsewhere
-            whiten=False,  # embeddings by a mean and std that come with the weights
-            drop_text=0.1,
+            whiten=False,  # embeddings are whitened, by a mean and std that come with the weights
+            drop_text=0.1,  # share of examples without caption and text embedding, for guidance
         )
     )
     config.sampling = ConfigDict(
         dict(
-            sampler="analytic",  # or "ddpm", "ddim"
-            steps="64",
-            eta=0.0,  # of ddim
-            guidance_scale=1.0,
-            clip_x0=0.0,  # 0: no clipping
+            sampler="analytic",  # "ddpm", "ddim" or, in the diffusion prior, "analytic"
+            steps="64",  # sampling steps: a number, numbers by section, "ddimN" or "fast27" (diffusion/schedule.py)
+            eta=0.0,  # of ddim: 0 adds no noise, 1 as much as ddpm
+            guidance_scale=1.0,  # 1: none; more: nearer the caption
+            clip_x0=0.0,  # x0 is clipped to at most this magnitude; 0: no clipping
             temperature=1.0,  # times the noise that sampling starts from
             draws=2,  # the one nearer the text embedding is kept
         )
@@ -61,46 +61,53 @@ def get_config(size: str = "paper") -> ConfigDict:
     config.data = ConfigDict(
         dict(
             source="",  # "tfds:NAME" or "folder:/pictures/with/captions"
-            data_dir="~/tensorflow_datasets",
-            split="train",
+            data_dir="~/tensorflow_datasets",  # where TFDS datasets lie; emoji scenes are drawn into it
+            split="train",  # trained on
             eval_split="test",  # never trained on
-            image_feature="image",
-            caption_feature="caption",
+            image_feature="image",  # the picture's name in a TFDS record
+            caption_feature="caption",  # the text's name, or that of several texts
             tokenizer="",  # a sentencepiece model; "": one is trained on the captions
             crop="dalle",  # random square crop and scale (arXiv 2102.12092); "center": none
             embeddings="",  # folder written by `python -m unclip_jax.data embed`; "": CLIP runs in the step
-            threads=16,
+            threads=16,  # that read and cut pictures, in each process
         )
     )
     config.optim = ConfigDict(
         dict(
-            learning_rate=1.1e-4,
-            warmup_steps=1000,
+            learning_rate=1.1e-4,  # after warm-up
+            warmup_steps=1000,  # in which it rises linearly; 0: none
             schedule="constant",  # "constant", or "cosine" or "linear" to zero at train.steps
-            b1=0.9,
-            b2=0.96,
-            eps=1e-6,
-            weight_decay=6e-2,
-            clip_norm=1.0,  # 0: no clipping
-            ema_decay=0.9999,
+            b1=0.9,  # Adam's, of the mean gradient
+            b2=0.96,  # Adam's, of the mean square
+            eps=1e-6,  # Adam's, beside the root of the mean square
+            weight_decay=6e-2,  # times the learning rate; of matrices and kernels, not of gains and biases
+            clip_norm=1.0,  # largest norm of the whole gradient; 0: no clipping
+            ema_decay=0.9999,  # of the parameters' moving average, per step
             accumulate=1,  # microbatches per step
         )
     )
     config.train = ConfigDict(
         dict(
-            steps=600_000,
-            batch_size=4096,  # over all devices
-            seed=0,
-            log_every=50,
-            checkpoint_every=5000,
-            sample_every=10000,  # evaluation and pictures of held-out examples
-            eval_size=64,
+            steps=600_000,  # of the whole run
+            batch_size=4096,  # examples in a step, over all devices
+            seed=0,  # of parameters, order of the data and noise
+            log_every=50,  # steps between lines of metrics
+            checkpoint_every=5000,  # steps between checkpoints
+            sample_every=10000,  # steps between evaluations, with pictures of held-out examples
+            eval_size=64,  # held-out examples that are evaluated
             keep=3,  # checkpoints
+            keep_every=0,  # besides those, checkpoints of every step that this divides; 0: none
+            max_skips=20,  # steps in a row whose loss or gradient is not finite, before the run stops
+            watchdog_minutes=60.0,  # without a step, before a run writes where its threads stand and exits; 0: never
+            expected_loss=(),  # (step, low, high), ...: what runs showed; a loss outside is warned of
         )
     )
     config.mesh = ConfigDict(
-        dict(data=-1, fsdp=1)
-    )  # devices; -1: what fsdp leaves. fsdp splits parameters and Adam state
+        dict(
+            data=-1,  # copies of the model, which share each batch; -1: as many as fsdp leaves devices for
+            fsdp=1,  # devices over which a copy's parameters and Adam's state are split
+        )
+    )
     if size == "small":
         config.update(
             dict(
@@ -143,7 +150,14 @@ def get_config(size: str = "paper") -> ConfigDict:
                     b2=0.99,
                     ema_decay=0.99,
                 ),
-                train=dict(steps=260, batch_size=128, checkpoint_every=500, sample_every=100000, keep=2),
+                train=dict(
+                    steps=260,
+                    batch_size=128,
+                    checkpoint_every=500,
+                    sample_every=100000,
+                    keep=2,
+                    expected_loss=((50, 0.036, 0.1), (150, 0.022, 0.056), (260, 0.015, 0.045)),
+                ),
             )
         )
     elif size != "paper":
