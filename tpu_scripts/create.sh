@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # Makes a slice. It costs money from now on: delete.sh ends that.
-#   [SPOT=1] tpu_scripts/create.sh [--dry-run]       (SPOT: cheaper, and may be taken away)
-# NAME, TYPE, VERSION and ZONE are explained in common.sh; the project is gcloud's current one.
+#   [SPOT=1] [QUEUED=1] tpu_scripts/create.sh [--dry-run]
+# A queued one costs from when it is there, and the command that tells is printed. NAME, TYPE, VERSION, ZONE, SPOT and
+# QUEUED are explained in common.sh; the project is gcloud's current one.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-options=(--accelerator-type="$TYPE" --version="$VERSION")
-if [[ ${SPOT:-} ]]; then options+=(--spot); fi
-tpu create "$NAME" "${options[@]}"
+options=(--accelerator-type="$TYPE")
+if [[ $SPOT ]]; then options+=(--spot); fi
+if [[ $QUEUED ]]; then
+  queue create "$NAME" --node-id="$NAME" --runtime-version="$VERSION" "${options[@]}"
+  echo "asked for; there when this says ACTIVE:" >&2
+  echo "gcloud compute tpus queued-resources describe $NAME --zone=$ZONE --format='value(state.state)'" >&2
+else
+  tpu create "$NAME" --version="$VERSION" "${options[@]}"
+fi

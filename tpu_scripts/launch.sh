@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Starts one training command on every host, from its home folder; it goes on when this terminal closes.
-#   tpu_scripts/launch.sh [--dry-run] --config=configs/clip.py:paper --workdir=runs/clip [--config.KEY=VALUE ...]
-# Each host writes ~/train.log (see follow.sh). The same command again goes on from the last checkpoint.
+#   tpu_scripts/launch.sh [--dry-run] --config=configs/clip.py:paper --workdir=gs://BUCKET/clip [--config.KEY=VALUE ...]
+# The hosts of a slice find each other. Each writes ~/train.log (see follow.sh). The same command again goes on from the
+# last checkpoint.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 if (($# == 0)); then
@@ -10,9 +11,6 @@ if (($# == 0)); then
 fi
 
 on_all_hosts "cd ~
-if [ -f train.pid ] && kill -0 \$(cat train.pid) 2>/dev/null; then
-  echo 'error: a training is running here: stop.sh ends it' >&2
-  exit 1
-fi
+$STOP_IF_RUNNING
 nohup ~/venv/bin/python -m unclip_jax.train ${*@Q} >train.log 2>&1 </dev/null &
 echo \$! >train.pid"

@@ -11,6 +11,7 @@ trap 'rm -rf "$code"' EXIT
 run git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$code/$FOLDER.tar.gz" HEAD
 tpu scp "$code/$FOLDER.tar.gz" "$NAME:" --worker=all
 on_all_hosts "set -e
+$STOP_IF_RUNNING
 rm -rf ~/$FOLDER && mkdir ~/$FOLDER && tar -xzf ~/$FOLDER.tar.gz -C ~/$FOLDER
 [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -d ~/venv ] || ~/.local/bin/uv venv --python $PYTHON ~/venv

@@ -4,8 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
-# shellcheck disable=SC2016  # the hosts expand it
-on_all_hosts 'cd ~
-kill -TERM $(cat train.pid)
-while kill -0 $(cat train.pid) 2>/dev/null; do sleep 1; done
-tail -n 3 train.log'
+on_all_hosts "cd ~
+$RUNNING && kill -TERM \$(cat train.pid)
+while $RUNNING; do sleep 1; done
+tail -n 3 train.log"

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# After a preemption: makes the slice again where it is gone, waits until it is READY, sets it up, and launches the same
+# command, which goes on from the last checkpoint.
+#   [SPOT=1] [QUEUED=1] tpu_scripts/resume.sh [--dry-run] ARGUMENTS-OF-LAUNCH
+# A slice that is there stays; `--dry-run` prints what a preempted one takes. All that the arguments name must be in a
+# bucket: the hosts' disks are lost with them.
+set -euo pipefail
+shopt -s inherit_errexit # a state that could not be asked for is not taken for a slice that is gone
+source "$(dirname "$0")/common.sh"
+here=$(dirname "$0")
+LOOK_EVERY=${LOOK_EVERY:-30} # seconds, while it is being made
+
+workdir=
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in
+    --workdir=*) workdir=${!i#*=} ;;
+    --workdir) ((++i)) && workdir=${!i:-} ;;
+  esac
+done
+if [[ $workdir != gs://* ]]; then
+  echo "error: --workdir is '$workdir', which is lost with the slice: give one like gs://BUCKET/clip" >&2
+  exit 2
+fi
+
+ask() { # ask GROUP ATTRIBUTE: of the slice or its request; nothing where there is none
+  run gcloud compute tpus "$1" list --zone="$ZONE" --filter="name~\"/$NAME\$\"" --format="value($2)"
+}
+
+state() { # READY, PREEMPTED, ..., or GONE; of one that is queued and not yet there: that of its request
+  local request=ACTIVE slice
+  if [[ $QUEUED ]]; then request=$(ask queued-resources state.state); fi
+  if [[ $request != ACTIVE ]]; then
+    echo "${request:-GONE}"
+  else
+    slice=$(ask tpu-vm state)
+    if [[ $QUEUED ]]; then echo "${slice:-ACTIVE}"; else echo "${slice:-GONE}"; fi
+  fi
+}
+
+make() {
+  if [[ $1 != GONE ]]; then "$here/delete.sh" ${dry_run:+"$dry_run"} --quiet; fi
+  "$here/create.sh" ${dry_run:+"$dry_run"}
+}
+
+if [[ $dry_run ]]; then
+  if [[ $QUEUED ]]; then ask queued-resources state.state; fi
+  ask tpu-vm state
+  make PREEMPTED
+else
+  said=''
+  made=''
+  while true; do
+    found=$(state)
+    if [[ $found != "$said" ]]; then echo "$NAME is $found" >&2; fi
+    said=$found
+    case $found in
+      READY) break ;;
+      GONE | PREEMPTED | TERMINATED | SUSPENDED | FAILED)
+        if [[ $made ]]; then
+          echo "error: the new slice is $found as well: run this again, or look for room in another zone" >&2
+          exit 1
+        fi
+        make "$found"
+        made=1
+        ;;
+      *) sleep "$LOOK_EVERY" ;;
+    esac
+  done
+fi
+"$here/setup.sh" ${dry_run:+"$dry_run"}
+"$here/launch.sh" ${dry_run:+"$dry_run"} "$@"
