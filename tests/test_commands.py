@@ -39,7 +39,6 @@ REFUSED = [
     (train, ["--workdir={new}"], "no config"),
     (train, [CLIP, "--workdir={file}"], "workdir .*file is a file"),
     (train, [CLIP, "--workdir={file}/below"], "below is a file or lies below one"),
-    (train, [CLIP, "--workdir=gs://bucket/run"], "gs://bucket/run is no local folder"),
     (train, [*TRAIN, "--config.optim.learning_rat=1"], "nearest is --config.optim.learning_rate"),
     (train, [*TRAIN, "--config.trian.steps=1"], "no key 'trian'; the nearest is --config.train.steps"),
     (train, [*TRAIN, "--config.train.steps=many"], "train.steps"),

@@ -51,11 +51,16 @@ def save_bundle(
 ) -> str:
     """Writes a bundle and returns its identity. Either all of it appears under `directory` or nothing does.
 
+    directory: a local folder, or gs://...
     params: nested dict of arrays that this process can read whole; stored as float32. extra: what JSON can hold.
     An older bundle at `directory` is replaced; anything else there is an error, as is a config that JSON cannot hold.
     """
     if "://" in str(directory):
-        raise UserError(f"cannot write a bundle to {directory}: give a local folder, and copy it from there")
+        with tempfile.TemporaryDirectory() as local:
+            place = os.path.join(local, "bundle")
+            identity = save_bundle(place, stage_name, config, params, tokenizer_bytes, clip_identity, extra)
+            _upload(Path(place), str(directory))
+        return identity
     target = Path(directory).expanduser().absolute()
     if target.exists() and not (target / CONFIG).exists() and not _is_empty_folder(target):
         raise UserError(f"{target} exists and is not a bundle: give a new folder")
@@ -97,7 +102,7 @@ def save_bundle(
 
 
 def load_bundle(directory: str) -> Bundle:
-    """Reads a bundle whole and checks it against its checksum.
+    """Reads a bundle whole and checks it against its checksum. directory: a local folder, or gs://...
 
     Raises UserError when there is no such folder, when it is not a bundle, when a file is missing, cut short or
     changed since it was written, and when a newer version of this library wrote it.
@@ -105,6 +110,10 @@ def load_bundle(directory: str) -> Bundle:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    if "://" in str(directory):
+        with tempfile.TemporaryDirectory() as local:
+            _download(str(directory), Path(local))
+            return load_bundle(local)
     folder = Path(directory).expanduser()
     description = load_description(folder)
     try:
@@ -120,12 +129,12 @@ def load_bundle(directory: str) -> Bundle:
         raise UserError(f"bundle {folder} is not what was written: its sha256 differs from the one in {CONFIG}")
     return Bundle(
         stage=description["stage"],
-        config=ConfigDict(_tuples(description["config"])).lock(),
+        config=ConfigDict(tuples(description["config"])).lock(),
         params=_nested(weights),
         tokenizer_bytes=tokenizer,
         clip_identity=description["clip"],
         identity=identity,
-        extra=_tuples(description["extra"]),
+        extra=tuples(description["extra"]),
     )
 
 
@@ -155,6 +164,36 @@ def load_description(folder: Path) -> dict[str, Any]:
         return {key: description[key] for key in ("stage", "identity", "clip", "config", "extra")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a bundle: its {CONFIG} cannot be read ({error!r})") from error
+
+
+def _upload(local: Path, directory: str) -> None:
+    from etils import epath
+
+    target = epath.Path(directory)
+    if target.exists() and not (target / CONFIG).exists() and any(target.iterdir()):
+        raise UserError(f"{directory} exists and is not a bundle: give a new folder")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, *TOKENIZERS):
+        (target / name).unlink(missing_ok=True)
+    # An object store renames nothing: without its description, which comes last, a folder is no bundle.
+    for path in sorted(local.iterdir(), key=lambda path: path.name == CONFIG):
+        _copy(path, target / path.name)
+
+
+def _download(directory: str, local: Path) -> None:
+    from etils import epath
+
+    source = epath.Path(directory)
+    if not (source / CONFIG).exists():
+        raise UserError(f"{directory} is not a bundle: it has no {CONFIG}")
+    for name in (CONFIG, WEIGHTS, *TOKENIZERS):
+        if (source / name).exists():
+            _copy(source / name, local / name)
+
+
+def _copy(source: Any, target: Any) -> None:
+    with source.open("rb") as read, target.open("wb") as write:
+        shutil.copyfileobj(read, write, 2**24)
 
 
 def _written(file: BinaryIO, leaves: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
@@ -193,11 +232,11 @@ def _to_json(value: Any, **options: Any) -> str:
         raise UserError(f"the config or extra of a bundle holds what JSON cannot ({error})") from error
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """JSON has one kind of sequence; configs are compared and hashed, so it comes back as the hashable one."""
     if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:

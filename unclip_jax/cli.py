@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -68,12 +69,15 @@ class CompileCount:
 
 
 def load_config(spec: str) -> ConfigDict:
-    """The locked config that "path/to/file.py:size" names; a relative path may also start at the project's root."""
+    """The locked config that "path/to/file.py:size" names, or the config.json of a run or bundle; a relative path may
+    also start at the project's root."""
     path, _, size = spec.partition(":")
     places = [Path(path), Path(__file__).parent.parent / path]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UserError(f"no config file {path}: expected one such as configs/decoder.py:tiny")
+    if found.suffix == ".json":
+        return _stored_config(found)
     module_spec = importlib.util.spec_from_file_location(f"config_{found.stem}", found)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -83,10 +87,19 @@ def load_config(spec: str) -> ConfigDict:
         raise UserError(f"{spec}: {error}") from error
 
 
+def _stored_config(path: Path) -> ConfigDict:
+    from unclip_jax.bundle import tuples
+
+    try:
+        return ConfigDict(tuples(json.loads(path.read_text())["config"])).lock()
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no config: give config.json of a run's workdir or of a bundle") from error
+
+
 def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]):
     """Reads `--config=FILE:SIZE`, overrides such as `--config.train.steps=20`, and the command's own flags.
 
-    flags: name → (str or bool; default; help). Returns an object with an attribute per flag; its `config` is locked.
+    flags: name → (str, int or bool; default; help). Returns an object with an attribute per flag; its `config` is locked.
     Raises UserError for what is missing, unknown (naming the nearest) or of the wrong type.
     """
     from absl import flags as absl_flags
@@ -98,7 +111,7 @@ def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]):
 
     absl_flags.FLAGS.mark_as_parsed()  # Grain and Orbax have flags of their own, which no command takes
     values = absl_flags.FlagValues()
-    define = {str: absl_flags.DEFINE_string, bool: absl_flags.DEFINE_bool}
+    define = {str: absl_flags.DEFINE_string, int: absl_flags.DEFINE_integer, bool: absl_flags.DEFINE_bool}
     for name, (kind, default, text) in flags.items():
         define[kind](name, default, text, flag_values=values)
     absl_flags.DEFINE_bool("help", False, "show this", flag_values=values, short_name="h")

@@ -10,6 +10,7 @@ reads) and OUT/runs (each training run). Run again, it goes on where it was stop
 import json
 import resource
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -55,8 +56,8 @@ def main(argv: list[str]) -> int:
         print(f"[{i + 1}/{len(configs)}] {name}", file=sys.stderr, flush=True)
         with _Timer(seconds, name):
             reports[name] = train.run(config, str(out / "runs" / name))
-        if reports[name] is None:
-            return 130
+        if isinstance(reports[name], signal.Signals):
+            return train.exit_status(reports[name])
         shutil.copytree(out / "runs" / name / "bundle", out / "bundle" / name, dirs_exist_ok=True)
         speeds[name] = _images_per_second(out / "runs" / name / "metrics.jsonl")
         jax.clear_caches()  # five models' programs would add up

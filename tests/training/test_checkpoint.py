@@ -122,12 +122,13 @@ def test_run_killed_while_saving_leaves_the_step_before(tmp_path):
         import os, signal, sys
         import jax, jax.numpy as jnp
         from unclip_jax.training.checkpoint import Checkpointer
-        from unclip_jax.training.state import TrainState
+        from unclip_jax.training.state import Skips, TrainState
+        none = Skips(*[jnp.int32(0)] * 4)
         weights = {"w": jnp.arange(2.0**24)}
         checkpointer = Checkpointer(sys.argv[1], 2)
-        checkpointer.save(TrainState(jnp.int32(1), weights, weights, weights), {})
+        checkpointer.save(TrainState(jnp.int32(1), none, weights, weights, weights), {})
         checkpointer.wait()
-        checkpointer.save(TrainState(jnp.int32(2), weights, weights, weights), {})
+        checkpointer.save(TrainState(jnp.int32(2), none, weights, weights, weights), {})
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unclip_jax.errors import UserError
-from unclip_jax.training.state import TrainState, abstract_state, digest, init_state, root_key
+from unclip_jax.training.state import Skips, TrainState, abstract_state, digest, init_state, root_key, skipped
 
 
 def train(toy, stage, config, mesh, steps, batch=None):
@@ -166,10 +166,63 @@ def test_a_step_that_is_not_finite_is_skipped(toy):
     assert digest(state) == before and int(state.step) == 3
     assert metrics["skipped"] == 1.0 and np.isnan(metrics["loss"])
     state, metrics = step(state, {}, toy.batch(3, mesh), root_key(0))
-    assert digest(state) != before and metrics["skipped"] == 0.0
+    assert digest(state) != before and metrics["skipped"] == 1.0, "the one before it is still counted"
     # The rate is that of step 3, while Adam counts the three updates that were done.
     np.testing.assert_allclose(metrics["learning_rate"], 1e-2 * 4 / 8, rtol=1e-6)
     assert int(state.opt_state[1].count) == 3
+
+
+def test_run_with_a_bad_batch_equals_one_without_that_step(toy):
+    config, mesh = toy.config(), toy.mesh(2, 4)
+    step, start = toy.step(toy.Stage(), config, mesh), lambda: train(toy, toy.Stage(), config, mesh, 2)[0]
+    bad = toy.batch(2, mesh)
+    bad["x"] = jax.device_put(bad["x"].at[0, 0].set(jnp.nan), bad["x"].sharding)
+    state, _ = step(start(), {}, bad, root_key(0))
+    without = start()
+    without = without._replace(step=without.step + 1)
+    for k in (3, 4):
+        state, _ = step(state, {}, toy.batch(k, mesh), root_key(0))
+        without, _ = step(without, {}, toy.batch(k, mesh), root_key(0))
+    assert digest(state) == digest(without)
+    assert [int(value) for value in state.skips] == [1, 0, 3, int(state.skips.leaf)] and int(without.skips.count) == 0
+
+
+def test_steps_that_are_not_finite_are_named_and_end_the_run(toy):
+    class Spoiled(toy.Stage):
+        """The gradient of one leaf is no number where the batch says so."""
+
+        def loss(self, params, frozen, batch, key):
+            loss, metrics = super().loss(params, frozen, batch, key)
+            return loss + jnp.sum(batch["spoil"][:1, None] * params["out"]["kernel"][:1]), metrics
+
+    mesh = toy.mesh(1, 1)
+    config = toy.config()
+    step, state, said = toy.step(Spoiled(), config, mesh), init_state(Spoiled(), toy.optimizer(config), mesh, 0), []
+    for k in range(4):
+        state, metrics = step(state, {}, toy.batch(k, mesh) | {"spoil": jnp.full(32, jnp.nan)}, root_key(0))
+        said.append((int(state.skips.in_a_row), metrics["skipped"]))
+    assert said[:3] == [(1, 1), (2, 2), (3, 3)] and said[3] == (3, 3), "it stays at what is allowed"
+    with pytest.raises(UserError, match="not finite for 3 steps in a row, up to step 3: .*largest in out/kernel: .*max_skips"):
+        skipped(state.skips, state.params, 3)
+    assert "largest in out/kernel" in skipped(state.skips, state.params, 4)
+    before = digest(state)
+    state, _ = step(state, {}, toy.batch(5, mesh) | {"spoil": jnp.zeros(32)}, root_key(0))
+    assert digest(state) == before
+
+
+def test_a_pair_of_metrics_is_their_quotient_over_microbatches(toy):
+    class Counting(Linear):
+        """Rows are dealt out in turn, so that the microbatches have other counts."""
+
+        def loss(self, params, frozen, batch, key):
+            within = (batch["x"][:, 0] > 0).astype(jnp.float32)
+            loss, metrics = super().loss(params, frozen, batch, key)
+            return loss, metrics | {"part": (jnp.mean(within * batch["x"][:, 1]), jnp.mean(within))}
+
+    batch = toy.batch(0, toy.mesh(1, 1))
+    x = np.asarray(batch["x"])
+    _, (metrics,) = train(toy, Counting(), toy.config(accumulate=4), toy.mesh(1, 1), 1, batch)
+    np.testing.assert_allclose(metrics["part"], x[x[:, 0] > 0, 1].mean(), rtol=1e-5)
 
 
 def test_infinite_gradient_of_a_finite_loss_is_skipped(toy):
@@ -214,7 +267,7 @@ def test_everything_trained_is_float32(toy):
 
 def test_digest_is_sha256_over_names_and_bytes():
     one, two = np.array([1.0, 2.0], np.float32), np.array([[3]], np.int32)
-    state = TrainState(jnp.int32(5), {"b": jnp.asarray(one)}, {"b": jnp.asarray(one)}, (jnp.asarray(two),))
+    state = TrainState(jnp.int32(5), Skips(*[jnp.int32(0)] * 4), *[{"b": jnp.asarray(one)}] * 2, (jnp.asarray(two),))
     expected = hashlib.sha256(
         b"ema/b float32 (2,)\n" + one.tobytes() + b"opt_state/0 int32 (1, 1)\n" + two.tobytes()
         + b"params/b float32 (2,)\n" + one.tobytes()

@@ -105,7 +105,7 @@ class Stage:
         return params, {}
 
     def loss(self, params: Params, frozen: Params, batch: dict, key) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean loss of a batch and the scalars worth logging beside it."""
+        """Mean loss of a batch and the scalars worth logging beside it; a pair (a, b) stands for mean(a) / mean(b)."""
         raise TypeError(f"{type(self).__name__} has no loss")
 
     def evaluate(self, params: Params, frozen: Params, batch: dict, key) -> tuple[dict, jax.Array | None]:
@@ -143,7 +143,8 @@ def output_channels(config: ConfigDict, channels: int) -> int:
 
 
 def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
-    """The papers' loss at one uniformly drawn timestep per row: (mean loss, mean of each term).
+    """The papers' loss at one uniformly drawn timestep per row: (mean loss, mean of each term and, as "loss_q1" to
+    "loss_q4", of each quarter of the timesteps, the least noisy first).
 
     network(x_t, timesteps) → output; x0 (B, ...) float32.
     """
@@ -156,7 +157,11 @@ def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
     snr_clip = tuple(d.snr_clip) or None
     output = network(x_t, t)
     losses, terms = training_loss(schedule, output, x0, x_t, noise, t, d.predicts, d.learned_variance, snr_clip)
-    return jnp.mean(losses), {name: jnp.mean(term) for name, term in terms.items()}
+    metrics = {name: jnp.mean(term) for name, term in terms.items()}
+    for quarter in range(4):
+        within = (4 * t // d.timesteps == quarter).astype(losses.dtype)
+        metrics[f"loss_q{quarter + 1}"] = (jnp.mean(within * losses), jnp.mean(within))
+    return jnp.mean(losses), metrics
 
 
 def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], conditions: dict, key, told_known=False):

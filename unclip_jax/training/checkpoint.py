@@ -16,24 +16,28 @@ from jax.sharding import SingleDeviceSharding
 import unclip_jax
 from unclip_jax.errors import UserError
 from unclip_jax.training.leaves import differences
-from unclip_jax.training.state import TrainState
+from unclip_jax.training.state import Skips, TrainState
 
 TREES = ("params", "ema", "opt_state")
 
 
 class Checkpointer:
-    """Saves and restores the train state under `workdir` (a local folder or gs://...), keeping the last `keep` steps.
+    """Saves and restores the train state under `workdir` (a local folder or gs://...).
 
-    Every process must make the same calls in the same order.
+    The last `keep` steps are kept, and of the others those that `keep_every` divides (0: none). Every process must
+    make the same calls in the same order.
     """
 
-    def __init__(self, workdir: str, keep: int):
+    def __init__(self, workdir: str, keep: int, keep_every: int = 0):
         import orbax.checkpoint as ocp
 
-        if keep < 1:
-            raise UserError(f"train.keep={keep}: at least one checkpoint must be kept")
+        if keep < 1 or keep_every < 0:
+            raise UserError(f"train.keep={keep}, keep_every={keep_every}: expected at least 1, and at least 0")
+        policies = [ocp.checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(keep), cleanup_tmp_directories=True
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         self._manager = _manager(workdir, options)
 
@@ -50,7 +54,8 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in TREES}
-        meta = {**meta, "step": step, "version": unclip_jax.__version__}
+        skips = {name: int(value) for name, value in state.skips._asdict().items()}
+        meta = {**meta, "step": step, "skips": skips, "version": unclip_jax.__version__}
         if not self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))):
             raise UserError(
                 f"{self._manager.directory} already holds step {self.latest_step()}, so step {step} was not saved: "
@@ -66,8 +71,13 @@ class Checkpointer:
         if step is None:
             return None
         trees = _restore(self._manager, step, {name: getattr(abstract_state, name) for name in TREES})
-        counter = abstract_state.step
-        return TrainState(step=jax.device_put(np.asarray(step, counter.dtype), counter.sharding), **trees)
+        skips = Skips(**_meta(self._manager, step)["skips"])
+
+        def counter(value, like):
+            return jax.device_put(np.asarray(value, like.dtype), like.sharding)
+
+        skips = jax.tree.map(counter, skips, abstract_state.skips)
+        return TrainState(step=counter(step, abstract_state.step), skips=skips, **trees)
 
     def latest_step(self) -> int | None:
         """The newest step that is complete, or is being written by this run."""
@@ -113,13 +123,17 @@ def restore_ema(workdir: str, abstract_params: Any) -> Any:
 
 def read_meta(workdir: str) -> dict:
     """The `meta` of the newest checkpoint under `workdir`: `step`, `version` and what the caller of `save` added."""
-    import orbax.checkpoint as ocp
-
     manager, step = _open_to_read(workdir)
     try:
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return _meta(manager, step)
     finally:
         manager.close()
+
+
+def _meta(manager: Any, step: int) -> dict:
+    import orbax.checkpoint as ocp
+
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
 
 
 def _manager(workdir: str, options: Any) -> Any:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import jax
+import numpy as np
 
 from unclip_jax.errors import UserError
 
@@ -43,8 +44,8 @@ class MetricLogger:
             self._board = _tensorboard(workdir, start_step)
             self._screen = _Screen(total_steps, start_step, label)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes scalars of `step`, the number of steps done; fetching them waits for the device.
+    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Writes scalars of `step`, the number of steps done, and gives them; fetching them waits for the device.
 
         Adds `images_per_second`, over the steps since the last log, and `seconds`, the wall time of the run with its
         pauses and with the runs it resumes. A value that is not finite is null in metrics.jsonl, as JSON has no NaN.
@@ -55,7 +56,7 @@ class MetricLogger:
         rate = (step - self._step) * self._batch_size / max(worked - self._worked_at_log, 1e-9)
         self._step, self._worked_at_log = step, worked
         if not self._writes:
-            return
+            return values
         # Rounded to what is measured; `loss` comes first for whoever reads the file by eye.
         clock = {"images_per_second": round(rate, 3), "seconds": round(now - self._began, 3)}
         first = {name: values.pop(name) for name in ("loss",) if name in values}
@@ -66,6 +67,7 @@ class MetricLogger:
         done = step - self._start_step
         left = (self._total - step) * worked / done if done else math.inf
         self._screen.show(step, values.get("loss", math.nan), rate, left)
+        return values
 
     @contextlib.contextmanager
     def pause(self, *pending: Any) -> Iterator[None]:
@@ -95,6 +97,29 @@ class MetricLogger:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class ExpectedLoss:
+    """Says so when the loss leaves the band that runs of a config showed, and when it is back.
+
+    bands: (step, low, high) rows in the order of steps; between two of them the band goes straight from one to the
+    other, and before the first and after the last there is none.
+    """
+
+    def __init__(self, bands: tuple[tuple[int, float, float], ...]):
+        self._bands, self._outside = bands, False
+
+    def look(self, step: int, loss: float) -> None:
+        """Compares the loss of a step."""
+        if jax.process_index() != 0 or not self._bands or not self._bands[0][0] <= step <= self._bands[-1][0]:
+            return
+        steps, lows, highs = zip(*self._bands, strict=True)
+        low, high = np.interp(step, steps, lows), np.interp(step, steps, highs)
+        outside = not low <= loss <= high
+        if outside != self._outside:
+            line = f"step {step}: the loss is {loss:.4g}, where runs of this config had {low:.4g} to {high:.4g}"
+            print(f"warning: {line}" if outside else f"{line} again", file=sys.stderr, flush=True)
+        self._outside = outside
 
 
 class _Lines:
@@ -143,7 +168,6 @@ class _Lines:
         if self._remote:
             self._path.write_text(self._text)
             self._uploaded_at = time.monotonic()
-
 
 
 class _Screen:

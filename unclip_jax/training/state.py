@@ -21,10 +21,20 @@ from unclip_jax.training.optimizer import ema_update
 from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather, param_shardings, replicated
 
 
+class Skips(NamedTuple):
+    """Steps that changed nothing because their loss or gradient was not finite; int32 scalars."""
+
+    count: jax.Array
+    in_a_row: jax.Array  # up to the last step
+    last: jax.Array  # step of the latest, counted as done
+    leaf: jax.Array  # where its gradient was largest: a position in `named_leaves` of the parameters
+
+
 class TrainState(NamedTuple):
     """All that a checkpoint must hold: a pytree."""
 
     step: jax.Array  # int32 scalar: steps taken, skipped ones included
+    skips: "Skips"
     params: Any  # float32
     ema: Any  # like params
     opt_state: Any
@@ -61,9 +71,10 @@ def make_train_step(
     averaged, which equals one pass over the whole batch where the loss is a mean over rows (a contrastive loss is
     not: it only sees the pairs of its microbatch).
 
-    metrics: float32 scalars, the stage's own (averaged over microbatches) and loss, grad_norm (before clipping),
-    param_norm, learning_rate (the one applied) and skipped. A step whose loss or gradient norm is not finite sets
-    `skipped` to 1 and leaves params, EMA and optimizer state as they were; `step` still moves on.
+    metrics: float32 scalars, the stage's own (averaged over microbatches; of a pair, the quotient of both averages)
+    and loss, grad_norm (before clipping), param_norm, learning_rate (the one applied) and skipped, the number of steps
+    so far whose loss or gradient norm was not finite. Such a step leaves params, EMA and optimizer state as they were;
+    `step` moves on. Once there were `config.train.max_skips` in a row, nothing changes any more.
 
     Raises UserError when `config.train.batch_size` does not split evenly.
     """
@@ -79,23 +90,29 @@ def make_train_step(
     def step(state, frozen, batch, root):
         key = jax.random.fold_in(root, state.step)
         loss, metrics, grads = _gradients(stage, state.params, frozen, batch, key, microbatches, mesh, shardings.params)
-        grad_norm = optax.tree.norm(grads)
+        squares = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in named_leaves(grads).values()])
+        grad_norm = jnp.sqrt(jnp.sum(squares))
         rate = learning_rate(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = stage.project(optax.apply_updates(state.params, updates))
         ema = ema_update(state.ema, params, state.step, config.optim.ema_decay)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        stuck = state.skips.in_a_row >= config.train.max_skips
+        skips = _counted(state.skips, state.step, finite, stuck, squares)
+        moves = finite & ~stuck
         params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state), state[1:]
+            lambda new, old: jnp.where(moves, new, old),
+            (params, ema, opt_state),
+            (state.params, state.ema, state.opt_state),
         )
-        metrics = metrics | {
+        metrics = {k: v[0] / v[1] if isinstance(v, tuple) else v for k, v in metrics.items()} | {
             "loss": loss,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             "learning_rate": rate,
-            "skipped": 1.0 - finite.astype(jnp.float32),
+            "skipped": skips.count.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return TrainState(state.step + 1, skips, params, ema, opt_state), metrics
 
     return jax.jit(
         step,
@@ -113,7 +130,7 @@ def digest(state: TrainState) -> str:
     """
     sha = hashlib.sha256()
     for name, leaf in named_leaves(state._asdict()).items():
-        if name == "step":
+        if name == "step" or name.startswith("skips/"):
             continue
         value = whole(leaf)
         sha.update(f"{name} {value.dtype} {value.shape}\n".encode())
@@ -121,10 +138,39 @@ def digest(state: TrainState) -> str:
     return sha.hexdigest()
 
 
+def skipped(skips: Skips, params: Any, allowed: int) -> str:
+    """What to say of steps that were not finite, up to this one; "" where this one was. Waits for the device.
+
+    Raises UserError where more in a row were not finite than are allowed.
+    """
+    _, in_a_row, last, leaf = (int(value) for value in skips)
+    if not in_a_row:
+        return ""
+    line = (
+        f"not finite for {in_a_row} steps in a row, up to step {last}: they changed nothing; the last one's gradient was "
+        f"largest in {list(named_leaves(params))[leaf]}"
+    )
+    if in_a_row < allowed:
+        return line
+    raise UserError(
+        f"{line}: training stops (train.max_skips). Checkpoints before step {last - in_a_row + 1} are good; a lower "
+        "optim.learning_rate or optim.clip_norm may help, and dtype=float32 tells whether it is a matter of precision"
+    )
+
+
 def _initial(stage: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     # Folded, like root_key, because split(key)[i] equals fold_in(key, i): the two uses must not share a key.
     params = stage.init(jax.random.fold_in(jax.random.key(seed), 0))
-    return TrainState(jnp.zeros([], jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    skips = Skips(*(jnp.int32(0) for _ in Skips._fields))
+    return TrainState(jnp.int32(0), skips, params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def _counted(skips: Skips, step, finite, stuck, squares) -> Skips:
+    """The count after `step`, whose gradients have these sums of squares, leaf by leaf; stuck: it counts no more."""
+    largest = jnp.argmax(jnp.where(jnp.isfinite(squares), squares, jnp.inf)).astype(jnp.int32)
+    more = Skips(skips.count + 1, skips.in_a_row + 1, step + 1, largest)
+    counted = jax.tree.map(lambda a, b: jnp.where(finite, a, b), skips._replace(in_a_row=jnp.int32(0)), more)
+    return jax.tree.map(lambda a, b: jnp.where(stuck, a, b), skips, counted)
 
 
 def _shardings(abstract: TrainState) -> TrainState:

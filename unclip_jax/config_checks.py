@@ -1,0 +1,108 @@
+"""What can be seen to be wrong with a config before anything is loaded or compiled."""
+
+from pathlib import Path
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from unclip_jax import cli
+from unclip_jax.data.transforms import CROPS
+from unclip_jax.diffusion.process import PREDICTS
+from unclip_jax.diffusion.schedule import make_schedule, respace
+from unclip_jax.errors import UserError
+
+SAMPLERS = ("ddpm", "ddim", "analytic")
+DEGRADATIONS = ("blur", "bsr")
+
+
+def check_config(config: ConfigDict, workdir: str) -> None:
+    """Raises UserError for contradictions that can be seen without data or devices."""
+    positive = [
+        "steps",
+        "batch_size",
+        "log_every",
+        "checkpoint_every",
+        "sample_every",
+        "eval_size",
+        "keep",
+        "max_skips",
+    ]
+    for name, least in (dict.fromkeys(positive, 1) | {"keep_every": 0, "watchdog_minutes": 0}).items():
+        if config.train[name] < least:
+            raise UserError(f"train.{name} is {config.train[name]}: expected at least {least}")
+    band = config.train.expected_loss
+    if any(len(row) != 3 or row[1] > row[2] for row in band) or list(band) != sorted(band):
+        raise UserError(f"train.expected_loss is {band}: expected (step, low, high) rows, in the order of steps")
+    if not config.data.source:
+        raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
+    if config.data.crop not in CROPS:
+        raise UserError(f"data.crop is {config.data.crop!r}: expected one of {', '.join(CROPS)}")
+    if embedded(config) and config.data.crop != "center":
+        raise UserError(f"data.crop is {config.data.crop!r}, but embeddings are of a picture's middle: expected center")
+    if embedded(config) and not config.clip.bundle:
+        raise UserError("data.embeddings is set, but not the CLIP that made them: name it by clip.bundle")
+    named = config.data.tokenizer if "tokenizer" in config.data else ""
+    if named and not epath.Path(named).exists():
+        raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
+    if "init" in config and config.init.bundle:
+        if named:
+            raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")
+        if Path(config.init.bundle).expanduser().resolve() == Path(workdir).expanduser().resolve() / "bundle":
+            raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new model another")
+    if "://" not in workdir:
+        cli.output_folder(workdir, "workdir")
+    if config.stage == "clip" and config.optim.accumulate > 1:
+        raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
+    if config.stage == "clip" and config.optim.sam_rho:
+        rho, rows = config.optim.sam_rho, config.optim.sam_rows
+        if rho < 0 or rows < 1 or config.train.batch_size % rows:
+            raise UserError(f"optim.sam_rho={rho}, sam_rows={rows}: expected a positive step and rows that divide "
+                            f"train.batch_size={config.train.batch_size}")  # fmt: skip
+    if config.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {config.dtype!r}: expected float32 or bfloat16")
+    _check_widths("model", config.model)
+    if "diffusion" in config:
+        _check_diffusion(config)
+    if config.stage == "upsampler":
+        m = config.model
+        smallest = m.factor * 2 ** (len(m.unet.channel_mult) - 1)
+        if m.patch > m.image_size or m.patch % smallest:
+            raise UserError(f"model.patch is {m.patch}: expected a multiple of {smallest}, at most {m.image_size}")
+        if config.diffusion.degradation not in DEGRADATIONS:
+            known = ", ".join(DEGRADATIONS)
+            raise UserError(f"diffusion.degradation is {config.diffusion.degradation!r}: expected one of {known}")
+
+
+def _check_widths(name: str, section: ConfigDict) -> None:
+    """Heads and groups must share out the channels evenly, in this section and those within it."""
+    if "width" in section and "heads" in section and section.width % section.heads:
+        raise UserError(f"{name}.width={section.width} must be a multiple of {name}.heads={section.heads}")
+    if "norm_groups" in section:
+        for part in ("norm_groups", "head_channels"):
+            if section.get(part) and section.channels % section[part]:
+                raise UserError(f"{name}.channels={section.channels} must be a multiple of {part}={section[part]}")
+    for key, value in section.items():
+        if isinstance(value, ConfigDict):
+            _check_widths(f"{name}.{key}", value)
+
+
+def _check_diffusion(config: ConfigDict) -> None:
+    d, s = config.diffusion, config.sampling
+    try:
+        respace(make_schedule(d.schedule, d.timesteps), s.steps)
+    except ValueError as error:
+        raise UserError(f"diffusion or sampling: {error}") from error
+    if d.predicts not in PREDICTS:
+        raise UserError(f"diffusion.predicts is {d.predicts!r}: expected one of {', '.join(PREDICTS)}")
+    if d.snr_clip and d.predicts != "x0":
+        raise UserError("diffusion.snr_clip weighs errors of x0: set it to () where diffusion.predicts is eps")
+    if s.sampler not in SAMPLERS:
+        raise UserError(f"sampling.sampler is {s.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    if s.sampler == "analytic" and config.stage != "prior_diffusion":
+        raise UserError(f"sampling.sampler is 'analytic', which {config.stage} does not estimate variances for: "
+                        "expected ddpm or ddim")  # fmt: skip
+
+
+def embedded(config: ConfigDict) -> bool:
+    """Whether the embeddings of CLIP are read, made beforehand, instead of made in the step."""
+    return "embeddings" in config.data and bool(config.data.embeddings)

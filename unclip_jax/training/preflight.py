@@ -1,0 +1,200 @@
+"""Before a run compiles anything: its processes find each other, its devices are the ones asked for, all are told the
+same. And while it runs: none waits for ever.
+
+On a slice, failing alone is worst: the others wait for a collective that never comes, or train something else. So
+whatever goes wrong ends every process, with a line that says what it was.
+"""
+
+import faulthandler
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import unclip_jax
+from unclip_jax.errors import UserError
+
+PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # → what JAX calls it
+ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # installed by whoever wants to run on one
+HEARTBEAT_SECONDS = 15  # a process that dies is noticed by the others within this
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def join(coordinator: str, processes: int, process: int, wait: int) -> None:
+    """Makes this process one of several: as Cloud TPU or SLURM tell it, or as given; else it stays alone.
+
+    coordinator: HOST:PORT of process 0, or "" to detect it; processes, process: their number, and which this is, or
+    -1 to detect. wait: seconds in which all of them must have come; those that did exit then. Must come before
+    anything asks JAX for devices. Raises UserError when what is given does not fit.
+    """
+    given = (coordinator != "", processes >= 0, process >= 0)
+    if any(given) and not all(given):
+        raise UserError("--coordinator, --processes and --process belong together: give all three, or none")
+    if all(given) and not (process < processes and ":" in coordinator):
+        raise UserError(
+            f"--coordinator={coordinator} --processes={processes} --process={process}: expected HOST:PORT and a "
+            "process below their number, counted from 0"
+        )
+    message = (
+        f"not all processes of this run came within {wait} seconds: start the same command on every host, and look at "
+        "the logs of those that ended"
+    )
+    late = threading.Timer(wait, _leave, [message])  # JAX's own end of waiting would be an abort with its C++ stack
+    late.daemon = True
+    late.start()
+    options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "initialization_timeout": wait + 60}
+    try:
+        if all(given):
+            jax.distributed.initialize(coordinator, processes, process, **options)
+        else:
+            jax.distributed.initialize(**options)
+    except ValueError as error:
+        if all(given) or "should be defined" not in str(error):  # which means: no cluster is found
+            raise UserError(f"the processes of this run cannot be joined: {error}") from error
+    except RuntimeError as error:
+        if all(given) or "must be called before" not in str(error):  # which means: within a program that uses JAX
+            raise UserError(f"the processes of this run cannot be joined: {' '.join(str(error).split())}") from error
+    finally:
+        late.cancel()
+
+
+def check_platform(wanted: str) -> None:
+    """Raises UserError unless JAX runs on `wanted`: "tpu", "gpu" or "cpu".
+
+    "": on what it finds, but never on the CPU where an accelerator's package is installed and nobody asked for the
+    CPU; JAX itself falls back to it with no more than a warning.
+    """
+    if wanted and wanted not in PLATFORMS:
+        raise UserError(f"--platform={wanted}: expected one of {', '.join(PLATFORMS)}")
+    if wanted:
+        jax.config.update("jax_platforms", PLATFORMS[wanted])
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        asked = f"--platform={wanted}" if wanted else f"JAX_PLATFORMS={jax.config.jax_platforms}"
+        raise UserError(f"{asked}, but JAX finds none: {' '.join(str(error).split())[:500]}") from error
+    installed = [name for name in ACCELERATORS if importlib.util.find_spec(name)]
+    if found == "cpu" and installed and "cpu" not in (jax.config.jax_platforms or ""):
+        raise UserError(
+            f"{installed[0]} is installed, but JAX finds no device for it and would train on the CPU: is another "
+            "process using it? --platform=cpu says that the CPU is meant"
+        )
+
+
+def facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What all processes of a run must agree on: code, versions of packages, devices and each key of the config."""
+    return {"code": _code(), **versions()} | {
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "local devices": jax.local_device_count(),
+        **{f"config.{key}": value for key, value in _flat(config)},
+    }
+
+
+def versions() -> dict[str, str]:
+    """This library's version and those of the packages that its numbers depend on."""
+    return {"unclip_jax": unclip_jax.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def agree(told: Mapping[str, Any]) -> None:
+    """Raises UserError, on every process, naming each thing of `told` that not all were told alike, and by whom.
+
+    told: what JSON can hold. Every process must call this, as often as the others. Takes no time in a run of one.
+    """
+    if jax.process_count() == 1:
+        return
+    everyone = _gathered(json.dumps({"host": socket.gethostname(), "told": dict(told)}, sort_keys=True, default=str))
+    first = everyone[0]["told"]
+    wrong = []
+    for process, other in enumerate(everyone):
+        for key in sorted(first.keys() | other["told"].keys()):
+            a, b = first.get(key), other["told"].get(key)
+            if a != b:
+                wrong.append(f"process {process} on {other['host']} has {key} = {b}, process 0 has {a}")
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(f"the processes of this run differ: {'; '.join(wrong[:5])}{more}")
+
+
+def end_all(error: BaseException) -> None:
+    """Ends this process over `error`, where there are others too: leaving in good order would wait for them."""
+    if isinstance(error, UserError):
+        _leave(str(error), 2)
+    traceback.print_exception(error)
+    _leave(
+        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} stopped over what is above, "
+        "or because another did: look for the first error in the logs of all hosts; the same command on all of them "
+        "goes on from the last checkpoint"
+    )
+
+
+class Watchdog:
+    """Ends the process when `beat` was not called for `minutes` (0: never): says so, and where every thread stood."""
+
+    def __init__(self, minutes: float):
+        self._seconds, self._beat, self._over = 60 * minutes, time.monotonic(), threading.Event()
+        if minutes:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def beat(self) -> None:
+        """All is well."""
+        self._beat = time.monotonic()
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self._seconds / 20):
+            silent = time.monotonic() - self._beat
+            if silent > self._seconds:
+                faulthandler.dump_traceback(all_threads=True)
+                minutes = f"{silent / 60:.3g} minutes (train.watchdog_minutes)"
+                _leave(f"no step for {minutes}: above is where each thread stands")
+            # For a thread that stands still without letting go of Python's lock, when this one cannot run either.
+            faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _leave(line: str, status: int = 1) -> None:
+    # Not sys.exit: at exit JAX waits for all processes, and a thread could not end the process at all.
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def _gathered(text: str) -> list[dict]:
+    """The JSON objects of all processes, in their order."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = process_allgather(np.int32(data.size))
+    rows = process_allgather(np.pad(data, (0, int(sizes.max()) - data.size)))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _code() -> str:
+    """Hex digest of this library's source files."""
+    sha, root = hashlib.sha256(), Path(unclip_jax.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        sha.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = ""):
+    for key, value in config.items():
+        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
