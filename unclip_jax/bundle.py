@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import unclip_jax
+from unclip_jax.cli import tuples
 from unclip_jax.data.tokenizer import is_json
 from unclip_jax.errors import UserError
 from unclip_jax.training.leaves import differences, named_leaves
@@ -230,13 +231,6 @@ def _to_json(value: Any, **options: Any) -> str:
         return json.dumps(value, allow_nan=False, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"the config or extra of a bundle holds what JSON cannot ({error})") from error
-
-
-def tuples(value: Any) -> Any:
-    """JSON has one kind of sequence; configs are compared and hashed, so it comes back as the hashable one."""
-    if isinstance(value, dict):
-        return {key: tuples(item) for key, item in value.items()}
-    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -88,19 +88,24 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def _stored_config(path: Path) -> ConfigDict:
-    from unclip_jax.bundle import tuples
-
     try:
         return ConfigDict(tuples(json.loads(path.read_text())["config"])).lock()
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no config: give config.json of a run's workdir or of a bundle") from error
 
 
+def tuples(value: object) -> object:
+    """JSON has one kind of sequence; configs are compared and hashed, so it comes back as the hashable one."""
+    if isinstance(value, dict):
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+
 def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]):
     """Reads `--config=FILE:SIZE`, overrides such as `--config.train.steps=20`, and the command's own flags.
 
-    flags: name → (str, int or bool; default; help). Returns an object with an attribute per flag; its `config` is locked.
-    Raises UserError for what is missing, unknown (naming the nearest) or of the wrong type.
+    flags: name → (str, int or bool; default; help). Returns an object with an attribute per flag; its `config` is
+    locked. Raises UserError for what is missing, unknown (naming the nearest) or of the wrong type.
     """
     from absl import flags as absl_flags
     from ml_collections import config_flags

@@ -13,18 +13,23 @@ GAP = 4  # pixels between pictures of a grid
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def save_png(path: str | Path, image: np.ndarray, metadata: dict | None = None) -> None:
-    """Writes uint8 (H, W, 3), complete or not at all; `metadata` goes into text chunks (JSON unless str)."""
+def png(image: np.ndarray, metadata: dict | None = None) -> bytes:
+    """A PNG file of uint8 (H, W, 3); `metadata` goes into text chunks (JSON unless str)."""
     info = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
         info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
     encoded = io.BytesIO()
     Image.fromarray(np.asarray(image)).save(encoded, "PNG", pnginfo=info)
+    return encoded.getvalue()
+
+
+def save_png(path: str | Path, image: np.ndarray, metadata: dict | None = None) -> None:
+    """Writes `png`, complete or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(suffix=".png", dir=path.parent)
     with os.fdopen(handle, "wb") as file:
-        file.write(encoded.getvalue())
+        file.write(png(image, metadata))
     os.chmod(beside, 0o644)
     os.replace(beside, path)
 

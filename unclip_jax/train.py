@@ -124,6 +124,8 @@ def _run(config: ConfigDict, workdir: str, stop: "_Stop", watchdog: preflight.Wa
 
     state = checkpointer.restore_latest(abstract_state(stage, optimizer, mesh))
     start = int(state.step) if state else 0
+    if state and state.skips.in_a_row >= config.train.max_skips:  # it is tried again, perhaps with another config
+        state = state._replace(skips=jax.tree.map(jnp.zeros_like, state.skips))
     state = state or init_state(stage, optimizer, mesh, config.train.seed)
     frozen = jax.device_put(upstream.params if stage.runs_clip else {}, replicated(mesh))
     root = root_key(config.train.seed)
@@ -171,7 +173,7 @@ def _run(config: ConfigDict, workdir: str, stop: "_Stop", watchdog: preflight.Wa
             stopping = k == steps or stop.asked or checkpointer.preempted(k)
             if stopping or k % config.train.log_every == 0:
                 # Copied, since the next step takes the state's own.
-                waiting = (k, jax.tree.map(jnp.copy, state.skips), metrics | {"records_skipped": data.skipped})
+                waiting = (k, jax.tree.map(jnp.copy, state.skips), metrics)
             if k % config.train.sample_every == 0 and k < steps:
                 with log.pause(metrics):
                     look(k, state.ema, state.params)
@@ -339,7 +341,7 @@ def _record(workdir: str, step: int, scalars: dict[str, float], images: dict[str
     _say(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
     for end, pixels in images.items():
         if pixels is not None:
-            pictures.save_png(folder / "samples" / f"step_{step:08d}{end}.png", pictures.grid(np.asarray(pixels)))
+            _write(folder / "samples" / f"step_{step:08d}{end}.png", pictures.png(pictures.grid(np.asarray(pixels))))
 
 
 def _write_config(config: ConfigDict, workdir: str) -> None:

@@ -123,7 +123,7 @@ def test_run_killed_while_saving_leaves_the_step_before(tmp_path):
         import jax, jax.numpy as jnp
         from unclip_jax.training.checkpoint import Checkpointer
         from unclip_jax.training.state import Skips, TrainState
-        none = Skips(*[jnp.int32(0)] * 4)
+        none = Skips(*[jnp.int32(0)] * 5)
         weights = {"w": jnp.arange(2.0**24)}
         checkpointer = Checkpointer(sys.argv[1], 2)
         checkpointer.save(TrainState(jnp.int32(1), none, weights, weights, weights), {})

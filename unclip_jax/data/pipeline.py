@@ -15,22 +15,8 @@ from unclip_jax.data.transforms import UnreadableRecord
 from unclip_jax.errors import UserError
 
 Transform = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]
-NAMED = 10  # unreadable records named in the log; the rest are counted
+NAMED = 100  # unreadable records named in the log, each once; all are counted
 TRIES = 1000  # neighbours tried in place of an unreadable record
-
-
-class Batches(Iterator[dict[str, np.ndarray]]):
-    """Batches as dicts of stacked arrays, and `skipped`: unreadable records met so far, counted whenever met."""
-
-    def __init__(self, iterator: Iterator, readable: "_Readable"):
-        self._iterator, self._readable = iterator, readable
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
-
-    @property
-    def skipped(self) -> int:
-        return self._readable.skipped
 
 
 def batches(
@@ -42,8 +28,11 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
-) -> Batches:
+) -> Iterator[dict[str, np.ndarray]]:
     """Endless batches from `start_step` on (0: the first): rows of this process, `batch_size` over all of them.
+
+    Each is a dict of stacked arrays: the transform's, and "records_skipped", how many unreadable records were passed
+    over for each row.
 
     Row r of batch k is example k · batch_size + r of the shuffled epochs; process p has every row r with
     r // (batch_size / process_count) = p. Its randomness is seeded by (seed, example). An unreadable record is
@@ -62,17 +51,18 @@ def batches(
     def example(k: int) -> dict[str, np.ndarray]:
         step, row = divmod(k, rows)
         position = step * batch_size + process_index * rows + row
-        return readable.example(order[position], position)
+        found, skipped = readable.example(order[position], position)
+        return found | {"records_skipped": np.int32(skipped)}
 
     mine = grain.MapDataset.range(start_step * rows, _FAR).map(example).batch(rows)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-    return Batches(iter(mine.to_iter_dataset(options)), readable)
+    return iter(mine.to_iter_dataset(options))
 
 
 def evaluation_batch(source: Source, transform: Transform, n: int, seed: int) -> dict[str, np.ndarray]:
     """The first n records (all, if there are fewer), in order, stacked; always the same."""
     readable = _Readable(source, transform, seed)
-    examples = [readable.example(k, k) for k in range(min(n, len(source)))]
+    examples = [readable.example(k, k)[0] for k in range(min(n, len(source)))]
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
 
@@ -85,28 +75,29 @@ class _Readable:
     def __init__(self, source: Source, transform: Transform, seed: int):
         self._source, self._transform, self._seed = source, transform, seed
         self._lock = threading.Lock()
-        self.skipped = 0
+        self._named: set[str] = set()
 
     def check(self) -> None:
         """Raises UserError if nothing can be read, before anything long starts."""
         self.example(0, 0)
-        self.skipped = 0
 
-    def example(self, index: int, position: int) -> dict[str, np.ndarray]:
-        """Record `index`, or the next that can be read; randomness from (seed, position)."""
+    def example(self, index: int, position: int) -> tuple[dict[str, np.ndarray], int]:
+        """Record `index`, or the next that can be read, and how far on that is; randomness from (seed, position)."""
         tries = min(len(self._source), TRIES)
-        for i in range(index, index + tries):
+        for skipped in range(tries):
+            i = index + skipped
             key = f"number {i % len(self._source)}"
             try:
                 record = self._source[i % len(self._source)]
                 key = record["key"]
-                return self._transform(record, np.random.default_rng((self._seed, position)))
+                return self._transform(record, np.random.default_rng((self._seed, position))), skipped
             except (UnreadableRecord, OSError) as error:  # OSError: the file itself cannot be read
                 self._note(key, error)
         raise UserError(f"none of {tries} records in a row could be read: is this a dataset of pictures?")
 
     def _note(self, key: str, error: Exception) -> None:
         with self._lock:
-            self.skipped += 1
-            if self.skipped <= NAMED:
-                logging.warning("skipped unreadable record %s: %s", key, error)
+            if key in self._named or len(self._named) == NAMED:
+                return
+            self._named.add(key)
+        logging.warning("skipped unreadable record %s: %s", key, error)

@@ -82,9 +82,10 @@ def check_platform(wanted: str) -> None:
         jax.config.update("jax_platforms", PLATFORMS[wanted])
     try:
         found = jax.default_backend()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter where not even a plugin is installed
         asked = f"--platform={wanted}" if wanted else f"JAX_PLATFORMS={jax.config.jax_platforms}"
-        raise UserError(f"{asked}, but JAX finds none: {' '.join(str(error).split())[:500]}") from error
+        why = " ".join(str(error).split())[:500] or "it needs unclip_jax installed with [cuda] or [tpu]"
+        raise UserError(f"{asked}, but JAX finds none: {why}") from error
     installed = [name for name in ACCELERATORS if importlib.util.find_spec(name)]
     if found == "cpu" and installed and "cpu" not in (jax.config.jax_platforms or ""):
         raise UserError(

@@ -22,10 +22,11 @@ from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather, par
 
 
 class Skips(NamedTuple):
-    """Steps that changed nothing because their loss or gradient was not finite; int32 scalars."""
+    """Steps that changed nothing because their loss or gradient was not finite, and unread records; int32 scalars."""
 
-    count: jax.Array
-    in_a_row: jax.Array  # up to the last step
+    records: jax.Array  # that could not be read, in the batches so far
+    steps: jax.Array  # that changed nothing
+    in_a_row: jax.Array  # of those, up to the last step
     last: jax.Array  # step of the latest, counted as done
     leaf: jax.Array  # where its gradient was largest: a position in `named_leaves` of the parameters
 
@@ -72,9 +73,10 @@ def make_train_step(
     not: it only sees the pairs of its microbatch).
 
     metrics: float32 scalars, the stage's own (averaged over microbatches; of a pair, the quotient of both averages)
-    and loss, grad_norm (before clipping), param_norm, learning_rate (the one applied) and skipped, the number of steps
-    so far whose loss or gradient norm was not finite. Such a step leaves params, EMA and optimizer state as they were;
-    `step` moves on. Once there were `config.train.max_skips` in a row, nothing changes any more.
+    and loss, grad_norm (before clipping), param_norm, learning_rate (the one applied), records_skipped, the sum so far
+    of "records_skipped" in batches that have it, and skipped, the number of steps so far whose loss or gradient norm
+    was not finite. Such a step leaves params, EMA and optimizer state as they were; `step` moves on. Once there were
+    `config.train.max_skips` in a row, nothing changes any more.
 
     Raises UserError when `config.train.batch_size` does not split evenly.
     """
@@ -98,19 +100,19 @@ def make_train_step(
         ema = ema_update(state.ema, params, state.step, config.optim.ema_decay)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         stuck = state.skips.in_a_row >= config.train.max_skips
-        skips = _counted(state.skips, state.step, finite, stuck, squares)
-        moves = finite & ~stuck
+        skips = _counted(state, batch, finite, stuck, squares)
         params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(moves, new, old),
+            lambda new, old: jnp.where(finite & ~stuck, new, old),
             (params, ema, opt_state),
             (state.params, state.ema, state.opt_state),
         )
-        metrics = {k: v[0] / v[1] if isinstance(v, tuple) else v for k, v in metrics.items()} | {
+        metrics |= {
             "loss": loss,
             "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             "learning_rate": rate,
-            "skipped": skips.count.astype(jnp.float32),
+            "skipped": skips.steps.astype(jnp.float32),
+            "records_skipped": skips.records.astype(jnp.float32),
         }
         return TrainState(state.step + 1, skips, params, ema, opt_state), metrics
 
@@ -143,12 +145,12 @@ def skipped(skips: Skips, params: Any, allowed: int) -> str:
 
     Raises UserError where more in a row were not finite than are allowed.
     """
-    _, in_a_row, last, leaf = (int(value) for value in skips)
+    _, _, in_a_row, last, leaf = (int(value) for value in skips)
     if not in_a_row:
         return ""
     line = (
-        f"not finite for {in_a_row} steps in a row, up to step {last}: they changed nothing; the last one's gradient was "
-        f"largest in {list(named_leaves(params))[leaf]}"
+        f"not finite for {in_a_row} steps in a row, up to step {last}: they changed nothing; the last one's gradient "
+        f"was largest in {list(named_leaves(params))[leaf]}"
     )
     if in_a_row < allowed:
         return line
@@ -165,10 +167,11 @@ def _initial(stage: Any, optimizer: optax.GradientTransformation, seed: int) -> 
     return TrainState(jnp.int32(0), skips, params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-def _counted(skips: Skips, step, finite, stuck, squares) -> Skips:
-    """The count after `step`, whose gradients have these sums of squares, leaf by leaf; stuck: it counts no more."""
+def _counted(state: TrainState, batch, finite, stuck, squares) -> Skips:
+    """The count after this step; squares: of its gradients, summed leaf by leaf; stuck: steps are counted no more."""
+    skips = state.skips._replace(records=state.skips.records + jnp.sum(batch.get("records_skipped", jnp.int32(0))))
     largest = jnp.argmax(jnp.where(jnp.isfinite(squares), squares, jnp.inf)).astype(jnp.int32)
-    more = Skips(skips.count + 1, skips.in_a_row + 1, step + 1, largest)
+    more = Skips(skips.records, skips.steps + 1, skips.in_a_row + 1, state.step + 1, largest)
     counted = jax.tree.map(lambda a, b: jnp.where(finite, a, b), skips._replace(in_a_row=jnp.int32(0)), more)
     return jax.tree.map(lambda a, b: jnp.where(stuck, a, b), skips, counted)
 
@@ -188,7 +191,7 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
     if microbatches == 1:
         # No loop around a single pass: XLA's CPU convolutions run on one slow thread inside loops.
         (loss, metrics), grads = differentiate(params, batch, jax.random.fold_in(key, 0))
-        return loss, metrics, jax.lax.with_sharding_constraint(grads, shardings)
+        return loss, _quotients(metrics), jax.lax.with_sharding_constraint(grads, shardings)
 
     def deal(rows):
         # Microbatch m takes rows m, m + M, ...: each device deals out its own rows and nothing moves between them.
@@ -207,7 +210,11 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
     zeros = (values, jax.lax.with_sharding_constraint(grads, shardings))
     total, _ = jax.lax.scan(add_one, zeros, (hands, jnp.arange(microbatches)))
     (loss, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
-    return loss, metrics, grads
+    return loss, _quotients(metrics), grads
+
+
+def _quotients(metrics: dict) -> dict:
+    return {name: value[0] / value[1] if isinstance(value, tuple) else value for name, value in metrics.items()}
 
 
 def whole(leaf: Any) -> np.ndarray:
