@@ -17,17 +17,8 @@ DEGRADATIONS = ("blur", "bsr")
 
 def check_config(config: ConfigDict, workdir: str) -> None:
     """Raises UserError for contradictions that can be seen without data or devices."""
-    positive = [
-        "steps",
-        "batch_size",
-        "log_every",
-        "checkpoint_every",
-        "sample_every",
-        "eval_size",
-        "keep",
-        "max_skips",
-    ]
-    for name, least in (dict.fromkeys(positive, 1) | {"keep_every": 0, "watchdog_minutes": 0}).items():
+    positive = ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "eval_size", "max_skips")
+    for name, least in (dict.fromkeys(positive, 1) | {"keep": 2, "keep_every": 0, "watchdog_minutes": 0}).items():
         if config.train[name] < least:
             raise UserError(f"train.{name} is {config.train[name]}: expected at least {least}")
     band = config.train.expected_loss

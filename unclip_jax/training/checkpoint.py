@@ -31,15 +31,19 @@ class Checkpointer:
     def __init__(self, workdir: str, keep: int, keep_every: int = 0):
         import orbax.checkpoint as ocp
 
-        if keep < 1 or keep_every < 0:
-            raise UserError(f"train.keep={keep}, keep_every={keep_every}: expected at least 1, and at least 0")
+        if keep < 2 or keep_every < 0:  # older ones go when a new one is written, before it is looked at
+            raise UserError(f"train.keep={keep}, keep_every={keep_every}: expected at least 2, and at least 0")
         policies = [ocp.checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            # In the background, a folder that cannot be made would only be noticed ten minutes later.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = _manager(workdir, options)
+        self._written: int | None = None  # a step whose save was not yet looked at
 
     def save(self, state: TrainState, meta: dict) -> None:
         """Starts to save `state` under its own step, and returns once the arrays are copied off the devices.
@@ -52,7 +56,9 @@ class Checkpointer:
         step = int(state.step)
         self.wait()
         if step in self._manager.all_steps():
-            return
+            if _complete(self._manager, step):
+                return
+            self._manager.delete(step)
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in TREES}
         skips = {name: int(value) for name, value in state.skips._asdict().items()}
         meta = {**meta, "step": step, "skips": skips, "version": unclip_jax.__version__}
@@ -61,6 +67,7 @@ class Checkpointer:
                 f"{self._manager.directory} already holds step {self.latest_step()}, so step {step} was not saved: "
                 "resume from there, or train in a new workdir"
             )
+        self._written = step
 
     def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
         """The newest complete checkpoint laid out as `abstract_state` says, or None where there is none yet.
@@ -80,8 +87,8 @@ class Checkpointer:
         return TrainState(step=counter(step, abstract_state.step), skips=skips, **trees)
 
     def latest_step(self) -> int | None:
-        """The newest step that is complete, or is being written by this run."""
-        return self._manager.latest_step()
+        """The newest step that is complete."""
+        return _newest(self._manager)
 
     def preempted(self, step: int) -> bool:
         """True once the machine is about to be taken away: save, wait and stop. Ask at every step, on every process."""
@@ -91,11 +98,14 @@ class Checkpointer:
         """Raises the error of a save that failed in the background; does not wait for one that is still writing."""
         # Orbax's own check_for_errors stays silent here: its finishing thread has taken the error by then.
         if not self._manager.is_saving_in_progress():
-            self._manager.wait_until_finished()
+            self.wait()
 
     def wait(self) -> None:
         """Blocks until every save is complete, and raises the error of one that failed."""
         self._manager.wait_until_finished()
+        step, self._written = self._written, None
+        if step is not None and not _complete(self._manager, step):
+            raise OSError(f"checkpoint {self._manager.directory}/{step} is not whole; those before it are good")
 
     def close(self) -> None:
         """Waits, then frees the background threads."""
@@ -145,11 +155,20 @@ def _manager(workdir: str, options: Any) -> Any:
     return ocp.CheckpointManager(f"{folder.rstrip('/')}/checkpoints", item_handlers=handlers, options=options)
 
 
+def _newest(manager: Any) -> int | None:
+    return max((step for step in manager.all_steps(read=True) if _complete(manager, step)), default=None)
+
+
+def _complete(manager: Any, step: int) -> bool:
+    # Orbax merges what the processes wrote into this file, and when it cannot list theirs, goes on without.
+    return all((manager.directory / str(step) / name / "manifest.ocdbt").exists() for name in TREES)
+
+
 def _open_to_read(workdir: str) -> tuple[Any, int]:
     import orbax.checkpoint as ocp
 
     manager = _manager(workdir, ocp.CheckpointManagerOptions(create=False, read_only=True))
-    step = manager.latest_step()
+    step = _newest(manager)
     if step is None:
         manager.close()
         raise UserError(f"no checkpoint under {workdir}: expected {workdir}/checkpoints/STEP, as training writes it")

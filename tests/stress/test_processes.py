@@ -1,0 +1,64 @@
+"""Real processes, joined by `jax.distributed` over gloo."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.stress
+
+
+def start(runs, workdir, count, port, *flags):
+    together = [f"--coordinator=localhost:{port}", f"--processes={count}", *flags]
+    return [runs.start(workdir, *together, f"--process={i}", devices=4 // count) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_losses_are_those_of_one_process(runs, straight, port, count):
+    processes = start(runs, f"of_{count}", count, port)
+    for run in processes:
+        assert run.wait(300) == 0, run.log.read_text()[-3000:]
+    assert len({run.log.read_text().splitlines()[-1] for run in processes}) == 1, "one digest"
+    steps, losses = zip(*runs.losses(f"of_{count}"), strict=True)
+    assert steps == tuple(range(1, 31))
+    np.testing.assert_allclose(losses, [loss for _, loss in straight[1]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_is_killed_the_other_ends_with_a_clear_line(runs, port, victim):
+    processes = start(runs, f"one_killed_{victim}", 2, port, "--config.train.steps=100000")
+    while not runs.saved(f"one_killed_{victim}"):
+        time.sleep(0.1)
+    processes[victim].kill()
+    died = time.monotonic()
+    survivor = processes[1 - victim]
+    assert survivor.wait(60) not in (0, -signal.SIGKILL)
+    assert time.monotonic() - died < 30
+    line = survivor.log.read_text().splitlines()[-1]
+    assert line.startswith(f"error: process {1 - victim} of 2 on ") and "goes on from the last checkpoint" in line
+
+
+def test_when_one_hangs_the_other_ends(runs, port):
+    processes = start(runs, "one_hangs", 2, port, "--config.train.steps=100000", "--config.train.watchdog_minutes=0.2")
+    while not runs.saved("one_hangs"):
+        time.sleep(0.1)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert processes[0].wait(60) not in (0, -signal.SIGKILL)
+    assert time.monotonic() - stopped < 30
+    processes[1].kill()
+
+
+def test_sigterm_to_one_saves_and_ends_all(runs, straight, port):
+    processes = start(runs, "told", 2, port)
+    while not runs.saved("told"):
+        time.sleep(0.1)
+    processes[1].terminate()
+    for run in processes:
+        assert run.wait(60) == 0, run.log.read_text()[-3000:]
+    step = runs.saved("told")[-1]
+    assert step < 30 and not runs.saving("told")
+    runs.finish("told")
+    np.testing.assert_allclose([x for _, x in runs.losses("told")], [x for _, x in straight[1]], rtol=1e-5)
