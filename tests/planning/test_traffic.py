@@ -1,0 +1,162 @@
+"""The reader of compiled programs: on a text in the TPU compiler's manner, and on programs compiled here."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from unclip_jax.planning import hlo, traffic
+
+# As libtpu writes it, shortened: a loop of 24 turns over a stack of weights, with a collective in each turn.
+TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0}}
+
+FileNames
+1 "step.py"
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%inner (param_0: bf16[24,128,128], param_1: s32[]) -> bf16[1,128,128] {
+  %param_0 = bf16[24,128,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_1 = s32[]{:T(128)} parameter(1)
+  ROOT %slice = bf16[1,128,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0, %param_1), dynamic_slice_sizes={1,128,128}
+}
+
+%fused (param_2: f32[8,128], param_3: bf16[24,128,128], param_4: s32[]) -> f32[8,128] {
+  %param_2 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %param_3 = bf16[24,128,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %param_4 = s32[]{:T(128)} parameter(2)
+  %weight = bf16[1,128,128]{2,1,0:T(8,128)(2,1)} fusion(%param_3, %param_4), kind=kLoop, calls=%inner
+  ROOT %convolution = f32[8,128]{1,0:T(8,128)} convolution(%param_2, %weight), dim_labels=bf_io->bf
+}
+
+%stored (param_5: f32[24,8,128], param_6: f32[8,128], param_7: s32[]) -> f32[24,8,128] {
+  %param_5 = f32[24,8,128]{2,1,0:T(8,128)} parameter(0)
+  %param_6 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %param_7 = s32[]{:T(128)} parameter(2)
+  %one = f32[1,8,128]{2,1,0:T(8,128)} bitcast(%param_6)
+  ROOT %update = f32[24,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%param_5, %one, %param_7)
+}
+
+%body (arg: (s32[], f32[8,128], bf16[24,128,128], f32[24,8,128])) -> (s32[], f32[8,128]) {
+  %arg = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}, /*index=2*/bf16[24,128,128]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%arg), index=1
+  %stack = bf16[24,128,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
+  %kept = f32[24,8,128]{2,1,0:T(8,128)} get-tuple-element(%arg), index=3
+  %product = f32[8,128]{1,0:T(8,128)} fusion(%x, %stack, %i), kind=kOutput, calls=%fused, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %all-reduce = f32[8,128]{1,0:T(8,128)} all-reduce(%product), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%sum, metadata={op_name="jit(step)/mean"}
+  %keep = f32[24,8,128]{2,1,0:T(8,128)} fusion(%kept, %all-reduce, %i), kind=kLoop, calls=%stored
+  ROOT %result = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%i, %all-reduce)
+}
+
+%condition (arg.1: (s32[], f32[8,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(24)
+  %arg.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (p: f32[8,100], q: bf16[24,128,128]) -> f32[8,128] {
+  %p = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %q = bf16[24,128,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %prefetch = (f32[8,100]{1,0:T(8,128)S(1)}, f32[8,100]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%p)
+  %near = f32[8,100]{1,0:T(8,128)S(1)} copy-done(%prefetch)
+  %wide = f32[8,128]{1,0:T(8,128)} pad(%near), backend_config={"window_config":{"estimated_cycles":"7"}}
+  %tuple = (s32[], f32[8,128]{1,0}) tuple(%wide, %q)
+  %while = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%tuple), condition=%condition, body=%body
+  %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%while), index=1
+  %rows = f32[32,128]{1,0:T(8,128)} all-gather(%out), replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %moved = f32[32,128]{1,0:T(8,128)} collective-permute(%rows), source_target_pairs={{0,1},{1,0}}, metadata={op_name="jit(step)/roll"}
+}
+"""  # noqa: E501
+
+
+def test_a_loop_runs_as_often_as_its_condition_says():
+    program = hlo.parse(TEXT)
+    assert list(program.computations) == ["sum", "inner", "fused", "stored", "body", "condition", "main"]
+    assert program.times == {"main": 1, "body": 24, "condition": 24}
+    assert program.fused["fused"] == program.fused["inner"] == program.fused["sum"] == 24
+    assert sum(times * operation.cycles for operation, times, _ in program.running()) == 24 * 1000 + 7
+
+
+def test_a_known_trip_count_is_believed():
+    known = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
+    assert hlo.parse(known).times["body"] == 5
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("f32[8,128]{1,0:T(8,128)}", 8 * 128 * 4),
+        ("bf16[3,100]{1,0:T(8,128)(2,1)}", 8 * 128 * 2),  # tiles are whole
+        ("bf16[5,8,200]{2,1,0:T(8,128)(2,1)}", 5 * 8 * 256 * 2),
+        ("bf16[200,8,5]{0,1,2:T(8,128)(2,1)}", 5 * 8 * 256 * 2),
+        ("f32[1000]{0:T(1024)}", 4096),
+        ("f32[8,128]{1,0:T(8,128)S(1)}", 0),  # on the chip
+        ("(f32[2]{0}, /*index=1*/pred[3], token[])", 2 * 4 + 3),
+        ("f8e4m3fn[10]{0}", 10),
+        ("s32[]", 4),
+    ],
+)
+def test_sizes(shape, expected):
+    assert hlo.size(shape) == expected
+
+
+def test_memory_traffic_counts_what_is_taken_and_given():
+    tile, weight, index = 8 * 128 * 4, 128 * 128 * 2, 4
+    product = tile + weight + index + tile  # of the stack of weights, one
+    keep = tile + index + 2 * tile  # of the array written into, what is written
+    condition = 1 + 2 * index
+    prefetch, pad = tile, tile  # to memory on the chip, which costs nothing there
+    assert traffic.moved(hlo.parse(TEXT)) == 24 * (product + keep + condition) + prefetch + pad
+
+
+def test_collectives_send_what_a_ring_sends():
+    reduce, permute, gather = traffic.collectives(hlo.parse(TEXT))  # the largest first
+    tile = 8 * 128 * 4
+    assert reduce == ("all-reduce", "jit(step)/mean", 24, 24 * 2 * tile * 3 / 4)
+    assert gather == ("all-gather", "", 1, 3 * tile)
+    assert permute == ("collective-permute", "jit(step)/roll", 1, 4 * tile)
+
+
+def test_groups_are_read_in_every_notation():
+    for groups, count in (("{{0,1,2,3},{4,5,6,7}}", 4), ("[4,2]<=[8]", 2), ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+                          ("mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}", 2)):  # fmt: skip
+        text = TEXT.replace("[2,4]<=[8]", groups)
+        sent = {each.kind: each.sent for each in traffic.collectives(hlo.parse(text))}
+        assert sent["all-gather"] == (count - 1) * 8 * 128 * 4
+
+
+def compiled(function, *arguments):
+    return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
+
+
+def test_programs_compiled_here_are_read():
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+    def argument(*lengths, by):
+        return jax.ShapeDtypeStruct(lengths, jnp.float32, sharding=NamedSharding(mesh, by))
+
+    def step(w, x):
+        whole = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+        return jax.lax.with_sharding_constraint(jnp.sum(jnp.tanh(x @ whole)), NamedSharding(mesh, P()))
+
+    found = traffic.collectives(
+        compiled(step, argument(64, 32, by=P("fsdp")), argument(16, 64, by=P(("data", "fsdp"))))
+    )
+    sent = {each.kind: each.sent for each in found}
+    assert sent == {"all-gather": 64 * 32 * 4 * 3 / 4, "all-reduce": 2 * 4 * 7 / 8}
+
+
+def test_a_loop_compiled_here_is_counted_as_often_as_it_runs():
+    x, w = jax.ShapeDtypeStruct((8, 64), jnp.float32), jax.ShapeDtypeStruct((30, 64, 64), jnp.float32)
+    once = compiled(lambda x, w: jnp.tanh(x @ w[0]), x, w)
+    loop = compiled(lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], x, w)
+    assert 30 in loop.times.values()
+    # Each turn takes its own weights, not all thirty.
+    assert 1.0 <= traffic.moved(loop) / (30 * traffic.moved(once)) < 2.0

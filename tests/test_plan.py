@@ -1,0 +1,165 @@
+"""The command `plan`: what it refuses, what it prints, and what it measures here."""
+
+import json
+import sys
+
+import jax
+import pytest
+from shrink import small_config
+
+from unclip_jax import plan
+from unclip_jax.errors import UserError
+from unclip_jax.planning import chips, compiling, programs, report
+from unclip_jax.planning.chips import GIB
+from unclip_jax.planning.compiling import Compiled, TooLarge
+from unclip_jax.planning.estimate import estimate, mfu
+from unclip_jax.planning.memory import lasting
+from unclip_jax.planning.traffic import Collective
+
+CLIP, DECODER = "--config=configs/clip.py:tiny", "--config=configs/decoder.py:tiny"
+PROMISED = {"params", "chips", "hbm_gib_per_chip", "hbm_limit_gib", "fits", "tflops_per_chip_step", "step_seconds"}
+PROMISED |= {"mfu", "compile_seconds"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([CLIP, "--topology=v9:2x2"], "topology 'v9:2x2': expected local, or one of v4, v5e, v5p, v6e"),
+        ([CLIP, "--topology=v5p"], "expected 3 sizes for v5p, such as v5p:4x4x4"),
+        ([CLIP, "--topology=v5p:4x4"], "expected 3 sizes for v5p"),
+        ([CLIP, "--topology=v5e:4x4x4"], "expected 2 sizes for v5e"),
+        ([CLIP, "--topology=v5e:4x0"], "expected 2 sizes for v5e"),
+        ([CLIP, "--topology=v5p:2x2x1"], "the TPU compiler is not installed: pip install 'jax\\[tpu\\]'"),
+        ([CLIP, "--sample"], "a clip draws nothing"),
+        ([CLIP, "--topology=local", "--config.mesh.fsdp=3"], "do not cover 8"),
+        ([CLIP, "--topology=local", "--config.train.batch_size=12"], "batch_size=12 cannot be split evenly"),
+        ([CLIP, "--config.optim.accumulate=2"], "accumulate must be 1 for clip"),
+        ([DECODER, "--config.clip.config=", "--config.model.embedding_dim=63"], "no CLIP of configs/clip.py has"),
+        ([DECODER, "--config.clip.bundle=/nowhere"], "no config file /nowhere/config.json"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(arguments, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)  # as where it is not installed
+    with pytest.raises(UserError, match=says) as caught:
+        plan.main(["plan", *arguments])
+    assert "\n" not in str(caught.value)
+
+
+def test_parameters_and_flops_need_no_topology(capsys):
+    assert plan.main(["plan", "--config=configs/upsampler_1024.py:paper", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["params"] == sum(found["parts"].values()) == 282_064_326  # ADM's topology, counted by hand
+    # Crops of 256 px are a sixteenth of 1024 px, for which GLIDE's code takes 19.84321 TFLOPs; backward is twice that,
+    # but for the first convolution; what depends on the timestep alone does not shrink.
+    assert found["tflops_per_example"] == pytest.approx(3 * 19.84321 / 16, rel=1e-3)
+    lines = report.table(found).splitlines()
+    assert ["total", "282,064,326"] in [line.split() for line in lines]
+    assert lines[-1].split() == ["TFLOPs", "of", "an", "example", "3.719"]
+
+
+def test_sampling_is_counted_with_all_its_steps(capsys):
+    assert plan.main(["plan", DECODER, "--sample", "--json"]) == 0
+    few = json.loads(capsys.readouterr().out)["tflops_per_example"]  # 25 steps
+    assert plan.main(["plan", DECODER, "--sample", "--json", "--config.sampling.steps=50"]) == 0
+    assert 1.8 < json.loads(capsys.readouterr().out)["tflops_per_example"] / few < 2.0  # captions are read once
+
+
+@pytest.fixture
+def prior(tmp_path):
+    """The smallest prior, with the config of the smallest CLIP."""
+    (tmp_path / "config.json").write_text(json.dumps({"config": small_config("clip").to_dict()}))
+    config = small_config("prior_diffusion").unlock()
+    config.clip.bundle = str(tmp_path)
+    return config.lock()
+
+
+def wide(prior, **mesh):
+    """With parameters that are worth splitting."""
+    config = prior.copy_and_resolve_references().unlock()
+    config.model.width = 256
+    config.mesh.update(mesh)
+    return config.lock()
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_local_measures(prior, sample):
+    found = plan.plan(prior, plan.find_target("local"), sample)
+    assert found.keys() >= PROMISED and json.loads(json.dumps(found)) == found
+    assert found["estimate"] == "measured" and found["step_seconds"] > 0 and found["fits"]
+    assert found["chips"] == (1 if sample else 8) and found["mfu"] is None  # nobody says how fast a CPU should be
+    assert found["recomputed_tflops_per_chip_step"] == 0
+    assert sum(found["memory_gib"].values()) == pytest.approx(found["hbm_gib_per_chip"])
+    if not sample:
+        assert found["collectives"]["all-reduce"]["count"] > 0 and found["days"] > 0
+    text = report.table(found)
+    for expected in (f"{found['params']:,}", "fits", "measured", "seconds of compiling"):
+        assert expected in text
+
+
+def test_sharded_state_is_counted_as_it_lies(prior):
+    config = wide(prior)
+    whole, split = (lasting(programs.train_program(wide(prior, fsdp=n), jax.devices())) for n in (1, 8))
+    count = sum(plan.parameters(config).values()) + 3  # variances of the sampling steps, which are not trained
+    assert whole["parameters"] == whole["moving average"] == 4 * count
+    assert whole["optimizer"] == 8 * count + 4  # and the number of updates
+    assert whole["parameters"] / 8 < split["parameters"] < whole["parameters"] / 2
+    assert whole["frozen CLIP"] == split["frozen CLIP"] > 0
+
+
+def made_up(**changes):
+    memory = {"arguments": 60 * GIB, "outputs": 50 * GIB, "aliased": 49 * GIB, "temporaries": 20 * GIB, "code": GIB}
+    given = {"seconds": 1.0, "executed": 40 * 10**12, "memory": memory, "flops": 1e12, "moved": 1.0, "collectives": []}
+    return Compiled(**given | {"cycles": 0, "executable": None} | changes)
+
+
+def test_a_step_takes_its_slowest_part():
+    chip = chips.Chip(flops=1e13, hbm_gib=90, hbm_bytes=1e12, link_bytes=1e11, clock=1e9)
+    sent = [Collective("all-reduce", "", 1, 2e11), Collective("all-gather", "", 1, 1e11)]
+    found = estimate(made_up(moved=2.5e12, collectives=sent, cycles=2_800_000_000), chip, 2)
+    assert found == (2.0, 2.5, 3.0, 2.8) and (found.seconds, found.bound) == (3.0, "collectives")
+    assert estimate(made_up(), chip, 2).bound == "compute"
+    assert mfu(30e12, 3.0, chip, 2) == 0.5
+
+
+def test_a_refusal_tells_how_much_is_missing():
+    """Both as libtpu words it: where temporaries alone are too large, and where all is."""
+    for message, expected in (
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (312.50G) exceeds available HBM (95.73G). HLO module: jit_step.", 312.5),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 41.22G of 15.75G hbm. Exceeded hbm capacity "
+         "by 25.47G.", 41.22),
+    ):  # fmt: skip
+        assert compiling.needed(message) == int(expected * GIB)
+
+
+def test_what_does_not_fit_is_said_with_what_does(prior, monkeypatch):
+    """On 8 devices whose compiler, made up, refuses more than a row on each."""
+    target = plan.Target("v5p", jax.devices(), chips.CHIPS["v5p"], 10 * GIB)
+    monkeypatch.setattr(plan, "seconds", lambda program, done: [3.0, 1.0, 2.0])
+    tried = []
+
+    def fake(program, target):
+        tried.append(program.stage.config.optim.accumulate)
+        memory = {"arguments": GIB, "outputs": 0, "aliased": 0, "temporaries": GIB, "code": 0}
+        return made_up(memory=memory) if tried[-1] == 2 else TooLarge(11 * GIB, 1.0)
+
+    monkeypatch.setattr(plan, "_compiled", fake)
+    found = plan.plan(wide(prior), target)
+    assert not found["fits"] and found["hbm_gib_per_chip"] == pytest.approx(11)
+    assert found["proposal"] == {"optim.accumulate": 2} and found["proposed"]["step_seconds"] == 2.0
+    assert "This does: --config.optim.accumulate=2" in report.table(found) and tried == [1, 2]
+    target = target._replace(limit=0)
+    found = plan.plan(prior, target)
+    assert found["proposal"] == {} and tried == [1, 2, 1]  # its parameters alone are too much
+    assert "take more chips" in report.table(found)
+
+
+@pytest.mark.slow
+def test_a_train_step_is_compiled_for_tpus(capsys):
+    pytest.importorskip("libtpu")
+    arguments = ["--topology=v5e:2x2", "--config.dtype=bfloat16", "--config.train.batch_size=32", "--json"]
+    assert plan.main(["plan", "--config=configs/prior_diffusion.py:tiny", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() >= PROMISED and found["chips"] == 4 and found["fits"]
+    assert 0 < found["mfu"] < 1 and found["estimate"] in found["seconds"]
+    assert found["seconds"]["cycles"] > 0 and found["collectives"].keys() == {"all-reduce"}

@@ -1,0 +1,1 @@
+"""What a training costs, worked out from the programs that JAX compiles for a TPU slice."""

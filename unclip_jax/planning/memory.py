@@ -1,0 +1,46 @@
+"""Where the memory of a chip goes."""
+
+import math
+from typing import Any
+
+import jax
+
+from unclip_jax.planning.compiling import Compiled
+from unclip_jax.planning.programs import Program
+from unclip_jax.training.state import TrainState
+
+
+def on_chip(tree: Any) -> int:
+    """Bytes that lie on each device, of a tree of ShapeDtypeStructs with shardings."""
+    sizes = (math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(tree))
+    return sum(sizes)
+
+
+def lasting(program: Program) -> dict[str, int]:
+    """Bytes by part of what lies on each chip before a call, from shapes."""
+    first, frozen, rows, _ = program.arguments
+    if not isinstance(first, TrainState):
+        return {"parameters": on_chip(first), "frozen CLIP": on_chip(frozen), "conditions": on_chip(rows)}
+    return {
+        "parameters": on_chip(first.params),
+        "moving average": on_chip(first.ema),
+        "optimizer": on_chip(first.opt_state),
+        "frozen CLIP": on_chip(frozen),
+        "batch": on_chip(rows),
+    }
+
+
+def split(program: Program, compiled: Compiled) -> dict[str, int]:
+    """Bytes of each chip by part, which sum up to `compiled.hbm`.
+
+    Gradients are counted as parameters are, in float32. They are a part of what the compiler needs besides arguments;
+    the rest is activations and other temporaries.
+    """
+    parts, m = lasting(program), compiled.memory
+    parts["padding"] = m["arguments"] - sum(parts.values())
+    gradients = parts["parameters"] if isinstance(program.arguments[0], TrainState) else 0
+    parts["gradients"] = min(gradients, m["temporaries"])
+    parts["activations, temporaries"] = m["temporaries"] - parts["gradients"]
+    parts["outputs"] = m["outputs"] - m["aliased"]
+    parts["program"] = m["code"]
+    return parts
