@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from shrink import CONFIGS, random_batch, small_stage
 
 from unclip_jax import cli
@@ -63,6 +66,22 @@ def test_loops_branches_and_calls():
     assert count(branch, x, w) == 2 * one
     with pytest.raises(ValueError, match="how often it runs"):
         count(lambda x, w: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ w[0], x), x, w)
+
+
+def test_kernels_and_maps_run_everywhere():
+    def kernel(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    def blocks(x, w):  # four blocks of eight rows
+        whole = pl.BlockSpec((16, 16), lambda i: (0, 0))
+        rows = pl.BlockSpec((8, 16), lambda i: (i, 0))
+        return pl.pallas_call(kernel, out_shape=x, grid=(4,), in_specs=[rows, whole], out_specs=rows)(x, w)
+
+    assert count(blocks, shape(32, 16), shape(16, 16)) == 2 * 32 * 16 * 16
+    assert trained(lambda w, x: blocks(x, w), shape(16, 16), shape(32, 16)) == 3 * 2 * 32 * 16 * 16
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows"))
+    assert count(mapped, shape(32, 16), shape(16, 16)) == 2 * 32 * 16 * 16
 
 
 def trained(function, params, *rest):

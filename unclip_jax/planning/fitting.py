@@ -19,7 +19,7 @@ class Setting(NamedTuple):
 
     def changed(self, config: ConfigDict) -> dict[str, bool | int]:
         """The keys to change, with their new values."""
-        keys = {name: True for name, value in remat_keys("model", config.model) if self.remat and not value}
+        keys = {name: True for name, _ in remat_keys("model", config.model) if self.remat}
         keys |= {"optim.accumulate": self.accumulate} if self.accumulate != config.optim.accumulate else {}
         return keys | ({"mesh.fsdp": self.fsdp, "mesh.data": -1} if self.fsdp != config.mesh.fsdp else {})
 

@@ -70,11 +70,16 @@ def _equation(equation, given: list[bool]) -> tuple[int, list[bool]]:
         return (3 if any(given) else 1) * math.prod(params["grid_mapping"].grid) * executed(inner[0]), same
     if len(inner) == 1 and len(inner[0].invars) == len(given):  # a function called: jit, checkpoint, custom gradients
         count, found = _walk(inner[0], given)
-        times = math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"]) if name == "shard_map" else 1
-        return times * count, found
+        return _shards(params) * count if name == "shard_map" else count, found
     if any(executed(body) for body in inner):
         raise ValueError(f"products inside of {name}: it is not known how often they run")
     return 0, same
+
+
+def _shards(params) -> int:
+    """How many devices run the body of a shard_map."""
+    axes = next(value for name, value in params.items() if name.endswith("manual_axes"))  # JAX renames it now and then
+    return math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
 def _scan(params, given):

@@ -156,12 +156,15 @@ def _manager(workdir: str, options: Any) -> Any:
 
 
 def _newest(manager: Any) -> int | None:
-    return max((step for step in manager.all_steps(read=True) if _complete(manager, step)), default=None)
+    manager.reload()
+    return max((step for step in manager.all_steps() if _complete(manager, step)), default=None)
 
 
 def _complete(manager: Any, step: int) -> bool:
-    # Orbax merges what the processes wrote into this file, and when it cannot list theirs, goes on without.
-    return all((manager.directory / str(step) / name / "manifest.ocdbt").exists() for name in TREES)
+    # Orbax merges what the processes wrote under this file, and where it cannot list theirs, goes on without. (An item
+    # that is not there at all was taken away, or never copied: restoring says so.)
+    items = [manager.directory / str(step) / name for name in TREES]
+    return all((item / "manifest.ocdbt").exists() for item in items if item.exists())
 
 
 def _open_to_read(workdir: str) -> tuple[Any, int]:

@@ -5,12 +5,14 @@ On a slice, failing alone is worst: the others wait for a collective that never 
 whatever goes wrong ends every process, with a line that says what it was.
 """
 
+import ctypes
 import faulthandler
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -29,6 +31,10 @@ from unclip_jax.errors import UserError
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # → what JAX calls it
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # installed by whoever wants to run on one
 HEARTBEAT_SECONDS = 15  # a process that dies is noticed by the others within this
+OTHERS = (
+    "another process of this run has died, or this one has: look for the first error in the logs of all hosts; the "
+    "same command on all of them goes on from the last checkpoint"
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -54,6 +60,7 @@ def join(coordinator: str, processes: int, process: int, wait: int) -> None:
     late = threading.Timer(wait, _leave, [message])  # JAX's own end of waiting would be an abort with its C++ stack
     late.daemon = True
     late.start()
+    _say_when_another_dies()
     options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "initialization_timeout": wait + 60}
     try:
         if all(given):
@@ -134,11 +141,7 @@ def end_all(error: BaseException) -> None:
     if isinstance(error, UserError):
         _leave(str(error), 2)
     traceback.print_exception(error)
-    _leave(
-        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} stopped over what is above, "
-        "or because another did: look for the first error in the logs of all hosts; the same command on all of them "
-        "goes on from the last checkpoint"
-    )
+    _leave(f"{OTHERS}; what this process met is above")
 
 
 class Watchdog:
@@ -169,6 +172,14 @@ class Watchdog:
             # For a thread that stands still without letting go of Python's lock, when this one cannot run either.
             faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
         faulthandler.cancel_dump_traceback_later()
+
+
+def _say_when_another_dies() -> None:
+    # When JAX hears that another process died, it aborts this one, with a C++ stack. Python's own handlers of signals
+    # would never come to run then.
+    global _on_abort
+    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _leave(OTHERS))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def _leave(line: str, status: int = 1) -> None:
