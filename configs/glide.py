@@ -16,7 +16,8 @@ paper  512 channels and a text path of 24 layers of width 2048, 3,554,938,374 pa
        Nor are the steps of fine-tuning: 500K are the released models'. For a TPU slice, with a dataset of your own.
 small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores. It predicts x0, which learns faster in a short run than the
-       papers' eps with a learned variance. Took 11 minutes on cores that were busy with other work.
+       papers' eps with a learned variance. Took 27 minutes on cores that were half busy with other work; for the first
+       half it draws objects at random, and in the end the right one for 63 of 64 held-out captions.
 """
 
 from ml_collections import ConfigDict
@@ -177,7 +178,20 @@ def get_config(size: str = "paper") -> ConfigDict:
                     clip_norm=1.0,
                     ema_decay=0.995,
                 ),
-                train=dict(steps=1600, batch_size=32, checkpoint_every=400, sample_every=100000, keep=2),
+                train=dict(
+                    steps=5000,
+                    batch_size=32,
+                    checkpoint_every=400,
+                    sample_every=100000,
+                    keep=2,
+                    expected_loss=(
+                        (200, 0.09, 0.23),
+                        (1000, 0.06, 0.14),
+                        (2500, 0.04, 0.12),
+                        (3200, 0.022, 0.09),
+                        (5000, 0.018, 0.06),
+                    ),
+                ),
             )
         )
     elif size != "paper":

@@ -23,6 +23,7 @@ from unclip_jax.model import Model
 HERE = Path(__file__).parent
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 CLIP_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
+SEEDS = range(4)
 
 
 def main() -> None:
@@ -52,20 +53,23 @@ def priors(cascade: Cascade, runs: Path) -> dict:
     autoregressive = Model.load(runs / "prior_ar" / "bundle", ("prior_ar",), cascade.clip)
     models = {"diffusion": cascade.prior, "autoregressive": autoregressive}
     models |= {f"autoregressive_from_{p}": autoregressive.sampled_by(dot_percentile=float(p)) for p in (0, 85)}
-    found = {}
+    found, dots = {}, {}
     for name, model in models.items():
         one = Cascade(cascade.clip, model, cascade.decoder, [])
         one.embeddings(texts, jax.random.key(0))  # compiles
         began = time.monotonic()
-        z = np.concatenate([one.embeddings(texts, jax.random.key(seed)) for seed in range(4)])
+        z = np.concatenate([one.embeddings(texts, jax.random.key(seed)) for seed in SEEDS])
         seconds = (time.monotonic() - began) * 1000 / len(z)
         drawn = one.generate(texts, 0, embeddings=z[: len(texts)])["images"][0]
+        dots[name] = np.sum(z * np.tile(captions, (4, 1)), axis=1)
         found[name] = {
             "cosine": np.mean(np.sum(z * np.tile(truth, (4, 1)), axis=1)),
-            "cosine_to_text": np.mean(np.sum(z * np.tile(captions, (4, 1)), axis=1)),
+            "cosine_to_text": np.mean(dots[name]),
             "seconds_per_1000": seconds,
             "alignment": score(drawn, scenes),
         }
+    rise = dots["autoregressive_from_85"] - dots["autoregressive_from_0"]
+    found["dot_product_rise"] = {"mean": np.mean(rise), "standard_error": np.std(rise) / np.sqrt(rise.size)}
     found["true_embedding"] = {"cosine_to_text": np.mean(np.sum(truth * captions, axis=1))}
     return found
 
@@ -84,8 +88,22 @@ def clip_guidance(cascade: Cascade, runs: Path) -> dict:
     return {"noised_clip": lines[-1], "classifier_free_and_clip": table}
 
 
+def clip_guidance_early(cascade: Cascade, runs: Path) -> dict:
+    """The share of right objects, unguided otherwise, drawn by a GLIDE that has not learned its captions yet."""
+    scenes, texts = held_out()
+    glide, clip = (Model.load(runs / name / "bundle", ("glide", "clip")) for name in ("glide_early", "clip_noised"))
+    guided = Cascade(None, None, glide.sampled_by(sampler="ddpm", steps="50"), [], clip)
+
+    def objects(scale, seed):
+        return score(guided.generate(texts, seed, 1.0, clip_guidance_scale=scale)["images"][0], scenes)["object"]
+
+    return {f"{scale:g}": np.mean([objects(scale, seed) for seed in SEEDS]) for scale in (0.0, 2.0, 4.0)}
+
+
 def inversion(cascade: Cascade, runs: Path) -> dict:
-    """DDIM there and back; ends of interpolations; variations without noise and with it."""
+    """DDIM there and back by a decoder that was trained longer; ends of interpolations; variations without noise and
+    with it."""
+    cascade = Cascade(cascade.clip, None, Model.load(runs / "decoder" / "bundle", ("decoder",), cascade.clip), [])
     scenes = [scene for scene, _ in emoji_scenes.scenes("single", "train")]
     scenes = scenes[:: len(scenes) // 32][:32]
     pictures = [emoji_scenes.render(scene, 64) for scene in scenes]
@@ -171,7 +189,7 @@ def rounded(value):
     return value if isinstance(value, bool | str | int) else round(float(value), 4)
 
 
-PARTS = {f.__name__: f for f in (priors, clip_guidance, inversion, text_diff, inpainting)}
+PARTS = {f.__name__: f for f in (priors, clip_guidance, clip_guidance_early, inversion, text_diff, inpainting)}
 
 if __name__ == "__main__":
     main()
