@@ -1,7 +1,10 @@
 """The command `plan`: what it refuses, what it prints, and what it measures here."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -9,13 +12,14 @@ from shrink import small_config
 
 from unclip_jax import plan
 from unclip_jax.errors import UserError
-from unclip_jax.planning import chips, compiling, programs, report
+from unclip_jax.planning import chips, compiling, cost, programs, report
 from unclip_jax.planning.chips import GIB
 from unclip_jax.planning.compiling import Compiled, TooLarge
 from unclip_jax.planning.estimate import estimate, mfu
 from unclip_jax.planning.memory import lasting
 from unclip_jax.planning.traffic import Collective
 
+ROOT = Path(__file__).parent.parent
 CLIP, DECODER = "--config=configs/clip.py:tiny", "--config=configs/decoder.py:tiny"
 PROMISED = {"params", "chips", "hbm_gib_per_chip", "hbm_limit_gib", "fits", "tflops_per_chip_step", "step_seconds"}
 PROMISED |= {"mfu", "compile_seconds"}
@@ -106,6 +110,20 @@ def test_sharded_state_is_counted_as_it_lies(prior):
     assert whole["frozen CLIP"] == split["frozen CLIP"] > 0
 
 
+def test_only_meshes_that_the_links_form_are_tried(prior, monkeypatch):
+    """On a slice of 4x4 chips JAX refuses to make 2 of 16 a side of the mesh."""
+
+    def laid(mesh, devices):
+        if mesh.fsdp in (2, 8):
+            raise NotImplementedError("Failed to find assignment for logical_axis_index 1")
+        return mesh
+
+    monkeypatch.setattr(programs, "make_mesh", laid)
+    assert programs.fsdp_sizes(list(range(16))) == [1, 4, 16]
+    with pytest.raises(UserError, match=r"mesh\.fsdp=8: JAX finds no such mesh in the links of these 8 chips"):
+        programs.train_program(wide(prior, fsdp=8), jax.devices())
+
+
 def made_up(**changes):
     memory = {"arguments": 60 * GIB, "outputs": 50 * GIB, "aliased": 49 * GIB, "temporaries": 20 * GIB, "code": GIB}
     given = {"seconds": 1.0, "executed": 40 * 10**12, "memory": memory, "flops": 1e12, "moved": 1.0, "collectives": []}
@@ -134,16 +152,16 @@ def test_a_refusal_tells_how_much_is_missing():
 
 def test_what_does_not_fit_is_said_with_what_does(prior, monkeypatch):
     """On 8 devices whose compiler, made up, refuses more than a row on each."""
-    target = plan.Target("v5p", jax.devices(), chips.CHIPS["v5p"], 10 * GIB)
-    monkeypatch.setattr(plan, "seconds", lambda program, done: [3.0, 1.0, 2.0])
+    target = cost.Target("v5p", "local", jax.devices(), chips.CHIPS["v5p"], 10 * GIB)
+    monkeypatch.setattr(cost, "seconds", lambda program, done: [3.0, 1.0, 2.0])
     tried = []
 
-    def fake(program, target):
+    def fake(program, target, quick):
         tried.append(program.stage.config.optim.accumulate)
         memory = {"arguments": GIB, "outputs": 0, "aliased": 0, "temporaries": GIB, "code": 0}
         return made_up(memory=memory) if tried[-1] == 2 else TooLarge(11 * GIB, 1.0)
 
-    monkeypatch.setattr(plan, "_compiled", fake)
+    monkeypatch.setattr(cost, "_compiled", fake)
     found = plan.plan(wide(prior), target)
     assert not found["fits"] and found["hbm_gib_per_chip"] == pytest.approx(11)
     assert found["proposal"] == {"optim.accumulate": 2} and found["proposed"]["step_seconds"] == 2.0
@@ -155,9 +173,23 @@ def test_what_does_not_fit_is_said_with_what_does(prior, monkeypatch):
 
 
 @pytest.mark.slow
+def test_settings_that_fit_are_found_for_tpus():
+    """In the words of the compiler; each attempt is a process."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-m", "unclip_jax.plan", "--config=configs/prior_diffusion.py:tiny", "--quick", "--json"]
+    arguments = ["--topology=v5e:2x2", "--config.train.batch_size=131072"]
+    places = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=places, capture_output=True, text=True, timeout=900)
+    found = json.loads(done.stdout)
+    assert not found["fits"] and found["hbm_gib_per_chip"] > found["hbm_limit_gib"]
+    assert found["proposal"].keys() == {"optim.accumulate"} and found["proposed"]["fits"]
+    assert found["proposed"]["seconds"]["cycles"] == 0 < found["proposed"]["step_seconds"]
+
+
+@pytest.mark.slow
 def test_a_train_step_is_compiled_for_tpus(capsys):
     pytest.importorskip("libtpu")
-    arguments = ["--topology=v5e:2x2", "--config.dtype=bfloat16", "--config.train.batch_size=32", "--json"]
+    arguments = ["--topology=v5e:2x2", "--config.train.batch_size=32", "--json"]
     assert plan.main(["plan", "--config=configs/prior_diffusion.py:tiny", *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found.keys() >= PROMISED and found["chips"] == 4 and found["fits"]

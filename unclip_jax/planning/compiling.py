@@ -1,6 +1,12 @@
-"""Compiles a traced program, says every ten seconds that it still does, and keeps what the compiler tells of it."""
+"""Compiles a traced program, says every ten seconds that it still does, and keeps what the compiler tells of it.
 
+After a tenth of the time or less, libtpu knows what a program takes of memory and sends to other chips; the rest goes
+into machine code, and gives the cycles of each operation. `quick` does not wait for it.
+"""
+
+import atexit
 import contextlib
+import os
 import re
 import sys
 import tempfile
@@ -18,6 +24,13 @@ from unclip_jax.planning.hlo import parse
 
 TICK = 10.0  # seconds between lines
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# What libtpu writes, by what its files' names end with: first these two, the rest when the machine code is there.
+ALLOCATIONS, OPTIMISED, FINISHED = (
+    "after_optimizations-buffer-assignment.txt",
+    "after_optimizations.txt",
+    "after_codegen.txt",
+)
+LAST = "after_optimizations-memory-usage-report.txt"  # of the first
 
 
 class Compiled(NamedTuple):
@@ -47,35 +60,88 @@ class TooLarge(Exception):
         self.hbm, self.seconds = hbm, seconds
 
 
-def compiled(traced: Any, label: str, tpu: bool) -> Compiled:
-    """Compiles for the devices of the program's arguments. Raises TooLarge."""
+def compiled(traced: Any, label: str, tpu: bool, quick: bool = False) -> Compiled:
+    """Compiles for the devices of the program's arguments. Raises TooLarge.
+
+    quick: for TPUs, without cycles and machine code. It leaves the compiler to itself, which ends with the process; a
+    process that should live on leaves this to another.
+    """
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="unclip_jax_plan_") as folder, ticking(label):
+    with tempfile.TemporaryDirectory(prefix="unclip_jax_plan_", ignore_cleanup_errors=True) as folder, ticking(label):
         # The text of a program is asked of libtpu itself: what it hands over, an older JAX may not be able to print.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else None
-        try:
-            executable = traced.lower().compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise TooLarge(needed(str(error)), time.monotonic() - start) from None
+        compilation = _Compilation(traced, options)
+        compilation.start()
+        while compilation.is_alive() and not (quick and _dumped(folder, LAST)):
+            compilation.join(1.0)
         seconds = time.monotonic() - start
-        dumps = sorted(Path(folder).rglob("*after_codegen.txt"))
-        program = parse(dumps[-1].read_text() if dumps else executable.as_text())
-    stats = executable.memory_analysis()
-    names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}
-    memory = {name: getattr(stats, f"{ours}_size_in_bytes") for name, ours in names.items()}
-    memory["code"] = stats.generated_code_size_in_bytes
+        if isinstance(compilation.error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(compilation.error):
+            raise TooLarge(needed(str(compilation.error)), seconds) from None
+        if compilation.error:
+            raise compilation.error
+        if compilation.is_alive():
+            atexit.register(_leave)
+            time.sleep(1.0)  # the file is being written
+        text = _dumped(folder, FINISHED) or _dumped(folder, OPTIMISED)
+        program = parse(text or compilation.executable.as_text())
+        memory = (
+            _memory(compilation.executable) if compilation.executable else allocations(_dumped(folder, ALLOCATIONS))
+        )
     return Compiled(
         seconds=seconds,
         executed=flops.executed(traced.jaxpr),
         memory=memory,
-        flops=(executable.cost_analysis() or {}).get("flops", 0.0),
+        flops=(compilation.executable.cost_analysis() or {}).get("flops", 0.0) if compilation.executable else 0.0,
         moved=traffic.moved(program),
         collectives=traffic.collectives(program),
         cycles=sum(times * operation.cycles for operation, times, _ in program.running()),
-        executable=executable,
+        executable=compilation.executable,
     )
+
+
+class _Compilation(threading.Thread):
+    """Compiles beside, so that the caller can tell the time, or leave."""
+
+    def __init__(self, traced, options):
+        super().__init__(daemon=True)
+        self._traced, self._options = traced, options
+        self.executable = self.error = None
+
+    def run(self):
+        try:
+            self.executable = self._traced.lower().compile(compiler_options=self._options)
+        except Exception as error:
+            self.error = error
+
+
+def _dumped(folder: str, end: str) -> str:
+    """The file that the compiler wrote there; "" if it has not."""
+    found = sorted(Path(folder).rglob(f"*{end}"))
+    return found[-1].read_text() if found else ""
+
+
+def _leave():
+    """Ends the process with a compiler still at work, which would not survive an orderly end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _memory(executable) -> dict[str, int]:
+    stats = executable.memory_analysis()
+    names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}
+    memory = {name: getattr(stats, f"{theirs}_size_in_bytes") for name, theirs in names.items()}
+    return memory | {"code": stats.generated_code_size_in_bytes}
+
+
+def allocations(text: str) -> dict[str, int]:
+    """Bytes as of Compiled.memory, from libtpu's list of allocations; what lies inside of fusions takes no memory."""
+    memory = dict.fromkeys(("arguments", "outputs", "aliased", "temporaries", "code"), 0)
+    for size, what in re.findall(r"^allocation \d+: size (\d+), page 0, (.*)", text, re.MULTILINE):
+        if not what.startswith("thread-local"):
+            place = "arguments" if what.startswith("parameter") else "outputs" if "output" in what else "temporaries"
+            memory[place] += int(size)
+    return memory
 
 
 def needed(message: str) -> int:

@@ -39,26 +39,27 @@ def remat_keys(name: str, section: ConfigDict) -> Iterator[tuple[str, bool]]:
             yield f"{name}.{key}", value
 
 
-def settings(config: ConfigDict, chips: int) -> list[Setting]:
-    """All that the batch and the number of chips allow, the config's own first, and none that takes more memory."""
+def settings(config: ConfigDict, chips: int, fsdp: list[int]) -> list[Setting]:
+    """All that the batch and the chips allow, the config's own first, and none that takes more memory. fsdp: sizes that
+    the mesh can have."""
     batch, least = config.train.batch_size, config.optim.accumulate
     most = least if config.stage == "clip" else batch // chips  # CLIP's loss wants the whole batch at once
     accumulate = [n for n in range(least, most + 1) if n % least == 0 and batch % (chips * n) == 0]
-    fsdp = [n for n in range(config.mesh.fsdp, chips + 1) if chips % n == 0 and n % config.mesh.fsdp == 0]
+    fsdp = [n for n in fsdp if n >= config.mesh.fsdp]
     remat = {False, any(not value for _, value in remat_keys("model", config.model))}
     return sorted(Setting(r, a, f) for r in remat for a in accumulate for f in fsdp)
 
 
 def search(
-    config: ConfigDict, chips: int, parts: dict[str, int], needed: int, limit: int, attempt: Callable[[Setting], int]
+    possible: list[Setting], parts: dict[str, int], needed: int, limit: int, attempt: Callable[[Setting], int]
 ) -> Setting | None:
     """The least costly setting that fits, or None where none was found in TRIALS attempts.
 
-    parts: bytes that lie on each chip all the time, as of memory.lasting; needed: bytes in all; both of `config` as it
-    is. attempt: compiles with a setting → bytes needed. Which ones to compile is guessed from what is known so far; one
-    whose parameters and gradients alone are too large is never compiled.
+    possible: as of `settings`. parts: bytes that lie on each chip all the time, as of memory.lasting, and needed: bytes
+    in all, both under the first setting. attempt: compiles with a setting → bytes needed. Which ones to compile is
+    guessed from what is known so far; one whose parameters and gradients alone are too large is never compiled.
     """
-    base, *left = settings(config, chips)
+    base, *left = possible
     state, rest = sum(parts[name] for name in SPLIT), sum(parts.values())
 
     def lasting(setting):

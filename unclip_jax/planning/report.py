@@ -101,7 +101,7 @@ def _program(report: dict) -> list[str]:
     ]
     kinds = report["collectives"].items()
     rows += [(f"sent by {kind}, {each['count']} times", each["sent_gb"], "GB") for kind, each in kinds]
-    lines = [f"  {name:32}{value:12.4g} {unit}" for name, value, unit in rows]
+    lines = [f"  {name:32}{value:12.4g} {unit}" for name, value, unit in rows if value or "remat" in name]
     return lines + [f"    {each['kind']} x {each['count']} of {each['of']}" for each in report["permutes"][:8]]
 
 
@@ -111,7 +111,8 @@ def _timing(report: dict) -> list[str]:
     says = "measured" if bound == "measured" else f"at least, by {bound}"
     lines += ["", f"{'seconds of a ' + report['of']:34}{seconds:12.4g}  {says}"]
     if report["mfu"] is not None:
-        lines.append(f"{'MFU':34}{100 * report['mfu']:12.1f} %")
+        name = "MFU" if bound == "measured" else "MFU, at most"
+        lines.append(f"{name:34}{100 * report['mfu']:12.1f} %")
     lines.append(f"{'examples in a second, all chips':34}{report['examples_per_second']:12.4g}")
     if "days" in report:
         lines.append(f"{'days of ' + format(report['steps'], ',') + ' steps':34}{report['days']:12.4g}")
