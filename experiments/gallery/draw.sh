@@ -38,7 +38,9 @@ sheet() { # NAME COMMAND …: a sheet of edit or sample
   shift 2
   echo "python -m unclip_jax.$module $*"
   python -m "unclip_jax.$module" "$@" --out "$work/$name" >"$work/log"
-  cp "$work/$name/"{sheet,grid}.png "$here/$name.png" 2>/dev/null || true
+  local drawn=sheet
+  if [[ $module == sample ]]; then drawn=grid; fi
+  python -c "from PIL import Image; Image.open('$work/$name/$drawn.png').reduce(2).save('$here/$name.png')"
 }
 
 sheet variations edit variations --bundle "$bundle" --image "$work/fox.png" -n 8 --eta 1
