@@ -27,6 +27,25 @@ def save(path, model, tokenizer=b"pieces", clip="", extra=None, stage="clip"):
     return save_bundle(str(path), stage, *model, tokenizer, clip, extra or {})
 
 
+def test_bucket_round_trip(tmp_path, model, monkeypatch):
+    """A bucket is played by a folder; an object store renames nothing."""
+    from etils import epath
+
+    local = epath.Path
+    monkeypatch.setattr(epath, "Path", lambda path: local(str(path).replace("gs://bucket", str(tmp_path))))
+    monkeypatch.setattr(type(local(tmp_path)), "rename", None)
+    identity = save("gs://bucket/runs/b", model)
+    assert load_bundle("gs://bucket/runs/b").identity == load_bundle(str(tmp_path / "runs" / "b")).identity == identity
+    other = save("gs://bucket/runs/b", model, tokenizer=None)
+    assert load_bundle("gs://bucket/runs/b").tokenizer_bytes is None and other != identity
+    (tmp_path / "runs" / "full").mkdir()
+    (tmp_path / "runs" / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not a bundle: give a new folder"):
+        save("gs://bucket/runs/full", model)
+    with pytest.raises(UserError, match="gs://bucket/runs/full is not a bundle"):
+        load_bundle("gs://bucket/runs/full")
+
+
 def test_round_trip(tmp_path, model):
     config, params = model
     identity = save(tmp_path / "b", model, clip="abc", extra={"steps": [64, 250], "π": 0.1})

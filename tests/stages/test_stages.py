@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from shrink import CONFIGS, random_batch, small_stage
 
+from unclip_jax.stages.base import diffusion_loss
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.sharding import batch_sharding, gather, make_mesh, param_shardings, replicated
 
@@ -23,8 +24,21 @@ def test_batch_spec_and_loss_agree(name):
     stage, frozen, params = small_stage(name)
     spec = stage.batch_spec(8)
     loss, metrics = jax.eval_shape(stage.loss, params, frozen, spec, jax.random.key(0))
-    chex.assert_shape([loss, *metrics.values()], ())
+    chex.assert_shape([loss, *jax.tree.leaves(metrics)], ())
     assert loss.dtype == jnp.float32
+
+
+def test_losses_of_the_quarters_make_up_the_loss():
+    """Of a network whose x0 is wrong by the share of the timesteps that have passed."""
+    config, x0, rows = small_stage("prior_diffusion")[0].config, jnp.zeros((256, 8)), 256
+    wrong = lambda x_t, t: jnp.broadcast_to(t[:, None] / config.diffusion.timesteps, x_t.shape)  # noqa: E731
+    loss, metrics = diffusion_loss(config, wrong, x0, jax.random.key(0))
+    sums, shares = np.array([metrics[f"loss_q{quarter}"] for quarter in (1, 2, 3, 4)]).T
+    np.testing.assert_allclose(sums.sum(), loss, rtol=1e-5)
+    np.testing.assert_allclose(shares.sum(), 1, rtol=1e-6)
+    assert (shares > 0.15).all() and ((rows * shares) % 1 == 0).all()
+    edges = np.arange(5) / 4
+    assert (edges[:-1] ** 2 <= sums / shares).all() and (sums / shares < edges[1:] ** 2).all()
 
 
 @STAGE_CASES

@@ -117,6 +117,14 @@ def test_interrupted_save_is_ignored_and_cleaned_up(toy, at_step, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
+def test_every_nth_step_stays_beside_the_last(toy, at_step, tmp_path):
+    checkpointer, state = Checkpointer(str(tmp_path), 2, keep_every=3), at_step(1, toy.mesh(1, 1))
+    for step in range(1, 9):
+        checkpointer.save(state._replace(step=jnp.int32(step)), {})
+    checkpointer.close()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [3, 6, 7, 8]
+
+
 def test_run_killed_while_saving_leaves_the_step_before(tmp_path):
     program = textwrap.dedent("""
         import os, signal, sys

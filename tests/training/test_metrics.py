@@ -175,6 +175,20 @@ def test_bucket_is_written_whole_now_and_then_and_in_every_pause(tmp_path, clock
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_loss_outside_of_what_was_seen_is_said_once(capsys):
+    expected = metrics.ExpectedLoss(((10, 1.0, 3.0), (20, 0.0, 2.0)))
+    for step, loss in ((5, 9.0), (10, 3.0), (15, 1.5), (15, 2.6), (16, 9.0), (18, 1.0), (20, 2.1), (21, 9.0)):
+        expected.look(step, loss)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "warning: step 15: the loss is 2.6, where runs of this config had 0.5 to 2.5",
+        "step 18: the loss is 1, where runs of this config had 0.2 to 2.2 again",
+        "warning: step 20: the loss is 2.1, where runs of this config had 0 to 2",
+    ]
+    metrics.ExpectedLoss(()).look(10, 99.0)
+    assert capsys.readouterr().err == ""
+
+
 def test_bucket_without_its_package_is_an_error(monkeypatch):
     from tensorboardX import record_writer
 
