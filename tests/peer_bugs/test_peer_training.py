@@ -178,7 +178,7 @@ def test_learning_rate_that_is_logged_is_the_one_applied_also_after_resuming(tmp
     before = run.params()["kernel"]
     for k in range(7):
         if k == 5:
-            checkpoints = Checkpointer(str(tmp_path), 1)
+            checkpoints = Checkpointer(str(tmp_path), 2)
             checkpoints.save(run.state, {})
             checkpoints.wait()
             run = Run(Line())
