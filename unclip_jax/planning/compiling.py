@@ -30,7 +30,6 @@ ALLOCATIONS, OPTIMISED, FINISHED = (
     "after_optimizations.txt",
     "after_codegen.txt",
 )
-LAST = "after_optimizations-memory-usage-report.txt"  # of the first
 
 
 class Compiled(NamedTuple):
@@ -43,13 +42,7 @@ class Compiled(NamedTuple):
     moved: float  # bytes to and from memory
     collectives: list[traffic.Collective]
     cycles: int  # as the TPU compiler estimates; 0 where it does not
-    executable: Any  # jax.stages.Compiled
-
-    @property
-    def hbm(self) -> int:
-        """Bytes that must be there while it runs."""
-        m = self.memory
-        return m["arguments"] + m["outputs"] - m["aliased"] + m["temporaries"] + m["code"]
+    executable: Any  # jax.stages.Compiled; None if quick
 
 
 class TooLarge(Exception):
@@ -72,8 +65,9 @@ def compiled(traced: Any, label: str, tpu: bool, quick: bool = False) -> Compile
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else None
         compilation = _Compilation(traced, options)
         compilation.start()
-        while compilation.is_alive() and not (quick and _dumped(folder, LAST)):
-            compilation.join(1.0)
+        sizes = None
+        while compilation.is_alive() and not (quick and sizes == (sizes := _sizes(folder)) and len(sizes) == 2):
+            compilation.join(2.0)  # files that have not grown since are complete
         seconds = time.monotonic() - start
         if isinstance(compilation.error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(compilation.error):
             raise TooLarge(needed(str(compilation.error)), seconds) from None
@@ -81,7 +75,6 @@ def compiled(traced: Any, label: str, tpu: bool, quick: bool = False) -> Compile
             raise compilation.error
         if compilation.is_alive():
             atexit.register(_leave)
-            time.sleep(1.0)  # the file is being written
         text = _dumped(folder, FINISHED) or _dumped(folder, OPTIMISED)
         program = parse(text or compilation.executable.as_text())
         memory = (
@@ -112,6 +105,12 @@ class _Compilation(threading.Thread):
             self.executable = self._traced.lower().compile(compiler_options=self._options)
         except Exception as error:
             self.error = error
+
+
+def _sizes(folder: str) -> list[int]:
+    """Of the first files that the compiler writes there."""
+    ends = (ALLOCATIONS, OPTIMISED)
+    return [path.stat().st_size for end in ends for path in Path(folder).rglob(f"*{end}") if path.stat().st_size]
 
 
 def _dumped(folder: str, end: str) -> str:

@@ -78,7 +78,8 @@ def _called(program: Program, target: Target, count: int, examples: int, quick: 
     if isinstance(done, TooLarge):
         found["compile_seconds"] = done.seconds
         return found | report.memory(lasting(program), max(done.hbm, target.limit + 1), target.limit)
-    found |= report.memory(split(program, done), done.hbm, target.limit) | report.program(done)
+    parts = split(program, done)
+    found |= report.memory(parts, sum(parts.values()), target.limit) | report.program(done)
     if not found["fits"]:
         return found
     best = estimate(done, target.chip, chips) if target.chip else None

@@ -31,13 +31,14 @@ def lasting(program: Program) -> dict[str, int]:
 
 
 def split(program: Program, compiled: Compiled) -> dict[str, int]:
-    """Bytes of each chip by part, which sum up to `compiled.hbm`.
+    """Bytes of each chip by part, all that must be there while the program runs.
 
-    Gradients are counted as parameters are, in float32. They are a part of what the compiler needs besides arguments;
-    the rest is activations and other temporaries.
+    Arguments that it has no use for lie there all the same, such as the text tower of a CLIP that only sees. Gradients
+    are counted as parameters are, in float32: a part of what the compiler needs besides arguments. The rest of that is
+    activations and other temporaries.
     """
     parts, m = lasting(program), compiled.memory
-    parts["padding"] = m["arguments"] - sum(parts.values())
+    parts["padding"] = max(0, m["arguments"] - sum(parts.values()))
     gradients = parts["parameters"] if isinstance(program.arguments[0], TrainState) else 0
     parts["gradients"] = min(gradients, m["temporaries"])
     parts["activations, temporaries"] = m["temporaries"] - parts["gradients"]
