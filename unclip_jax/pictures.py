@@ -25,11 +25,11 @@ def png(image: np.ndarray, metadata: dict | None = None) -> bytes:
 
 def save_png(path: str | Path, image: np.ndarray, metadata: dict | None = None) -> None:
     """Writes `png`, complete or not at all."""
-    path = Path(path)
+    path, encoded = Path(path), png(image, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, beside = tempfile.mkstemp(suffix=".png", dir=path.parent)
     with os.fdopen(handle, "wb") as file:
-        file.write(png(image, metadata))
+        file.write(encoded)
     os.chmod(beside, 0o644)
     os.replace(beside, path)
 
