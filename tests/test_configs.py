@@ -269,7 +269,7 @@ def test_papers_loss_and_update_hold_together(name):
     params = jax.eval_shape(stage.init, jax.random.key(0))
     loss, metrics = jax.eval_shape(stage.loss, params, frozen, stage.batch_spec(64), jax.random.key(0))
     assert loss.shape == () and loss.dtype == jnp.float32
-    assert all(value.shape == () for value in metrics.values())
+    assert all(value.shape == () for value in jax.tree.leaves(metrics))
     optimizer = make_optimizer(config.optim, config.train.steps)
     update = lambda p: optimizer.update(p, optimizer.init(p), p, step=jnp.int32(0))[0]  # noqa: E731
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731

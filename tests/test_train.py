@@ -323,11 +323,15 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch, capsys, pict
 
 
 def test_a_second_signal_acts_at_once():
-    with train._Stop() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert train.exit_status(stop.asked) == 130
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with train._Stop() as stop:
             os.kill(os.getpid(), signal.SIGINT)
+            assert train.exit_status(stop.asked) == 130
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def refused(tmp_path, config, says):

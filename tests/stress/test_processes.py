@@ -47,12 +47,12 @@ def test_when_one_is_killed_the_other_ends_with_a_clear_line(runs, port, victim)
 
 
 def test_when_one_hangs_the_other_ends(runs, port):
-    processes = start(runs, "one_hangs", 2, port, "--config.train.steps=100000", "--config.train.watchdog_minutes=0.2")
+    processes = start(runs, "one_hangs", 2, port, "--config.train.steps=100000")
     wait_for_a_checkpoint(runs, "one_hangs", processes)
     os.kill(processes[1].pid, signal.SIGSTOP)
     stopped = time.monotonic()
     assert processes[0].wait(60) == 1
-    assert time.monotonic() - stopped < 30
+    assert time.monotonic() - stopped < 45
     assert processes[0].log.read_text().splitlines()[-1].startswith("error: ")
     processes[1].kill()
 
