@@ -97,16 +97,17 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | signal.Signals:
     checkpoint is saved. Raises UserError, before any long work, where the config, the data or WORKDIR cannot work.
     """
     check_config(config, workdir)
-    with _Stop() as stop, preflight.Watchdog(config.train.watchdog_minutes) as watchdog:
-        return _run(config, workdir, stop, watchdog)
+    with _Stop() as stop:
+        mesh = make_mesh(config.mesh)
+        preflight.agree(preflight.facts(config.to_dict()))
+        upstream = _upstream(config, workdir, mesh)
+        if isinstance(upstream, signal.Signals):
+            return upstream
+        with preflight.Watchdog(config.train.watchdog_minutes) as watchdog:
+            return _run(config, workdir, mesh, upstream, stop, watchdog)
 
 
-def _run(config: ConfigDict, workdir: str, stop: "_Stop", watchdog: preflight.Watchdog):
-    mesh = make_mesh(config.mesh)
-    preflight.agree(preflight.facts(config.to_dict()))
-    upstream = _upstream(config, workdir, mesh)
-    if isinstance(upstream, signal.Signals):
-        return upstream
+def _run(config: ConfigDict, workdir: str, mesh, upstream: "Upstream", stop: "_Stop", watchdog: preflight.Watchdog):
     stage, optimizer, train_step = _assemble(config, upstream.stage, mesh)
     origin = _origin(config, stage)
     source = _open(config, config.data.split, upstream.identity)
