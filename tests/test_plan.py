@@ -127,7 +127,7 @@ def test_only_meshes_that_the_links_form_are_tried(prior, monkeypatch):
 def made_up(**changes):
     memory = {"arguments": 60 * GIB, "outputs": 50 * GIB, "aliased": 49 * GIB, "temporaries": 20 * GIB, "code": GIB}
     given = {"seconds": 1.0, "executed": 40 * 10**12, "memory": memory, "flops": 1e12, "moved": 1.0, "collectives": []}
-    return Compiled(**given | {"cycles": 0, "executable": None} | changes)
+    return Compiled(**given | {"cycles": 0, "kernel_flops": 0, "executable": None} | changes)
 
 
 def test_a_step_takes_its_slowest_part():
@@ -136,6 +136,7 @@ def test_a_step_takes_its_slowest_part():
     found = estimate(made_up(moved=2.5e12, collectives=sent, cycles=2_800_000_000), chip, 2)
     assert found == (2.0, 2.5, 3.0, 2.8) and (found.seconds, found.bound) == (3.0, "collectives")
     assert estimate(made_up(), chip, 2).bound == "compute"
+    assert estimate(made_up(cycles=2_800_000_000, kernel_flops=2e12), chip, 2).cycles == 2.8 + 0.4
     assert mfu(30e12, 3.0, chip, 2) == 0.5
 
 

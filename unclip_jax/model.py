@@ -11,6 +11,7 @@ import numpy as np
 from unclip_jax.bundle import check_params, load_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
+from unclip_jax.models.mesh import on_mesh
 from unclip_jax.stages import Stage, make_stage
 
 ROWS = 16  # at most so many at once: bounds memory, and keeps the shapes few
@@ -86,19 +87,24 @@ class Model:
 
     @functools.cached_property
     def _sample(self):
-        return jax.jit(self.stage.sample)
+        return self._jitted(self.stage.sample)
 
     @functools.cached_property
     def _invert(self):
-        return jax.jit(self.stage.invert)
+        return self._jitted(self.stage.invert)
 
     @functools.cached_property
     def _embed_texts(self):
-        return jax.jit(self.stage.embed_texts)
+        return self._jitted(self.stage.embed_texts)
 
     @functools.cached_property
     def _embed_images(self):
-        return jax.jit(self.stage.embed_images)
+        return self._jitted(self.stage.embed_images)
+
+    @staticmethod
+    def _jitted(function):
+        """For the one device that a Model runs on."""
+        return jax.jit(on_mesh(function, jax.sharding.Mesh(jax.devices()[:1], ("device",))))
 
     @functools.cached_property
     def _similarity_gradient(self):

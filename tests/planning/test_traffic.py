@@ -89,6 +89,17 @@ def test_a_known_trip_count_is_believed():
     assert hlo.parse(known).times["body"] == 5
 
 
+def test_a_kernel_says_what_it_takes():
+    """As libtpu writes one."""
+    line = (
+        '  %attention.1 = bf16[4,8]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={'
+        '"custom_call_config":{"body":"QUJD","cost_estimate":{"bytes_accessed":"272","flops":"708","transcendentals":"1"'
+        '},"needs_layout_passes":true},"flag_configs":[]}'
+    )
+    program = hlo.parse("ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {\n" + line + "\n}\n")
+    assert [operation.kernel_flops for operation, _, _ in program.running()] == [708]
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [

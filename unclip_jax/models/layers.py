@@ -10,6 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unclip_jax.models.mesh import platform
+from unclip_jax.models.tpu_attention import supported, tpu_attention
+
 # Uniform in +-1/sqrt(fan_in): what the papers' code leaves its convolutions and linear layers at.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -41,10 +44,34 @@ class TimestepMLP(nn.Module):
 def attention(query, key, value, mask=None):
     """Scaled dot-product attention, softmax in float32.
 
-    query (B, T, H, D), key and value (B, S, H, D); mask: bool, broadcastable to (B, H, T, S), True where attended.
+    query (B, T, H, D), key and value (B, S, H, D); mask: bool (B or 1, 1, T or 1, S), True where attended.
+
+    Inside of `on_mesh`, which tells the devices, bfloat16 goes to a kernel that never writes the matrix of weights to
+    memory: on a TPU our own, on a GPU cuDNN's (where nothing is masked).
     """
+    if platform() == "tpu" and supported(query, key):
+        return tpu_attention(query, key, value, mask)
+    cudnn = platform() in ("gpu", "cuda") and mask is None and query.dtype == jnp.bfloat16
     with jax.numpy_dtype_promotion("standard"):  # the function mixes bfloat16 inputs with its float32 logits on purpose
-        return jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn" if cudnn else None)
+
+
+class Projections(nn.Module):
+    """x (..., C) → so many (..., features), by one matrix side by side; each multiplied apart, in the place it is
+    needed in: to cut a product into parts afterwards is to copy it."""
+
+    features: int
+    parts: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer = fan_in_uniform
+
+    @nn.compact
+    def __call__(self, x):
+        total = self.parts * self.features
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], total))
+        bias = self.param("bias", nn.initializers.zeros, (total,)).reshape((1,) * (x.ndim - 1) + (total,))
+        x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
+        return [x @ k + b for k, b in zip(*(jnp.split(v, self.parts, axis=-1) for v in (kernel, bias)), strict=True)]
 
 
 class GroupNorm(nn.Module):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import attention, layer_norm
+from unclip_jax.models.layers import Projections, attention, layer_norm
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -27,7 +27,7 @@ def causal_mask(length: int):
 class Block(nn.Module):
     """x += MHA(LN(x)); x += MLP(LN(x)), with CLIP's initialisation for a stack of `depth` such blocks.
 
-    `memory` as in Transformer, for one block; gives x and its keys and values (B, T, 2, heads, head width).
+    `memory` as in Transformer, for one block; gives x and its keys and values (B, T, 2, heads, head width), or None.
     """
 
     heads: int
@@ -44,15 +44,20 @@ class Block(nn.Module):
         def dense(features, std, name):
             return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.normal(std), name=name)
 
-        qkv = dense(3 * width, width**-0.5, "qkv")(layer_norm("norm_1")(x))
-        qkv = qkv.reshape(*qkv.shape[:-1], 3, self.heads, width // self.heads)
-        query, own = qkv[..., 0, :, :], qkv[..., 1:, :, :]
-        seen = own if memory is None else jnp.concatenate([memory, own], axis=1)
-        h = attention(query, seen[..., 0, :, :], seen[..., 1, :, :], mask)
+        project = Projections(width, 3, self.dtype, nn.initializers.normal(width**-0.5), name="qkv")
+        heads = (*x.shape[:-1], self.heads, width // self.heads)
+        query, key, value = (y.reshape(heads) for y in project(layer_norm("norm_1")(x)))
+        own = None
+        if memory is not None:
+            own = jnp.stack([key, value], axis=2)
+            key, value = (jnp.concatenate([memory[:, :, i], y], axis=1) for i, y in enumerate((key, value)))
+        h = attention(query, key, value, mask)
         x = x + dense(width, width**-0.5 * residual, "out")(h.reshape(x.shape)).astype(x.dtype)
 
         h = dense(self.mlp_width or 4 * width, (2 * width) ** -0.5, "mlp_in")(layer_norm("norm_2")(x))
-        h = dense(width, width**-0.5 * residual, "mlp_out")(ACTIVATIONS[self.activation](h))
+        # XLA would compute the activation within the next product, for every tile of it again.
+        h = jax.lax.optimization_barrier(ACTIVATIONS[self.activation](h))
+        h = dense(width, width**-0.5 * residual, "mlp_out")(h)
         return x + h.astype(x.dtype), own
 
 
@@ -76,7 +81,7 @@ class Transformer(nn.Module):
 
         def step(module, carry, memory):
             carry, own = module(carry, mask, memory)
-            return carry, None if memory is None else own
+            return carry, own
 
         scanned = nn.scan(
             step,

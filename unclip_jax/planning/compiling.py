@@ -42,6 +42,7 @@ class Compiled(NamedTuple):
     moved: float  # bytes to and from memory
     collectives: list[traffic.Collective]
     cycles: int  # as the TPU compiler estimates; 0 where it does not
+    kernel_flops: int  # of kernels of our own, which are not in the cycles
     executable: Any  # jax.stages.Compiled; None if quick
 
 
@@ -88,6 +89,7 @@ def compiled(traced: Any, label: str, tpu: bool, quick: bool = False) -> Compile
         moved=traffic.moved(program),
         collectives=traffic.collectives(program),
         cycles=sum(times * operation.cycles for operation, times, _ in program.running()),
+        kernel_flops=sum(times * operation.kernel_flops for operation, times, _ in program.running()),
         executable=compilation.executable,
     )
 

@@ -6,7 +6,8 @@ Each of these takes at least so long, and nothing says that they overlap well; t
     memory       bytes to and from memory, at its bandwidth
     collectives  bytes to other chips, over all links at once
     cycles       the TPU compiler's estimate for each operation, which knows how well it fills the chip; waiting for
-                 other chips, kernels of one's own and lookups in tables are not in it
+                 other chips and lookups in tables are not in it; kernels of our own, of which it has no estimate, are
+                 taken to run at half of the peak
 
 MFU is FLOPs by the model's formula, each done once, as a share of what the chip could do in that time.
 """
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 from unclip_jax.planning.chips import Chip
 from unclip_jax.planning.compiling import Compiled
+
+KERNELS = 0.5  # of the peak
 
 
 class Estimate(NamedTuple):
@@ -42,8 +45,14 @@ def estimate(program: Compiled, chip: Chip, chips: int) -> Estimate:
         compute=program.executed / chips / chip.flops,
         memory=program.moved / chip.hbm_bytes,
         collectives=sum(each.sent for each in program.collectives) / chip.link_bytes,
-        cycles=program.cycles / chip.clock if chip.clock else 0.0,
+        cycles=_cycles(program, chip),
     )
+
+
+def _cycles(program: Compiled, chip: Chip) -> float:
+    if not program.cycles:
+        return 0.0
+    return program.cycles / chip.clock + program.kernel_flops / (KERNELS * chip.flops)
 
 
 def mfu(flops: float, seconds: float, chip: Chip, chips: int) -> float:

@@ -14,6 +14,7 @@ from unclip_jax import cli
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.errors import UserError
 from unclip_jax.model import ROWS
+from unclip_jax.models.mesh import on_mesh
 from unclip_jax.planning import flops
 from unclip_jax.planning.fitting import remat_keys
 from unclip_jax.stages import Stage, make_stage
@@ -109,7 +110,8 @@ def sample_program(config: ConfigDict, device: jax.Device) -> Program:
         jax.eval_shape(lambda: root_key(0)),
     )
     arguments = _placed(shapes, jax.sharding.SingleDeviceSharding(device))
-    return Program(stage, jax.jit(stage.sample).trace(*arguments), arguments)
+    sample = on_mesh(stage.sample, Mesh([device], ("device",)))
+    return Program(stage, jax.jit(sample).trace(*arguments), arguments)
 
 
 def conditions(stage: Stage, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -17,6 +17,7 @@ import optax
 from unclip_jax.diffusion.process import q_sample
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower, normalize
+from unclip_jax.models.mesh import by_rows, whole
 from unclip_jax.stages.base import Stage, to_float
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the timesteps at which a noised CLIP is evaluated
@@ -111,13 +112,13 @@ class Clip(Stage):
         """As `_embedded`, each `sam_rows` rows by parameters of their own; scale (B, 1)."""
         o = self.config.optim
 
-        def climb(rows):
+        def climb(params, rows):
             grads = jax.grad(lambda w: _contrastive(*self._embedded(w, rows))[0])(jax.lax.stop_gradient(params))
             step = o.sam_rho / (optax.tree.norm(grads) + 1e-12)
             return self._embedded(jax.tree.map(lambda w, g: w + step * g, params, grads), rows)
 
         groups = jax.tree.map(lambda v: v.reshape(-1, o.sam_rows, *v.shape[1:]), rows)
-        z_i, z_t, scale = jax.vmap(climb)(groups)
+        z_i, z_t, scale = by_rows(jax.vmap(climb, in_axes=(None, 0)), params, groups)
         z_i, z_t = (z.reshape(-1, self.dim) for z in (z_i, z_t))
         return z_i, z_t, jnp.repeat(scale, o.sam_rows)[:, None]
 
@@ -160,7 +161,10 @@ def _contrastive(z_i, z_t, scale):
 
     z_i, z_t (B, dim) of unit norm; scale () or, of each row, (B, 1).
     """
-    both = [scale * z_i @ z_t.T, scale * z_t @ z_i.T]
-    loss = -0.5 * sum(jnp.mean(jnp.diagonal(jax.nn.log_softmax(logits, axis=-1))) for logits in both)
+    # Each device compares its own rows to all others, which come to it.
+    both = [scale * z_i @ whole(z_t).T, scale * z_t @ whole(z_i).T]
+    pairs = jnp.eye(len(z_i), dtype=bool)
+    own = [jnp.sum(jnp.where(pairs, logits, 0.0), axis=1) for logits in both]
+    loss = 0.5 * sum(jnp.mean(jax.nn.logsumexp(a, axis=1) - b) for a, b in zip(both, own, strict=True))
     hits = jnp.stack([jnp.argmax(logits, axis=1) == jnp.arange(len(z_i)) for logits in both])
     return loss, jnp.mean(hits.astype(jnp.float32))

@@ -16,9 +16,14 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
+from unclip_jax.models.mesh import on_mesh
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.optimizer import ema_update
 from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather, param_shardings, replicated
+
+# Twice the default of what a fusion may hold on the chip: products then stream their operands a fifth faster, by the
+# compiler's estimate, for two to four times its own time.
+TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
 
 
 class Skips(NamedTuple):
@@ -117,10 +122,11 @@ def make_train_step(
         return TrainState(state.step + 1, skips, params, ema, opt_state), metrics
 
     return jax.jit(
-        step,
+        on_mesh(step, mesh),
         in_shardings=(shardings, None, batch_sharding(mesh), None),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
     )
 
 
