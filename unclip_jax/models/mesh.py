@@ -22,14 +22,14 @@ def on_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def platform() -> str:
-    """"cpu", "gpu", "tpu"; "" outside of `on_mesh`."""
+    """Such as "cpu", "gpu" or "tpu"; "" outside of `on_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return "" if mesh.empty else mesh.abstract_device.platform
 
 
 def whole(x: jax.Array) -> jax.Array:
     """x on every device, where its rows lay on different ones."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, P())
+    return jax.lax.with_sharding_constraint(x, P()) if _split() else x
 
 
 def by_rows(function: Callable, shared: Any, rows: Any) -> Any:
@@ -37,11 +37,16 @@ def by_rows(function: Callable, shared: Any, rows: Any) -> Any:
 
     For what the compiler cannot split by itself, or not well. Where rows do not split evenly, all are done everywhere.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)  # inside of another by_rows there are none
+    mesh, axes = jax.sharding.get_abstract_mesh(), _split()
     devices = math.prod(mesh.shape[name] for name in axes)
     if not axes or jax.tree.leaves(rows)[0].shape[0] % devices:
         return function(shared, rows)
     split = jax.shard_map(function, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(axes), check_vma=False)
     return split(shared, rows)
+
+
+def _split() -> tuple[str, ...]:
+    """Axes of the mesh that the compiler splits arrays over: none outside of `on_mesh`, nor inside of `by_rows`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind == AxisType.Auto)

@@ -111,14 +111,8 @@ def make_train_step(
             (params, ema, opt_state),
             (state.params, state.ema, state.opt_state),
         )
-        metrics |= {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(params),
-            "learning_rate": rate,
-            "skipped": skips.steps.astype(jnp.float32),
-            "records_skipped": skips.records.astype(jnp.float32),
-        }
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(params), "learning_rate": rate}
+        metrics |= {"skipped": skips.steps.astype(jnp.float32), "records_skipped": skips.records.astype(jnp.float32)}
         return TrainState(state.step + 1, skips, params, ema, opt_state), metrics
 
     return jax.jit(
