@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--size", default="reduced", choices=("full", "reduced", "tiny"))
     parser.add_argument("--batch", type=int, help="instead of the size's own")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--cpu-time", action="store_true", help="of the process: for a CPU that others use, see README.md")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, on a CPU that others use too")
     parser.add_argument("--channels-last", action="store_true", help="PyTorch's pictures and kernels are laid out so")
     flags = parser.parse_args()
     flags.modes, flags.torch = flags.modes.split(","), flags.torch.split(",")

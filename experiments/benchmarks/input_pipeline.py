@@ -24,7 +24,7 @@ from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.data.transforms import ToExample
 
 COUNT = 64  # pictures of each size
-WORDS = ("a", "the", "photograph", "of", "red", "small", "dog", "lighthouse", "storm", "tree", "beside", "bright", "house")
+WORDS = ("a", "the", "photograph", "of", "red", "small", "dog", "lighthouse", "storm", "tree", "beside", "house")
 CASES = {  # arguments of ToExample, but for the tokenizer; the paper's models
     "decoder: 64 px, CLIP's 256 px, caption": dict(images={"image": 64, "clip_image": 256}, patch=None, captions=True),
     "upsampler to 256 px: patch of 64 px": dict(images={"image": 256}, patch=64),
