@@ -115,7 +115,11 @@ def test_attention_is_softmax_of_scaled_products():
     weights = np.exp(np.where(mask, logits, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshd->bthd", weights, v)
-    np.testing.assert_allclose(attention(*map(jnp.asarray, (q, k, v)), jnp.asarray(mask)), expected, atol=1e-5)
+    ours, back = jax.vjp(lambda *x: attention(*x, jnp.asarray(mask)), *map(jnp.asarray, (q, k, v)))
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    theirs = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, mask=jnp.asarray(mask)), *map(jnp.asarray, (q, k, v)))
+    for a, b in zip(back(jnp.sin(ours)), theirs[1](jnp.sin(ours)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_resampling_is_mean_and_nearest():

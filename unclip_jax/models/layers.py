@@ -51,9 +51,50 @@ def attention(query, key, value, mask=None):
     """
     if platform() == "tpu" and supported(query, key):
         return tpu_attention(query, key, value, mask)
-    cudnn = platform() in ("gpu", "cuda") and mask is None and query.dtype == jnp.bfloat16
-    with jax.numpy_dtype_promotion("standard"):  # the function mixes bfloat16 inputs with its float32 logits on purpose
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn" if cudnn else None)
+    if platform() in ("gpu", "cuda") and mask is None and query.dtype == jnp.bfloat16:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return plain_attention(*(x.swapaxes(1, 2) for x in (query, key, value)), mask).swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def plain_attention(query, key, value, mask):
+    """`attention` with heads in front of places, (B, H, T, D), by XLA alone.
+
+    Differentiated by hand: dS = P ∘ (dP - rowsum(dO ∘ O)) / √D. JAX's own took a CPU three times as long.
+    """
+    return _plain_forward(query, key, value, mask)[0]
+
+
+def _plain_forward(query, key, value, mask):
+    logits = _product("bhtd,bhsd->bhts", query, key) * query.shape[-1] ** -0.5
+    if mask is not None:
+        logits = jnp.where(mask, logits, -0.7 * jnp.finfo(jnp.float32).max)
+    weights = jax.nn.softmax(logits).astype(query.dtype)
+    out = _product("bhts,bhsd->bhtd", weights, value).astype(query.dtype)
+    return out, (query, key, value, mask, weights, out)
+
+
+def _plain_backward(kept, gradient):
+    query, key, value, mask, weights, out = kept
+    of_weights = _product("bhtd,bhsd->bhts", gradient, value)
+    mean = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    of_logits = weights.astype(jnp.float32) * (of_weights - mean) * query.shape[-1] ** -0.5
+    if mask is not None:
+        of_logits = jnp.where(mask, of_logits, 0.0)
+    of_logits = of_logits.astype(query.dtype)
+    grads = (
+        _product("bhts,bhsd->bhtd", of_logits, key),
+        _product("bhts,bhtd->bhsd", of_logits, query),
+        _product("bhts,bhtd->bhsd", weights, gradient),
+    )
+    return *(grad.astype(query.dtype) for grad in grads), None
+
+
+plain_attention.defvjp(_plain_forward, _plain_backward)
+
+
+def _product(spec: str, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 class Projections(nn.Module):

@@ -14,6 +14,7 @@ from unclip_jax.models.layers import (
     Conv3x3,
     Dense,
     GroupNorm,
+    Projections,
     TimestepMLP,
     attention,
     fan_in_uniform,
@@ -86,13 +87,14 @@ class AttentionBlock(nn.Module):
     def __call__(self, x, context, context_mask):
         b, height, width, c = x.shape
 
-        def split(y, parts):
-            return jnp.split(y.reshape(b, -1, parts * self.heads, c // self.heads), parts, axis=2)
+        def projected(y, parts, name):
+            found = Projections(c, parts, self.dtype, name=name)(y)
+            return [each.reshape(b, -1, self.heads, c // self.heads) for each in found]
 
         h = GroupNorm(self.groups, name="norm")(x).reshape(b, height * width, c)
-        query, key, value = split(Dense(3 * c, dtype=self.dtype, name="qkv")(h), 3)
+        query, key, value = projected(h, 3, "qkv")
         if context is not None:
-            context_key, context_value = split(Dense(2 * c, dtype=self.dtype, name="context_kv")(context), 2)
+            context_key, context_value = projected(context, 2, "context_kv")
             key = jnp.concatenate([context_key, key], axis=1)
             value = jnp.concatenate([context_value, value], axis=1)
         mask = None
