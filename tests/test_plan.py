@@ -110,20 +110,6 @@ def test_sharded_state_is_counted_as_it_lies(prior):
     assert whole["frozen CLIP"] == split["frozen CLIP"] > 0
 
 
-def test_only_meshes_that_the_links_form_are_tried(prior, monkeypatch):
-    """On a slice of 4x4 chips JAX refuses to make 2 of 16 a side of the mesh."""
-
-    def laid(mesh, devices):
-        if mesh.fsdp in (2, 8):
-            raise NotImplementedError("Failed to find assignment for logical_axis_index 1")
-        return mesh
-
-    monkeypatch.setattr(programs, "make_mesh", laid)
-    assert programs.fsdp_sizes(list(range(16))) == [1, 4, 16]
-    with pytest.raises(UserError, match=r"mesh\.fsdp=8: JAX finds no such mesh in the links of these 8 chips"):
-        programs.train_program(wide(prior, fsdp=8), jax.devices())
-
-
 def made_up(**changes):
     memory = {"arguments": 60 * GIB, "outputs": 50 * GIB, "aliased": 49 * GIB, "temporaries": 20 * GIB, "code": GIB}
     given = {"seconds": 1.0, "executed": 40 * 10**12, "memory": memory, "flops": 1e12, "moved": 1.0, "collectives": []}

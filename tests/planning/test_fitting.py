@@ -31,7 +31,7 @@ def run(config, activations, limit):
         return needed(setting, activations)
 
     base = Setting(False, config.optim.accumulate, config.mesh.fsdp)
-    return search(settings(config, 16, [1, 2, 4, 8, 16]), PARTS, needed(base, activations), limit * GIB, attempt), tried
+    return search(settings(config, 16), PARTS, needed(base, activations), limit * GIB, attempt), tried
 
 
 @pytest.mark.parametrize(
@@ -56,15 +56,14 @@ def test_the_least_costly_that_fits_is_found(remat, activations, limit, expected
 
 
 def test_settings_are_those_that_batch_and_chips_allow():
-    sizes = [1, 2, 4, 8, 16]
-    found = settings(config(), 16, sizes)
+    found = settings(config(), 16)
     assert found[0] == (False, 1, 1)
     assert {s.accumulate for s in found} == {1, 2, 4, 8} and {s.fsdp for s in found} == {1, 2, 4, 8, 16}
-    assert not any(s.remat for s in found) and any(s.remat for s in settings(config(False), 16, sizes))
-    own = settings(config(**{"optim.accumulate": 2, "mesh.fsdp": 4}), 16, sizes)
+    assert not any(s.remat for s in found) and any(s.remat for s in settings(config(False), 16))
+    own = settings(config(**{"optim.accumulate": 2, "mesh.fsdp": 4}), 16)
     assert own[0] == (False, 2, 4) and {s.fsdp for s in own} == {4, 8, 16} and {s.accumulate for s in own} == {2, 4, 8}
     clip = cli.load_config("configs/clip.py:paper")
-    assert {s.accumulate for s in settings(clip, 64, [1])} == {1}  # its loss wants the whole batch at once
+    assert {s.accumulate for s in settings(clip, 64)} == {1}  # its loss wants the whole batch at once
 
 
 def test_a_setting_is_keys_and_a_config():

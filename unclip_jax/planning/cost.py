@@ -15,7 +15,7 @@ from unclip_jax.planning.estimate import estimate
 from unclip_jax.planning.fitting import search, settings
 from unclip_jax.planning.local import memory_limit, seconds
 from unclip_jax.planning.memory import lasting, split
-from unclip_jax.planning.programs import Program, fsdp_sizes, sample_program, train_program
+from unclip_jax.planning.programs import Program, sample_program, train_program
 
 
 class Target(NamedTuple):
@@ -113,7 +113,7 @@ def _proposal(config: ConfigDict, program: Program, target: Target, count: int, 
             tried[setting] = trial.run(new, target.topology, count)
         return round(tried[setting]["hbm_gib_per_chip"] * GIB)
 
-    possible = settings(config, len(target.devices), fsdp_sizes(target.devices))
+    possible = settings(config, len(target.devices))
     fits = search(possible, lasting(program), needed, target.limit, attempt)
     return {"proposal": fits.changed(config), "proposed": tried[fits]} if fits else {"proposal": {}}
 

@@ -39,13 +39,12 @@ def remat_keys(name: str, section: ConfigDict) -> Iterator[tuple[str, bool]]:
             yield f"{name}.{key}", value
 
 
-def settings(config: ConfigDict, chips: int, fsdp: list[int]) -> list[Setting]:
-    """All that the batch and the chips allow, the config's own first, and none that takes more memory. fsdp: sizes that
-    the mesh can have."""
+def settings(config: ConfigDict, chips: int) -> list[Setting]:
+    """All that the batch and the chips allow, the config's own first, and none that takes more memory."""
     batch, least = config.train.batch_size, config.optim.accumulate
     most = least if config.stage == "clip" else batch // chips  # CLIP's loss wants the whole batch at once
     accumulate = [n for n in range(least, most + 1) if n % least == 0 and batch % (chips * n) == 0]
-    fsdp = [n for n in fsdp if n >= config.mesh.fsdp]
+    fsdp = [n for n in range(config.mesh.fsdp, chips + 1) if chips % n == 0]
     remat = {False, any(not value for _, value in remat_keys("model", config.model))}
     return sorted(Setting(r, a, f) for r in remat for a in accumulate for f in fsdp)
 

@@ -1,6 +1,5 @@
 """The programs that a plan is about: a stage's real train step and its real sampling, traced from shapes alone."""
 
-import contextlib
 import os
 from typing import Any, NamedTuple
 
@@ -57,33 +56,12 @@ def assembled(config: ConfigDict) -> Stage:
     return make_stage(config, upstream(config), embedded(config))
 
 
-def laid_out(mesh: ConfigDict, devices: list) -> Mesh:
-    """`make_mesh`. Raises UserError where the links between chips do not form such a mesh, too."""
-    try:
-        return make_mesh(mesh, devices)
-    except NotImplementedError:
-        raise UserError(
-            f"mesh.data={mesh.data}, mesh.fsdp={mesh.fsdp}: JAX finds no such mesh in the links of these "
-            f"{len(devices)} chips; each size must be a product of sides of the slice"
-        ) from None
-
-
-def fsdp_sizes(devices: list) -> list[int]:
-    """Values of mesh.fsdp that `devices` can be laid out to, with mesh.data=-1."""
-
-    def possible(size):
-        with contextlib.suppress(UserError):
-            return bool(laid_out(ConfigDict(dict(data=-1, fsdp=size)), devices))
-
-    return [size for size in range(1, len(devices) + 1) if len(devices) % size == 0 and possible(size)]
-
-
 def train_program(config: ConfigDict, devices: list) -> Program:
     """The train step on all of `devices`, of (state, frozen CLIP, batch, root key).
 
     Raises UserError where mesh or batch do not fit them.
     """
-    stage, mesh = assembled(config), laid_out(config.mesh, devices)
+    stage, mesh = assembled(config), make_mesh(config.mesh, devices)
     optimizer = make_optimizer(config.optim, config.train.steps)
     step = make_train_step(stage, optimizer, learning_rate(config.optim, config.train.steps), config, mesh)
     arguments = (

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -36,8 +37,10 @@ def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
             f"mesh.data={mesh.data}, mesh.fsdp={fsdp} do not cover {count} {devices[0].platform} devices exactly: "
             "their product must be that number (mesh.data=-1 takes what mesh.fsdp leaves)"
         )
-    # Auto, not make_mesh's default Explicit, in which a convolution with a sharded kernel is an error.
-    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    # Any sizes will do, also those for which a side of a TPU slice has to be cut in two. Axes are Auto, since with
+    # Explicit ones a convolution with a sharded kernel is an error.
+    placed = create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    return Mesh(placed, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
