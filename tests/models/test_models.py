@@ -1,5 +1,6 @@
 """Networks: the papers' sizes to the last parameter, causality, and the published vectors."""
 
+import itertools
 import math
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from unclip_jax import cli, plan
 from unclip_jax.models.clip import TextTower
-from unclip_jax.models.layers import GroupNorm, attention, timestep_embedding
+from unclip_jax.models.layers import GroupNorm, attention, dropout, timestep_embedding
 from unclip_jax.models.transformer import TextTransformer, Transformer, causal_mask
 from unclip_jax.models.unet import UNet, downsample, upsample
 
@@ -126,6 +127,19 @@ def test_resampling_is_mean_and_nearest():
     x = jnp.arange(16, dtype=F32).reshape(1, 4, 4, 1)
     np.testing.assert_allclose(downsample(x)[0, :, :, 0], [[2.5, 4.5], [10.5, 12.5]])
     np.testing.assert_array_equal(upsample(x)[0, :, :, 0], np.kron(np.asarray(x[0, :, :, 0]), np.ones((2, 2))))
+
+
+def test_dropout_keeps_nine_tenths_and_scales_them():
+    x = jnp.ones((8, 32, 32, 64), jnp.bfloat16)
+    dropped = [np.asarray(dropout(x, 0.1, jax.random.key(seed))) for seed in (0, 1)]
+    assert set(np.unique(dropped[0]).astype(np.float32)) == {0.0, np.float32(jnp.bfloat16(1 / 0.9))}
+    zero, other = (0.1 - (d == 0) for d in dropped)
+    size = 4 / zero.size**0.5  # four standard deviations of a mean of noise as wide as one
+    assert abs(zero.mean()) < 0.3 * size
+    assert abs((zero * other).mean()) < 0.09 * size
+    # Nor do an element's neighbours tell whether it is zero, near or far.
+    for axis, distance in itertools.product(range(4), (1, 2, 4)):
+        assert abs((zero * np.roll(zero, distance, axis)).mean()) < 0.09 * size
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])

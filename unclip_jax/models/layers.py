@@ -5,6 +5,7 @@ embeddings run in float32.
 """
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -113,6 +114,22 @@ class Projections(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (total,)).reshape((1,) * (x.ndim - 1) + (total,))
         x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
         return [x @ k + b for k, b in zip(*(jnp.split(v, self.parts, axis=-1) for v in (kernel, bias)), strict=True)]
+
+
+def dropout(x, rate: float, key):
+    """x with `rate` of its elements zeroed and the others scaled up; the same elements on every mesh.
+
+    The random bits are hashes of the elements' numbers ("lowbias32", with the key mixed in), as good as dropout
+    needs. Threefry, which jax.random draws with, took an eighth of an upsampler's training step on TPU.
+    """
+    first, second = jax.random.bits(key, (2,))
+    strides = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
+    numbers = (jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride for axis, stride in enumerate(strides))
+    bits = functools.reduce(jnp.add, numbers) ^ first
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = ((bits ^ (bits >> 15)) + second) * jnp.uint32(0x846CA68B)
+    bits = bits ^ (bits >> 16)
+    return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
 
 
 class GroupNorm(nn.Module):

@@ -17,6 +17,7 @@ from unclip_jax.models.layers import (
     Projections,
     TimestepMLP,
     attention,
+    dropout,
     fan_in_uniform,
     layer_norm,
     zeros,
@@ -67,7 +68,8 @@ class ResBlock(nn.Module):
         else:
             shift = Dense(self.features, dtype=self.dtype, name="shift")(nn.silu(emb))
             h = nn.silu(norm(h + shift[:, None, None, :]))
-        h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
+        if self.dropout and not deterministic:
+            h = dropout(h, self.dropout, self.make_rng("dropout"))
         h = Conv3x3(self.features, dtype=self.dtype, **zeros, name="conv_out")(h)
         if x.shape[-1] != self.features:
             x = nn.Conv(self.features, (1, 1), dtype=self.dtype, kernel_init=fan_in_uniform, name="skip")(x)
