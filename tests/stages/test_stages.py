@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from shrink import CONFIGS, random_batch, small_stage
 
+from unclip_jax.models.unet import read_context
 from unclip_jax.stages.base import diffusion_loss
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.sharding import batch_sharding, gather, make_mesh, param_shardings, replicated
@@ -204,3 +205,23 @@ def test_clip_loss_is_the_mean_of_both_cross_entropies():
     columns = np.log(np.exp(logits).sum(0)) - np.diag(logits)
     loss, _ = jax.jit(stage.loss)(params, {}, batch, jax.random.key(0))
     np.testing.assert_allclose(loss, (rows.mean() + columns.mean()) / 2, rtol=1e-4)
+
+
+def test_a_context_read_beforehand_draws_the_same_and_is_read_once():
+    """No step of sampling has the context for an operand."""
+    stage, frozen, params = small_stage("decoder")
+    batch = random_batch(stage, 2)
+    yes = jnp.ones(2, bool)
+    told = stage.condition(params, frozen, batch, yes, jnp.ones((2, 8)), yes)
+    x, t = jnp.ones((2, 8, 8, 3)), jnp.array([1, 5])
+    read = read_context(params["unet"], told.context, jnp.float32)
+    assert read.keys() == {name for name in params["unet"] if name.endswith("attention")}
+    apply = jax.jit(lambda context: stage._unet().apply({"params": params["unet"]}, x, t, told.emb, context))
+    np.testing.assert_allclose(apply(read), apply(told.context), rtol=1e-5, atol=1e-5)
+
+    conditions = {k: v for k, v in batch.items() if "tokens" in k} | {"image_embedding": jnp.ones((2, 8))}
+    conditions["guidance_scale"] = jnp.float32(2)
+    jaxpr = jax.make_jaxpr(stage.sample)(params, frozen, conditions, jax.random.key(0))
+    steps = next(e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 3)
+    shapes = {v.aval.shape for e in steps.params["jaxpr"].eqns for v in e.invars}
+    assert (4, *told.context.shape[1:]) not in shapes

@@ -77,7 +77,8 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over pixels; a context (B, S, W) gives extra keys and values in front of the pixels' own.
+    """Self-attention over pixels; a context gives extra keys and values in front of the pixels' own: (B, S, W), or
+    those keys and values themselves, [(B, S, channels)] * 2, as `read_context` makes them.
 
     context_mask: bool (B, S), True where attended; None: everywhere.
     """
@@ -90,14 +91,15 @@ class AttentionBlock(nn.Module):
     def __call__(self, x, context, context_mask):
         b, height, width, c = x.shape
 
-        def projected(y, parts, name):
-            found = Projections(c, parts, self.dtype, name=name)(y)
-            return [each.reshape(b, -1, self.heads, c // self.heads) for each in found]
+        def split(projections):
+            return [each.reshape(b, -1, self.heads, c // self.heads) for each in projections]
 
         h = GroupNorm(self.groups, name="norm")(x).reshape(b, height * width, c)
-        query, key, value = projected(h, 3, "qkv")
+        query, key, value = split(Projections(c, 3, self.dtype, name="qkv")(h))
         if context is not None:
-            context_key, context_value = projected(context, 2, "context_kv")
+            if not isinstance(context, list):
+                context = Projections(c, 2, self.dtype, name="context_kv")(context)
+            context_key, context_value = split(context)
             key = jnp.concatenate([context_key, key], axis=1)
             value = jnp.concatenate([context_value, value], axis=1)
         mask = None
@@ -105,6 +107,17 @@ class AttentionBlock(nn.Module):
             mask = jnp.pad(context_mask, ((0, 0), (0, height * width)), constant_values=True)[:, None, None, :]
         h = attention(query, key, value, mask).reshape(b, height, width, c)
         return x + Dense(c, dtype=self.dtype, **zeros, name="out")(h)
+
+
+def read_context(params, context, dtype):
+    """What every attention of a UNet with these `params` makes of a context (B, S, W), by its name; to be given in the
+    context's place. For sampling, whose steps all read the same: the TPU compiler leaves it within the loop."""
+
+    def keys_and_values(kernel, bias):
+        projections = Projections(kernel.shape[1] // 2, 2, dtype)
+        return projections.apply({"params": {"kernel": kernel, "bias": bias}}, context)
+
+    return {name: keys_and_values(**p["context_kv"]) for name, p in params.items() if "context_kv" in p}
 
 
 class UNet(nn.Module):
@@ -130,8 +143,8 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, timesteps, emb=None, context=None, context_mask=None, deterministic: bool = True):
-        """emb (B, 4·channels): added to the timestep's embedding. context (B, S, W): attended by every attention,
-        where context_mask (bool (B, S)) is True."""
+        """emb (B, 4·channels): added to the timestep's embedding. context (B, S, W), or `read_context` of it: attended
+        by every attention, where context_mask (bool (B, S)) is True."""
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
 
@@ -153,7 +166,8 @@ class UNet(nn.Module):
 
         def attend(h, name, up=False):
             heads = h.shape[-1] // self.head_channels if self.head_channels else self.heads[up]
-            return attention_block(heads, self.norm_groups, self.dtype, name=name)(h, context, context_mask)
+            read = context[name] if isinstance(context, dict) else context
+            return attention_block(heads, self.norm_groups, self.dtype, name=name)(h, read, context_mask)
 
         widths = [self.channels * mult for mult in self.channel_mult]
         last = len(widths) - 1
@@ -190,7 +204,7 @@ class Conditioning(NamedTuple):
     """What a U-Net is told besides the noisy picture; computed once per sampling run."""
 
     emb: jax.Array  # (B, 4·channels), added to the timestep embedding
-    context: jax.Array  # (B, S, W), attended
+    context: jax.Array | dict  # (B, S, W), attended, or `read_context` of it
     context_mask: jax.Array | None  # bool (B, S); None: all of the context is attended
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.transformer import TextTransformer
-from unclip_jax.models.unet import ClipConditioner, Conditioner, UNet
+from unclip_jax.models.unet import ClipConditioner, Conditioner, UNet, read_context
 from unclip_jax.stages.base import (
     Stage,
     diffusion_loss,
@@ -89,6 +89,11 @@ class Decoder(Stage):
         variables = {"params": params["conditioner"]}
         return self._conditioner().apply(variables, *caption, image_embedding, has_embedding)
 
+    def _read(self, params, conditioning):
+        """The same, its context read once for all steps."""
+        context = read_context(params["unet"], conditioning.context, jnp.dtype(self.config.dtype))
+        return conditioning._replace(context=context)
+
     def embeddings(self, frozen, batch):
         """CLIP's z_i of a batch, (B, dim)."""
         return batch["image_embedding"] if self.embedded else self.clip.embed_images(frozen, batch["clip_image"])
@@ -114,7 +119,7 @@ class Decoder(Stage):
         has = jnp.arange(2 * rows) < rows
         captions = {k: jnp.concatenate([v, v]) for k, v in conditions.items() if "tokens" in k}
         z_i = jnp.concatenate([conditions["image_embedding"]] * 2)
-        conditioning = self.condition(params, frozen, captions, has, z_i, has)
+        conditioning = self._read(params, self.condition(params, frozen, captions, has, z_i, has))
 
         def network(x_t, t):
             return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
@@ -126,7 +131,8 @@ class Decoder(Stage):
         """x_T (B, R, R, 3) from which `sample` by DDIM draws `images` (B, R, R, 3), in [-1, 1], again, under the same
         captions and embeddings, unguided and unclipped (arXiv 2204.06125, section 3)."""
         yes = jnp.ones(len(images), bool)
-        conditioning = self.condition(params, frozen, conditions, yes, conditions["image_embedding"], yes)
+        told = self.condition(params, frozen, conditions, yes, conditions["image_embedding"], yes)
+        conditioning = self._read(params, told)
 
         def network(x_t, t):
             return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)

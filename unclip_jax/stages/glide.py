@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from unclip_jax.diffusion.corruption import area_downsample, upsample
 from unclip_jax.diffusion.masks import random_known
 from unclip_jax.models.transformer import TextTransformer
-from unclip_jax.models.unet import TextConditioner, UNet
+from unclip_jax.models.unet import TextConditioner, UNet, read_context
 from unclip_jax.stages.base import Stage, diffusion_loss, draw, output_channels, rounded, to_float, to_uint8
 
 
@@ -111,6 +111,8 @@ class Glide(Stage):
             tokens, length = jnp.concatenate([tokens, tokens]), jnp.concatenate([length, jnp.zeros_like(length)])
             beside = [jnp.concatenate([channel, channel]) for channel in beside]
         conditioning = self.condition(params, tokens, length)
+        context = read_context(params["unet"], conditioning.context, jnp.dtype(self.config.dtype))
+        conditioning = conditioning._replace(context=context)
 
         def network(x_t, t):
             return self.apply(params, conditioning, beside, x_t, t)
