@@ -37,7 +37,7 @@ def get_config(size: str = "paper") -> ConfigDict:
                 scale_shift=True,  # the timestep scales and shifts what is normed; else it is added before
                 resample_blocks=True,  # residual blocks halve and double the side; else convolutions do
                 dropout=0.1,  # share of features dropped in training
-                remat=True,  # activations are computed twice instead of kept: less memory, more time
+                remat=False,  # activations are computed twice instead of kept: less memory, more time
             ),
             text=dict(  # the transformer that reads captions
                 vocab_size=50257,  # pieces that its tokenizer may have

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from unclip_jax.models.layers import (
     Conv3x3,
@@ -105,7 +106,7 @@ class AttentionBlock(nn.Module):
         mask = None
         if context_mask is not None:
             mask = jnp.pad(context_mask, ((0, 0), (0, height * width)), constant_values=True)[:, None, None, :]
-        h = attention(query, key, value, mask).reshape(b, height, width, c)
+        h = checkpoint_name(attention(query, key, value, mask), "attention").reshape(b, height, width, c)
         return x + Dense(c, dtype=self.dtype, **zeros, name="out")(h)
 
 
@@ -146,7 +147,9 @@ class UNet(nn.Module):
         """emb (B, 4·channels): added to the timestep's embedding. context (B, S, W), or `read_context` of it: attended
         by every attention, where context_mask (bool (B, S)) is True."""
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        # What attention gives is kept: to compute it again takes far longer than its inputs.
+        keep = jax.checkpoint_policies.save_only_these_names("attention")
+        attention_block = nn.remat(AttentionBlock, policy=keep) if self.remat else AttentionBlock
 
         time = TimestepMLP(self.channels, 4 * self.channels, name="time")(timesteps)
         emb = time if emb is None else time + emb.astype(jnp.float32)

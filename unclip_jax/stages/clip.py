@@ -18,7 +18,7 @@ from unclip_jax.diffusion.process import q_sample
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower, normalize
 from unclip_jax.models.mesh import by_rows, whole
-from unclip_jax.stages.base import Stage, to_float
+from unclip_jax.stages.base import MORE_ON_CHIP, Stage, to_float
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the timesteps at which a noised CLIP is evaluated
 
@@ -29,6 +29,8 @@ class Clip(Stage):
     Where `config.model.image` is None it is a text tower alone, as public weights may be: it is neither trained nor
     embeds pictures, and has no params "image". It is a noised CLIP where `config.model.image.timesteps` is not 0.
     """
+
+    tpu_options = MORE_ON_CHIP
 
     @property
     def images(self):

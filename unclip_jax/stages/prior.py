@@ -3,13 +3,14 @@
 import jax.numpy as jnp
 
 from unclip_jax.models.clip import normalize
-from unclip_jax.stages.base import Stage
+from unclip_jax.stages.base import MORE_ON_CHIP, Stage
 
 
 class Prior(Stage):
     """Batches give pictures and captions for CLIP, or its embeddings; `sample` draws embeddings (B, dim)."""
 
     needs_clip = True
+    tpu_options = MORE_ON_CHIP
 
     @property
     def images(self):

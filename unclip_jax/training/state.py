@@ -21,10 +21,6 @@ from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.optimizer import ema_update
 from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather, param_shardings, replicated
 
-# Twice the default of what a fusion may hold on the chip: products then stream their operands a fifth faster, by the
-# compiler's estimate, for two to four times its own time.
-TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
-
 
 class Skips(NamedTuple):
     """Steps that changed nothing because their loss or gradient was not finite, and unread records; int32 scalars."""
@@ -120,7 +116,7 @@ def make_train_step(
         in_shardings=(shardings, None, batch_sharding(mesh), None),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
+        compiler_options=stage.tpu_options if mesh.devices.flat[0].platform == "tpu" else None,
     )
 
 
