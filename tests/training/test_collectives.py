@@ -11,7 +11,7 @@ from unclip_jax.training import sharding
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.state import abstract_state, make_train_step, root_key
 
-FAST = ("clip", "decoder")
+FAST = ("clip",)
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
