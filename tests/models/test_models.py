@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from unclip_jax import cli, plan
+from unclip_jax.models import layers
 from unclip_jax.models.clip import TextTower
 from unclip_jax.models.layers import GroupNorm, attention, dropout, timestep_embedding
 from unclip_jax.models.transformer import TextTransformer, Transformer, causal_mask
@@ -137,6 +139,8 @@ def test_dropout_keeps_nine_tenths_and_scales_them():
     size = 4 / zero.size**0.5  # four standard deviations of a mean of noise as wide as one
     assert abs(zero.mean()) < 0.3 * size
     assert abs((zero * other).mean()) < 0.09 * size
+    split = jax.device_put(x, jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data")))
+    np.testing.assert_array_equal(jax.jit(lambda x: dropout(x, 0.1, jax.random.key(0)))(split), dropped[0])
     # Nor do an element's neighbours tell whether it is zero, near or far.
     for axis, distance in itertools.product(range(4), (1, 2, 4)):
         assert abs((zero * np.roll(zero, distance, axis)).mean()) < 0.09 * size
@@ -151,3 +155,16 @@ def test_group_norm_is_the_two_pass_form(offset):
     expected = ((grouped - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * scale + bias
     out = GroupNorm(3).apply({"params": {"scale": scale, "bias": bias}}, x)
     np.testing.assert_allclose(out, expected, atol=1e-5 if offset == 0 else 2e-3)
+
+
+@pytest.mark.parametrize("capability, width, taken", [("8.0", 64, True), ("7.5", 64, False), ("gfx942", 64, False),
+                                                      ("9.0", 36, False)])
+def test_cudnn_is_asked_where_it_can(capability, width, taken, monkeypatch):
+    asked = []
+    monkeypatch.setattr(layers, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    taking = lambda *x, implementation: asked.append(implementation) or x[0]  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", taking)
+    x = jnp.ones((1, 8, 2, width), jnp.bfloat16)
+    attention(x, x, x)
+    assert asked == ["cudnn"] * taken

@@ -214,7 +214,7 @@ def test_a_context_read_beforehand_draws_the_same_and_is_read_once():
     yes = jnp.ones(2, bool)
     told = stage.condition(params, frozen, batch, yes, jnp.ones((2, 8)), yes)
     x, t = jnp.ones((2, 8, 8, 3)), jnp.array([1, 5])
-    read = read_context(params["unet"], told.context, jnp.float32)
+    read = read_context(params["unet"], told, jnp.float32).context
     assert read.keys() == {name for name in params["unet"] if name.endswith("attention")}
     apply = jax.jit(lambda context: stage._unet().apply({"params": params["unet"]}, x, t, told.emb, context))
     np.testing.assert_allclose(apply(read), apply(told.context), rtol=1e-5, atol=1e-5)

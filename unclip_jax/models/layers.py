@@ -52,9 +52,15 @@ def attention(query, key, value, mask=None):
     """
     if platform() == "tpu" and supported(query, key):
         return tpu_attention(query, key, value, mask)
-    if platform() in ("gpu", "cuda") and mask is None and query.dtype == jnp.bfloat16:
+    if platform() in ("gpu", "cuda") and mask is None and query.dtype == jnp.bfloat16 and _cudnn_takes(query.shape[-1]):
         return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     return plain_attention(*(x.swapaxes(1, 2) for x in (query, key, value)), mask).swapaxes(1, 2)
+
+
+def _cudnn_takes(width: int) -> bool:
+    """Whether this process's GPU has cuDNN's attention, from NVIDIA's Ampere on, for heads of that width."""
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "8.0"; AMD's are no numbers
+    return width % 8 == 0 and width <= 128 and capability.replace(".", "").isdigit() and float(capability) >= 8
 
 
 @jax.custom_vjp

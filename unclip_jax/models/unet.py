@@ -110,15 +110,16 @@ class AttentionBlock(nn.Module):
         return x + Dense(c, dtype=self.dtype, **zeros, name="out")(h)
 
 
-def read_context(params, context, dtype):
-    """What every attention of a UNet with these `params` makes of a context (B, S, W), by its name; to be given in the
-    context's place. For sampling, whose steps all read the same: the TPU compiler leaves it within the loop."""
+def read_context(params, conditioning, dtype):
+    """The Conditioning with, in its context's place, what every attention of a UNet with these `params` makes of it, by
+    name. For sampling, whose steps all read the same: the TPU compiler leaves it within the loop."""
 
     def keys_and_values(kernel, bias):
         projections = Projections(kernel.shape[1] // 2, 2, dtype)
-        return projections.apply({"params": {"kernel": kernel, "bias": bias}}, context)
+        return projections.apply({"params": {"kernel": kernel, "bias": bias}}, conditioning.context)
 
-    return {name: keys_and_values(**p["context_kv"]) for name, p in params.items() if "context_kv" in p}
+    read = {name: keys_and_values(**p["context_kv"]) for name, p in params.items() if "context_kv" in p}
+    return conditioning._replace(context=read)
 
 
 class UNet(nn.Module):
@@ -144,8 +145,8 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, timesteps, emb=None, context=None, context_mask=None, deterministic: bool = True):
-        """emb (B, 4·channels): added to the timestep's embedding. context (B, S, W), or `read_context` of it: attended
-        by every attention, where context_mask (bool (B, S)) is True."""
+        """emb (B, 4·channels): added to the timestep's embedding. context (B, S, W), or as `read_context` leaves it:
+        attended by every attention, where context_mask (bool (B, S)) is True."""
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
         # What attention gives is kept: to compute it again takes far longer than its inputs.
         keep = jax.checkpoint_policies.save_only_these_names("attention")
@@ -207,7 +208,7 @@ class Conditioning(NamedTuple):
     """What a U-Net is told besides the noisy picture; computed once per sampling run."""
 
     emb: jax.Array  # (B, 4·channels), added to the timestep embedding
-    context: jax.Array | dict  # (B, S, W), attended, or `read_context` of it
+    context: jax.Array | dict  # (B, S, W), attended; or as `read_context` leaves it
     context_mask: jax.Array | None  # bool (B, S); None: all of the context is attended
 
 

@@ -89,11 +89,6 @@ class Decoder(Stage):
         variables = {"params": params["conditioner"]}
         return self._conditioner().apply(variables, *caption, image_embedding, has_embedding)
 
-    def _read(self, params, conditioning):
-        """The same, its context read once for all steps."""
-        context = read_context(params["unet"], conditioning.context, jnp.dtype(self.config.dtype))
-        return conditioning._replace(context=context)
-
     def embeddings(self, frozen, batch):
         """CLIP's z_i of a batch, (B, dim)."""
         return batch["image_embedding"] if self.embedded else self.clip.embed_images(frozen, batch["clip_image"])
@@ -119,7 +114,8 @@ class Decoder(Stage):
         has = jnp.arange(2 * rows) < rows
         captions = {k: jnp.concatenate([v, v]) for k, v in conditions.items() if "tokens" in k}
         z_i = jnp.concatenate([conditions["image_embedding"]] * 2)
-        conditioning = self._read(params, self.condition(params, frozen, captions, has, z_i, has))
+        told = self.condition(params, frozen, captions, has, z_i, has)
+        conditioning = read_context(params["unet"], told, jnp.dtype(self.config.dtype))
 
         def network(x_t, t):
             return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
@@ -132,7 +128,7 @@ class Decoder(Stage):
         captions and embeddings, unguided and unclipped (arXiv 2204.06125, section 3)."""
         yes = jnp.ones(len(images), bool)
         told = self.condition(params, frozen, conditions, yes, conditions["image_embedding"], yes)
-        conditioning = self._read(params, told)
+        conditioning = read_context(params["unet"], told, jnp.dtype(self.config.dtype))
 
         def network(x_t, t):
             return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)

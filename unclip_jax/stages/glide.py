@@ -110,9 +110,8 @@ class Glide(Stage):
         if "guidance_scale" in conditions:
             tokens, length = jnp.concatenate([tokens, tokens]), jnp.concatenate([length, jnp.zeros_like(length)])
             beside = [jnp.concatenate([channel, channel]) for channel in beside]
-        conditioning = self.condition(params, tokens, length)
-        context = read_context(params["unet"], conditioning.context, jnp.dtype(self.config.dtype))
-        conditioning = conditioning._replace(context=context)
+        told = self.condition(params, tokens, length)
+        conditioning = read_context(params["unet"], told, jnp.dtype(self.config.dtype))
 
         def network(x_t, t):
             return self.apply(params, conditioning, beside, x_t, t)
