@@ -35,7 +35,7 @@ from unclip_jax.data.sources import open_source
 from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unclip_jax.data.transforms import ToExample
 from unclip_jax.errors import UserError
-from unclip_jax.models.mesh import on_mesh
+from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import trained
 from unclip_jax.training import preflight
@@ -131,7 +131,7 @@ def _run(config: ConfigDict, workdir: str, mesh, upstream: "Upstream", stop: "_S
     state = state or init_state(stage, optimizer, mesh, config.train.seed)
     frozen = jax.device_put(upstream.params if stage.runs_clip else {}, replicated(mesh))
     root = root_key(config.train.seed)
-    evaluate = jax.jit(on_mesh(stage.evaluate, mesh), out_shardings=replicated(mesh))
+    evaluate = jit_on_mesh(stage.evaluate, mesh, out_shardings=replicated(mesh))
 
     def look(step, params, raw=None):
         """Scalars of the held-out batch; its pictures go to WORKDIR/samples, those of the raw weights beside them."""

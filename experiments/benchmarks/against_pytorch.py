@@ -22,6 +22,9 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 import optax
+from jax.sharding import Mesh
+
+from unclip_jax.models.mesh import jit_on_mesh
 
 try:
     import diffusers
@@ -39,7 +42,8 @@ def jax_calls(network, dtype: str) -> dict:
     inputs = jax.device_put(network.inputs)
     params = jax.device_put(network.params)
     halves = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
-    forward, optimizer = jax.jit(network.ours), optax.adam(LEARNING_RATE)
+    mesh, optimizer = Mesh(jax.devices()[:1], ("device",)), optax.adam(LEARNING_RATE)
+    forward = jit_on_mesh(network.ours, mesh)
 
     @jax.jit
     def target(params):
@@ -55,7 +59,7 @@ def jax_calls(network, dtype: str) -> dict:
         updates, optimizer_state = optimizer.update(grads, optimizer_state)
         return (optax.apply_updates(params, updates), optimizer_state), loss
 
-    step = jax.jit(step, donate_argnums=0)
+    step = jit_on_mesh(step, mesh, donate_argnums=0)
     goal = target(params).astype(jnp.float32)
     state = [(jax.tree.map(jnp.copy, params), optimizer.init(params))]
 

@@ -13,19 +13,20 @@ import time
 
 import jax
 import measure
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from unclip_jax import cli
+from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.planning import flops
 from unclip_jax.planning.chips import known_chip
 from unclip_jax.planning.programs import (
     Program,
-    assembled,
-    conditions,
     random_arguments,
+    sample_program,
     train_program,
     trained_flops,
 )
+from unclip_jax.stages import make_stage
 
 MODELS = ("clip", "prior_diffusion", "prior_ar", "decoder", "glide", "upsampler_256", "upsampler_1024")
 SHORT, LONG = 2, 6  # steps
@@ -44,28 +45,20 @@ def compiled(program: Program):
     return program.traced.lower().compile(), time.monotonic() - start
 
 
-def on_device(function, stage, shapes) -> Program:
-    """A program of arrays of one device."""
-    place = SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-    return Program(stage, jax.jit(function).trace(*shapes), shapes)
-
-
 def sampling_program(config, rows: int) -> Program:
-    """What draws `rows` rows; of a CLIP, what embeds so many pictures and captions."""
-    stage = assembled(config)
-    params = jax.eval_shape(stage.init, jax.random.key(0))
-    if config.stage == "clip":
+    """What draws `rows` rows on one device; of a CLIP, what embeds so many pictures and captions."""
+    device = jax.devices()[0]
+    if config.stage != "clip":
+        return sample_program(config, device, rows)
+    stage, place = make_stage(config), SingleDeviceSharding(device)
 
-        def towers(params, frozen, batch):
-            texts = stage.embed_texts(params, batch["tokens"], batch["tokens_length"])
-            return stage.embed_images(params, batch["image"]), texts
+    def towers(params, frozen, batch):
+        texts = stage.embed_texts(params, batch["tokens"], batch["tokens_length"])
+        return stage.embed_images(params, batch["image"]), texts
 
-        return on_device(towers, stage, (params, {}, stage.batch_spec(rows)))
-    reads = any(whose == "clip" for whose, _, _ in stage.texts.values())
-    frozen = jax.eval_shape(stage.clip.init, jax.random.key(0)) if stage.clip and (reads or stage.runs_clip) else {}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return on_device(stage.sample, stage, (params, frozen, conditions(stage, rows), key))
+    shapes = jax.eval_shape(stage.init, jax.random.key(0)), {}, stage.batch_spec(rows)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    return Program(stage, jit_on_mesh(towers, Mesh([device], ("device",))).trace(*shapes), shapes)
 
 
 def training(config, flags) -> dict:

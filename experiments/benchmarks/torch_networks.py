@@ -27,12 +27,12 @@ SIZES = {
     },
     "decoder": {
         "full": dict(channels=320, mult=(1, 2, 3, 4), layers=3, side=64, cross=2048, context=87, batch=16),
-        "reduced": dict(channels=64, mult=(1, 2, 3, 4), layers=3, side=64, cross=512, context=87, batch=2),
+        "reduced": dict(channels=64, mult=(1, 2, 3, 4), layers=3, side=64, cross=512, context=87, batch=8),
         "tiny": dict(channels=32, mult=(1, 2), layers=1, side=8, cross=16, context=9, batch=2),
     },
     "super_res": {
         "full": dict(channels=320, mult=(1, 2, 3, 4), layers=3, side=256, batch=4),
-        "reduced": dict(channels=64, mult=(1, 2, 3, 4), layers=3, side=128, batch=1),
+        "reduced": dict(channels=64, mult=(1, 2, 3, 4), layers=3, side=128, batch=4),
         "tiny": dict(channels=32, mult=(1, 2), layers=1, side=16, batch=2),
     },
     "clip": {

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from unclip_jax.models import layers
-from unclip_jax.models.mesh import on_mesh
+from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.models.tpu_attention import supported, tpu_attention
 from unclip_jax.models.transformer import Transformer, causal_mask
 
@@ -85,7 +85,7 @@ def test_a_transformer_on_several_devices_trains_alike_with_the_kernel(monkeypat
             return jnp.mean(jnp.square(network.apply(params, x, mask)))
 
         with jax.numpy_dtype_promotion("standard"):  # gradients of the plain form mix types
-            return jax.jit(on_mesh(jax.value_and_grad(loss), mesh))(params, x, mask)
+            return jit_on_mesh(jax.value_and_grad(loss), mesh)(params, x, mask)
 
     plainly = gradients()
     kernels = []

@@ -9,7 +9,7 @@ from shrink import random_batch, small_config, small_stage
 
 from unclip_jax import train
 from unclip_jax.errors import UserError
-from unclip_jax.models.mesh import on_mesh
+from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.stages import make_stage
 
 ROWS, RHO = 16, 0.1
@@ -72,7 +72,7 @@ def test_sam_descends_where_each_replica_has_climbed(rows):
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))  # of two groups of rows each device does its own
     params, batch = jax.device_put((params, batch), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     gradient = jax.value_and_grad(lambda p, batch: sharp.loss(p, {}, batch, KEY)[0])
-    loss, grads = jax.jit(on_mesh(gradient, mesh))(params, batch)
+    loss, grads = jit_on_mesh(gradient, mesh)(params, batch)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert abs(float(loss) - float(jax.jit(plain.loss)(params, {}, batch, KEY)[0])) > 1e-4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3), grads, expected_grads)

@@ -31,7 +31,7 @@ from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import ToExample, UnreadableRecord, captions_of
 from unclip_jax.errors import UserError
 from unclip_jax.model import Model
-from unclip_jax.models.mesh import on_mesh
+from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.stages import Stage
 from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -133,7 +133,7 @@ class _Towers:
     def __init__(self, stage: Stage, params, mesh: Mesh, rows: int):
         self.rows = max(1, -(-rows // mesh.size)) * mesh.size
         self._params, self._rows_over_mesh = jax.device_put(params, replicated(mesh)), batch_sharding(mesh)
-        self._look, self._read = (jax.jit(on_mesh(f, mesh)) for f in (stage.embed_images, stage.embed_texts))
+        self._look, self._read = (jit_on_mesh(f, mesh) for f in (stage.embed_images, stage.embed_texts))
 
     def look(self, images: np.ndarray) -> jax.Array:
         """At most `rows` pictures → their embeddings, and others that fill up `rows`."""

@@ -47,8 +47,8 @@ def attention(query, key, value, mask=None):
 
     query (B, T, H, D), key and value (B, S, H, D); mask: bool (B or 1, 1, T or 1, S), True where attended.
 
-    Inside of `on_mesh`, which tells the devices, bfloat16 goes to a kernel that never writes the matrix of weights to
-    memory: on a TPU our own, on a GPU cuDNN's (where nothing is masked).
+    Inside of `jit_on_mesh`, which tells the devices, bfloat16 goes to a kernel that never writes the matrix of weights
+    to memory: on a TPU our own, on a GPU cuDNN's (where nothing is masked).
     """
     if platform() == "tpu" and supported(query, key):
         return tpu_attention(query, key, value, mask)

@@ -13,7 +13,7 @@ from unclip_jax import cli
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.errors import UserError
 from unclip_jax.model import ROWS
-from unclip_jax.models.mesh import on_mesh
+from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.planning import flops
 from unclip_jax.planning.fitting import remat_keys
 from unclip_jax.stages import Stage, make_stage
@@ -73,8 +73,8 @@ def train_program(config: ConfigDict, devices: list) -> Program:
     return Program(stage, step.trace(*arguments), arguments)
 
 
-def sample_program(config: ConfigDict, device: jax.Device) -> Program:
-    """What `sample` runs on one device: the stage draws ROWS rows, of (params, frozen CLIP, conditions, key).
+def sample_program(config: ConfigDict, device: jax.Device, rows: int = ROWS) -> Program:
+    """What `sample` runs on one device: the stage draws so many rows, of (params, frozen CLIP, conditions, key).
 
     Raises UserError where it draws nothing.
     """
@@ -84,12 +84,11 @@ def sample_program(config: ConfigDict, device: jax.Device) -> Program:
     shapes = (
         jax.eval_shape(stage.init, jax.random.key(0)),
         _frozen(stage),
-        conditions(stage, ROWS),
+        conditions(stage, rows),
         jax.eval_shape(lambda: root_key(0)),
     )
     arguments = _placed(shapes, jax.sharding.SingleDeviceSharding(device))
-    sample = on_mesh(stage.sample, Mesh([device], ("device",)))
-    return Program(stage, jax.jit(sample).trace(*arguments), arguments)
+    return Program(stage, jit_on_mesh(stage.sample, Mesh([device], ("device",))).trace(*arguments), arguments)
 
 
 def conditions(stage: Stage, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
-from unclip_jax.models.mesh import on_mesh
+from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.optimizer import ema_update
 from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather, param_shardings, replicated
@@ -111,12 +111,13 @@ def make_train_step(
         metrics |= {"skipped": skips.steps.astype(jnp.float32), "records_skipped": skips.records.astype(jnp.float32)}
         return TrainState(state.step + 1, skips, params, ema, opt_state), metrics
 
-    return jax.jit(
-        on_mesh(step, mesh),
+    return jit_on_mesh(
+        step,
+        mesh,
+        stage.tpu_options,
         in_shardings=(shardings, None, batch_sharding(mesh), None),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=stage.tpu_options if mesh.devices.flat[0].platform == "tpu" else None,
     )
 
 
