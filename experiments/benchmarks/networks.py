@@ -84,12 +84,12 @@ def drawing(model: str, config, flags) -> dict:
     """Of one sampling step, on one device."""
     counted = "steps" in config.get("sampling", {})
     names = [str(SHORT), str(LONG)] if counted else [None]
-    calls, counts, seconds, arguments = {}, {}, 0.0, None
+    calls, counts, seconds = {}, {}, 0.0
     for steps in names:
         changed = loaded(model, flags.size, **{"dtype": flags.dtype, "sampling.steps": steps})
         program = sampling_program(changed, flags.rows)
         executable, taken = compiled(program)
-        arguments = arguments or jax.block_until_ready(random_arguments(program))
+        arguments = jax.block_until_ready(random_arguments(program))  # a prior's depend on the steps
         calls[steps] = lambda run=executable, given=arguments: jax.block_until_ready(run(*given))
         counts[steps], seconds = flops.executed(program.traced.jaxpr), seconds + taken
     found = measure.in_turns(calls, flags.repeats, f"{model}, sampling step")
