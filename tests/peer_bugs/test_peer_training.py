@@ -64,6 +64,8 @@ class Run:
 class Line:
     """The loss is the mean of x · w, so that its gradient is the mean of x."""
 
+    tpu_options = None
+
     def init(self, key):
         return {"kernel": jax.random.normal(key, (4, 1))}
 

@@ -18,6 +18,8 @@ ROWS = 32
 class ToyStage:
     """Two kernels, of which the first is large enough to be split, and noise on every row."""
 
+    tpu_options = None
+
     def init(self, key):
         first, second = jax.random.split(key)
         return {

@@ -68,6 +68,8 @@ def test_sharded_training_equals_one_device(toy):
 
 def test_compiled_step_gathers_and_never_permutes(toy):
     class Convolution:
+        tpu_options = None
+
         def init(self, key):
             one, two = jax.random.split(key)
             shape = (3, 3, 64, 64)
@@ -103,6 +105,8 @@ def test_the_state_is_updated_in_place(toy):
 
 class Linear:
     """loss = mean over rows of x . w, whose gradient is the mean of x."""
+
+    tpu_options = None
 
     def init(self, key):
         return {"kernel": jnp.ones((128, 1))}
