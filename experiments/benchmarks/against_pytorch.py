@@ -4,7 +4,7 @@
 
 Karlo's prior, decoder and super-resolution U-Net and CLIP, in one process, in turns: ours, PyTorch's eager, PyTorch's
 compiled. "forward" is what sampling calls; "train" is forward, backward of a mean squared error, and Adam. How far the
-outputs differ is found first. Prints a table and writes against_pytorch.json. Where JAX's device is none that PyTorch
+outputs differ is found last. Prints a table and writes against_pytorch.json. Where JAX's device is none that PyTorch
 has, ours alone is timed.
 """
 
@@ -24,12 +24,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from unclip_jax.models.mesh import jit_on_mesh
-
 try:
     import diffusers
     import torch
     from torch_networks import SIZES, for_torch, pair
+
+    from unclip_jax.models.mesh import jit_on_mesh
 except ImportError as error:
     sys.exit(f"{error.name} is missing: pip install torch && pip install -e '.[parity]'")
 
@@ -123,8 +123,6 @@ def compare(name: str, flags, device: str | None) -> dict:
         if device and kind in flags.torch:
             calls[kind] = torch_calls(network, flags.dtype, device, flags.channels_last, compiled)
     report = {"shape": network.shape, "parameters": parameters}
-    on_cpu = torch_calls(network, "float32", "cpu", False, False)
-    report |= difference(network, calls["ours"]["forward"], on_cpu["forward"])
     for mode in flags.modes:
         clock = time.process_time if flags.cpu_time else time.perf_counter
         ways = {kind: made[mode] for kind, made in calls.items()}
@@ -136,7 +134,8 @@ def compare(name: str, flags, device: str | None) -> dict:
             for what in ("median", "min")
         }
         report[mode] = times | {"torch / ours": ratios}
-    return report
+    on_cpu = torch_calls(network, "float32", "cpu", False, False)
+    return report | difference(network, calls["ours"]["forward"], on_cpu["forward"])
 
 
 def main() -> None:
