@@ -11,7 +11,7 @@ import numpy as np
 from unclip_jax.bundle import check_params, load_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
-from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.models.mesh import jit_on_mesh, one_device
 from unclip_jax.stages import Stage, make_stage
 
 ROWS = 16  # at most so many at once: bounds memory, and keeps the shapes few
@@ -104,7 +104,7 @@ class Model:
     @staticmethod
     def _jitted(function):
         """For the one device that a Model runs on."""
-        return jit_on_mesh(function, jax.sharding.Mesh(jax.devices()[:1], ("device",)))
+        return jit_on_mesh(function, one_device())
 
     @functools.cached_property
     def _similarity_gradient(self):

@@ -22,14 +22,13 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 try:
     import diffusers
     import torch
     from torch_networks import SIZES, for_torch, pair
 
-    from unclip_jax.models.mesh import jit_on_mesh
+    from unclip_jax.models.mesh import jit_on_mesh, one_device
 except ImportError as error:
     sys.exit(f"{error.name} is missing: pip install torch && pip install -e '.[parity]'")
 
@@ -42,7 +41,7 @@ def jax_calls(network, dtype: str) -> dict:
     inputs = jax.device_put(network.inputs)
     params = jax.device_put(network.params)
     halves = jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
-    mesh, optimizer = Mesh(jax.devices()[:1], ("device",)), optax.adam(LEARNING_RATE)
+    mesh, optimizer = one_device(), optax.adam(LEARNING_RATE)
     forward = jit_on_mesh(network.ours, mesh)
 
     @jax.jit

@@ -15,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
-from jax.sharding import Mesh
 from networks import loaded
 
 from unclip_jax import cli
 from unclip_jax.model import ROWS, Model
-from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.models.mesh import jit_on_mesh, one_device
 from unclip_jax.planning import flops
 from unclip_jax.planning.chips import known_chip
 from unclip_jax.planning.programs import conditions
@@ -60,7 +59,7 @@ def read_call(clip: Model, rows: int, seed: int):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 8, spec["tokens"].shape, np.int32)
     lengths = np.full(rows, tokens.shape[1], np.int32)
-    return jit_on_mesh(clip.stage.embed_texts, Mesh(jax.devices()[:1], ("device",))), (clip.params, tokens, lengths)
+    return jit_on_mesh(clip.stage.embed_texts, one_device()), (clip.params, tokens, lengths)
 
 
 def stage_times(model: Model, clip: Model, flags) -> dict:

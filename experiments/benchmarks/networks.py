@@ -13,10 +13,10 @@ import time
 
 import jax
 import measure
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from unclip_jax import cli
-from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.models.mesh import jit_on_mesh, one_device
 from unclip_jax.planning import flops
 from unclip_jax.planning.chips import known_chip
 from unclip_jax.planning.programs import (
@@ -58,7 +58,7 @@ def sampling_program(config, rows: int) -> Program:
 
     shapes = jax.eval_shape(stage.init, jax.random.key(0)), {}, stage.batch_spec(rows)
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-    return Program(stage, jit_on_mesh(towers, Mesh([device], ("device",))).trace(*shapes), shapes)
+    return Program(stage, jit_on_mesh(towers, one_device(device)).trace(*shapes), shapes)
 
 
 def training(config, flags) -> dict:

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from unclip_jax.models import mesh
@@ -19,12 +18,12 @@ def asked_afresh():
 
 CONVOLUTION = """
 import jax, jax.numpy as jnp
-from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.models.mesh import jit_on_mesh, one_device
 
 def convolved(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-jitted = jit_on_mesh(convolved, jax.sharding.Mesh(jax.devices(), ("device",)))
+jitted = jit_on_mesh(convolved, one_device())
 program = jitted.lower(jnp.ones((2, 64, 64, 64)), jnp.ones((3, 3, 64, 64))).compile().as_text()
 print("ynn" in program, "convolution" in program)
 """
@@ -40,5 +39,4 @@ def test_a_cpu_convolves_without_the_library_that_uses_one_thread():
 def test_a_compiler_that_does_not_know_the_option_is_left_alone(monkeypatch, asked_afresh):
     monkeypatch.setattr(mesh, "CPU_OPTIONS", {"xla_cpu_of_another_year": "1"})
     assert mesh._cpu_options() is None
-    one = jax.sharding.Mesh(jax.devices()[:1], ("device",))
-    assert mesh.jit_on_mesh(lambda: 3, one)() == 3
+    assert mesh.jit_on_mesh(lambda: 3, mesh.one_device())() == 3

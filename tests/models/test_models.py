@@ -12,7 +12,7 @@ import pytest
 from unclip_jax import cli, plan
 from unclip_jax.models import layers
 from unclip_jax.models.clip import TextTower
-from unclip_jax.models.layers import GroupNorm, attention, dropout, timestep_embedding
+from unclip_jax.models.layers import GroupNorm, LayerNorm, Projections, attention, dropout, timestep_embedding
 from unclip_jax.models.transformer import TextTransformer, Transformer, causal_mask
 from unclip_jax.models.unet import UNet, downsample, upsample
 
@@ -100,6 +100,35 @@ def test_remat_changes_nothing():
     np.testing.assert_allclose(value, other_value, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_remat_keeps_the_norms_statistics():
+    network = Transformer(depth=6, heads=2, activation="gelu", dtype=jnp.float32, remat=True)
+    x = jnp.ones((2, 5, 8))
+    params = network.init(jax.random.key(0), x)
+    program = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(network.apply(p, x))))(params)
+    assert str(program).count("f32[6,2,5]") == 4  # from the forward loop to the backward one: two norms of each block
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (4, 6, 5)])
+def test_layer_norm_is_the_two_pass_form(shape):
+    x, scale, bias = (np.asarray(jax.random.normal(jax.random.key(i), s)) for i, s in enumerate((shape, (5,), (5,))))
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-5) * scale + bias
+    np.testing.assert_allclose(LayerNorm().apply({"params": {"scale": scale, "bias": bias}}, x), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gradients_of_projections_biases_are_summed_in_float32(platform, monkeypatch):
+    monkeypatch.setattr(layers, "platform", lambda: platform)
+    network, x = Projections(3, 2, jnp.bfloat16), jnp.ones((7, 143, 4))
+    params = network.init(jax.random.key(0), x)
+
+    def loss(params):
+        return sum(jnp.sum(part.astype(jnp.float32)) for part in network.apply(params, x))
+
+    # bfloat16 has 8 binary digits: 1001 ones are 1000 there.
+    np.testing.assert_array_equal(jax.grad(loss)(params)["params"]["bias"], np.full(6, 1001.0))
 
 
 def test_unet_computes_in_bfloat16_and_answers_in_float32():

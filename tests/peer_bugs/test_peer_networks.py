@@ -12,7 +12,7 @@ from shrink import random_batch, random_params, small_config, small_stage
 
 from unclip_jax.bundle import load_bundle, save_bundle
 from unclip_jax.models.clip import TextTower
-from unclip_jax.models.layers import GroupNorm, layer_norm, timestep_embedding
+from unclip_jax.models.layers import GroupNorm, LayerNorm, timestep_embedding
 from unclip_jax.models.prior import DiffusionPrior
 from unclip_jax.models.transformer import ACTIVATIONS, TextTransformer
 from unclip_jax.models.unet import AttentionBlock, UNet
@@ -153,7 +153,7 @@ def test_norms_add_1e_5_to_the_variance():
     small = np.array([[3e-3, -3e-3]], np.float32)
     expected = small / math.sqrt(9e-6 + 1e-5)
     ones = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
-    np.testing.assert_allclose(layer_norm("norm").apply({"params": ones}, small), expected, rtol=1e-4)
+    np.testing.assert_allclose(LayerNorm().apply({"params": ones}, small), expected, rtol=1e-4)
     ours = GroupNorm(1).apply({"params": ones}, small[:, None, None, :])
     np.testing.assert_allclose(ours.reshape(1, 2), expected, rtol=1e-4)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.errors import UserError
-from unclip_jax.models.layers import Dense, layer_norm
+from unclip_jax.models.layers import Dense, LayerNorm
 from unclip_jax.models.transformer import TextTransformer, Transformer, causal_mask
 
 
@@ -52,7 +52,7 @@ class ARPrior(nn.Module):
         std = nn.initializers.normal(self.text.width**-0.5)
         self.context_kv = nn.Dense(self.depth * 2 * self.width, dtype=self.dtype, kernel_init=std)
         self.transformer = Transformer(self.depth, self.heads, "gelu", self.dtype, self.remat)
-        self.norm = layer_norm(None)
+        self.norm = LayerNorm()
         self.out = Dense(self.num_buckets)
 
     def __call__(self, tokens, length, text_embedding, keep, dot, codes):

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import layer_norm
+from unclip_jax.models.layers import LayerNorm
 from unclip_jax.models.transformer import Transformer, causal_mask, last_real
 
 
@@ -43,10 +43,10 @@ class ImageTower(nn.Module):
             token = jnp.broadcast_to(self.param("class_token", std, (self.width,)), (x.shape[0], self.width))
         x = jnp.concatenate([token[:, None], x], axis=1)
         x = x + self.param("positions", std, (x.shape[1], self.width))[None]
-        x = layer_norm("norm_in")(x)
+        x = LayerNorm(name="norm_in")(x)
         sizes = self.depth, self.heads, self.activation, self.dtype, self.remat, self.mlp_width
         x = Transformer(*sizes, name="transformer")(x)
-        x = layer_norm("norm_out")(x[:, 0])
+        x = LayerNorm(name="norm_out")(x[:, 0])
         return nn.Dense(self.dim, use_bias=False, kernel_init=std, name="projection")(x)
 
 
@@ -74,7 +74,7 @@ class TextTower(nn.Module):
         # Causality hides the padding from every real token, so padding needs no mask of its own.
         sizes = self.depth, self.heads, self.activation, self.dtype, self.remat, self.mlp_width
         transformer = Transformer(*sizes, name="transformer")
-        x = layer_norm("norm")(transformer(x, causal_mask(self.context)))
+        x = LayerNorm(name="norm")(transformer(x, causal_mask(self.context)))
         std = nn.initializers.normal(self.width**-0.5)
         embedding = nn.Dense(self.dim, use_bias=False, kernel_init=std, name="projection")(last_real(x, length))
         return embedding, x

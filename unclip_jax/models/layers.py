@@ -10,6 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from unclip_jax.models.mesh import platform
 from unclip_jax.models.tpu_attention import supported, tpu_attention
@@ -117,9 +118,35 @@ class Projections(nn.Module):
     def __call__(self, x):
         total = self.parts * self.features
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], total))
-        bias = self.param("bias", nn.initializers.zeros, (total,)).reshape((1,) * (x.ndim - 1) + (total,))
-        x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
-        return [x @ k + b for k, b in zip(*(jnp.split(v, self.parts, axis=-1) for v in (kernel, bias)), strict=True)]
+        bias = self.param("bias", nn.initializers.zeros, (total,))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        split = (jnp.split(value, self.parts, axis=-1) for value in (kernel, bias))
+        return [_add_bias(x @ k, b) for k, b in zip(*split, strict=True)]
+
+
+def _channels(vector, x):
+    """(C,) → (1, ..., 1, C), with as many axes as x."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+@jax.custom_vjp
+def _add_bias(x, bias):
+    """x (..., C) + bias (C,), whose gradient is summed in float32. JAX sums in bfloat16, which takes a TPU longer."""
+    return (x.astype(jnp.float32) + _channels(bias, x)).astype(x.dtype)
+
+
+def _add_bias_backward(_, gradient):
+    rows = tuple(range(gradient.ndim - 1))
+    if platform() != "tpu" or gradient.dtype != jnp.bfloat16:
+        return gradient, jnp.sum(gradient.astype(jnp.float32), axis=rows)
+    # Behind an attention's kernel there is nothing to fuse a sum into; the matrix unit takes a third of its time. XLA
+    # would make a plain sum again of a product with a single row.
+    ones = jnp.ones((8, *gradient.shape[:-1]), gradient.dtype)
+    contracted = tuple(axis + 1 for axis in rows), rows
+    return gradient, jax.lax.dot_general(ones, gradient, (contracted, ((), ())), preferred_element_type=jnp.float32)[0]
+
+
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), None), _add_bias_backward)
 
 
 def dropout(x, rate: float, key):
@@ -164,6 +191,20 @@ class GroupNorm(nn.Module):
         return x * gain[:, None, None] + (bias[None] - mean * gain)[:, None, None]
 
 
-def layer_norm(name: str):
-    """LayerNorm of float32 input with the eps of the papers' code."""
-    return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, name=name)
+class LayerNorm(nn.Module):
+    """LayerNorm of x (..., C) float32 over channels, eps 1e-5 as in the papers' code.
+
+    Means and variances have a name, "statistics", for what computes activations twice to keep them: they are small, and
+    to know them is to read x once more. (flax.linen.LayerNorm names nothing.)
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        scale, bias = (
+            _channels(self.param(name, init, (x.shape[-1],)), x)
+            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
+        )
+        mean = checkpoint_name(jnp.mean(x, axis=-1), "statistics")
+        variance = checkpoint_name(jnp.mean(jnp.square(x), axis=-1) - jnp.square(mean), "statistics")
+        gain = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + 1e-5)
+        return (x - mean[..., None]) * (gain[..., None] * scale) + bias

@@ -34,6 +34,11 @@ def jit_on_mesh(function: Callable, mesh: Mesh, tpu_options: dict[str, str] | No
     return jax.jit(traced, compiler_options=given, **options)
 
 
+def one_device(device: jax.Device | None = None) -> Mesh:
+    """A mesh of that device alone, or of this process's first."""
+    return Mesh([device or jax.local_devices()[0]], ("device",))
+
+
 @functools.cache
 def _cpu_options() -> dict[str, str] | None:
     """CPU_OPTIONS, unless this version of XLA has other names for them."""

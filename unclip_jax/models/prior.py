@@ -4,7 +4,7 @@ embedding from a caption, its CLIP text embedding, the timestep and the noised i
 import flax.linen as nn
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import Dense, TimestepMLP, layer_norm
+from unclip_jax.models.layers import Dense, LayerNorm, TimestepMLP
 from unclip_jax.models.transformer import Transformer, causal_mask
 
 
@@ -52,4 +52,4 @@ class DiffusionPrior(nn.Module):
         visible = (places < length[:, None]) | (places >= self.context)
         mask = causal_mask(self.context + 4) & visible[:, None, None, :]
         h = Transformer(self.depth, self.heads, "gelu", self.dtype, self.remat, name="transformer")(h, mask)
-        return Dense(self.embedding_dim, name="out")(layer_norm("norm")(h[:, -1]))
+        return Dense(self.embedding_dim, name="out")(LayerNorm(name="norm")(h[:, -1]))

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import Projections, attention, layer_norm
+from unclip_jax.models.layers import LayerNorm, Projections, attention
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
         project = Projections(width, 3, self.dtype, nn.initializers.normal(width**-0.5), name="qkv")
         heads = (*x.shape[:-1], self.heads, width // self.heads)
-        query, key, value = (y.reshape(heads) for y in project(layer_norm("norm_1")(x)))
+        query, key, value = (y.reshape(heads) for y in project(LayerNorm(name="norm_1")(x)))
         own = None
         if memory is not None:
             own = jnp.stack([key, value], axis=2)
@@ -54,7 +54,7 @@ class Block(nn.Module):
         h = attention(query, key, value, mask)
         x = x + dense(width, width**-0.5 * residual, "out")(h.reshape(x.shape)).astype(x.dtype)
 
-        h = dense(self.mlp_width or 4 * width, (2 * width) ** -0.5, "mlp_in")(layer_norm("norm_2")(x))
+        h = dense(self.mlp_width or 4 * width, (2 * width) ** -0.5, "mlp_in")(LayerNorm(name="norm_2")(x))
         # XLA would compute the activation within the next product, for every tile of it again.
         h = jax.lax.optimization_barrier(ACTIVATIONS[self.activation](h))
         h = dense(width, width**-0.5 * residual, "mlp_out")(h)
@@ -77,7 +77,8 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask=None, memory=None):
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        keep = jax.checkpoint_policies.save_only_these_names("statistics")
+        block = nn.remat(Block, prevent_cse=False, policy=keep) if self.remat else Block
 
         def step(module, carry, memory):
             carry, own = module(carry, mask, memory)
@@ -121,7 +122,7 @@ class TextTransformer(nn.Module):
         real = jnp.arange(self.context)[None, :] < length[:, None]
         x = jnp.where(real[:, :, None], x, padding[None])
         x = Transformer(self.depth, self.heads, "gelu", self.dtype, self.remat, name="transformer")(x)
-        return layer_norm("norm")(x)
+        return LayerNorm(name="norm")(x)
 
 
 def last_real(x, length):

@@ -15,12 +15,12 @@ from unclip_jax.models.layers import (
     Conv3x3,
     Dense,
     GroupNorm,
+    LayerNorm,
     Projections,
     TimestepMLP,
     attention,
     dropout,
     fan_in_uniform,
-    layer_norm,
     zeros,
 )
 from unclip_jax.models.transformer import TextTransformer
@@ -259,7 +259,7 @@ class ClipConditioner(nn.Module):
     @nn.compact
     def __call__(self, states, length, text_embedding, image_embedding, has_embedding) -> Conditioning:
         """states (B, context, W), length (B,), both embeddings (B, d), has_embedding (B,) bool."""
-        text = layer_norm("text_norm")(Dense(self.width, name="text_states")(states))
+        text = LayerNorm(name="text_norm")(Dense(self.width, name="text_states")(states))
         emb = Dense(self.emb_width, name="text_to_emb")(text_embedding)
         image_emb, image = _image_conditioning(self, image_embedding, has_embedding, self.width)
         real = jnp.arange(states.shape[1])[None, :] < length[:, None]

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unclip_jax import cli
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.errors import UserError
 from unclip_jax.model import ROWS
-from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.models.mesh import jit_on_mesh, one_device
 from unclip_jax.planning import flops
 from unclip_jax.planning.fitting import remat_keys
 from unclip_jax.stages import Stage, make_stage
@@ -88,7 +87,7 @@ def sample_program(config: ConfigDict, device: jax.Device, rows: int = ROWS) -> 
         jax.eval_shape(lambda: root_key(0)),
     )
     arguments = _placed(shapes, jax.sharding.SingleDeviceSharding(device))
-    return Program(stage, jit_on_mesh(stage.sample, Mesh([device], ("device",))).trace(*arguments), arguments)
+    return Program(stage, jit_on_mesh(stage.sample, one_device(device)).trace(*arguments), arguments)
 
 
 def conditions(stage: Stage, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
