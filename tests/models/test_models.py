@@ -13,7 +13,7 @@ from unclip_jax import cli, plan
 from unclip_jax.models import layers
 from unclip_jax.models.clip import TextTower
 from unclip_jax.models.layers import GroupNorm, LayerNorm, Projections, attention, dropout, timestep_embedding
-from unclip_jax.models.transformer import TextTransformer, Transformer, causal_mask
+from unclip_jax.models.transformer import TextTransformer, Transformer, activated, causal_mask
 from unclip_jax.models.unet import UNet, downsample, upsample
 
 F32 = jnp.float32
@@ -108,6 +108,15 @@ def test_remat_keeps_the_norms_statistics():
     params = network.init(jax.random.key(0), x)
     program = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(network.apply(p, x))))(params)
     assert str(program).count("f32[6,2,5]") == 4  # from the forward loop to the backward one: two norms of each block
+
+
+@pytest.mark.parametrize("name", ["gelu", "quick_gelu"])
+def test_activations_slopes_are_those_of_jaxs_own(name):
+    own = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
+    x = jnp.linspace(-8, 8, 161)
+    for function in (jax.jit, lambda f: f):
+        slopes = function(jax.grad(lambda x: jnp.sum(activated(name, x))))(x)
+        np.testing.assert_allclose(slopes, jax.vmap(jax.grad(own[name]))(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (4, 6, 5)])

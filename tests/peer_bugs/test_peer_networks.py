@@ -14,7 +14,7 @@ from unclip_jax.bundle import load_bundle, save_bundle
 from unclip_jax.models.clip import TextTower
 from unclip_jax.models.layers import GroupNorm, LayerNorm, timestep_embedding
 from unclip_jax.models.prior import DiffusionPrior
-from unclip_jax.models.transformer import ACTIVATIONS, TextTransformer
+from unclip_jax.models.transformer import TextTransformer, activated
 from unclip_jax.models.unet import AttentionBlock, UNet
 from unclip_jax.pretrained.layers import interleaved
 from unclip_jax.stages import make_stage
@@ -135,7 +135,7 @@ def test_activation_is_the_one_that_was_trained_with(tmp_path):
     exact = {"quick_gelu": x / (1 + np.exp(-1.702 * x)), "gelu": x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))}
     embeddings, identities = {}, set()
     for activation, expected in exact.items():
-        np.testing.assert_allclose(ACTIVATIONS[activation](jnp.asarray(x, F32)), expected, atol=2e-6)
+        np.testing.assert_allclose(activated(activation, jnp.asarray(x, F32)), expected, atol=2e-6)
         config = small_config("clip").unlock()
         config.model.activation = activation
         params, images = random_params(make_stage(config)), random_batch(make_stage(config), 2)["image"]

@@ -4,16 +4,44 @@ Used by both CLIP towers, the decoder's text path and both priors. What is atten
 values from elsewhere: a caption's, or those of places already read.
 """
 
+import functools
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from unclip_jax.models.layers import LayerNorm, Projections, attention
 
-ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-}
+
+def _gelu(x):
+    cdf = 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+    return x * cdf, cdf + x * jnp.exp(-0.5 * jnp.square(x)) * (2 * math.pi) ** -0.5
+
+
+def _quick_gelu(x):
+    gate = nn.sigmoid(1.702 * x)
+    return x * gate, gate * (1 + 1.702 * x * (1 - gate))
+
+
+ACTIVATIONS = {"gelu": _gelu, "quick_gelu": _quick_gelu}  # what they give, and their derivative
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def activated(name: str, x):
+    """One of ACTIVATIONS of x, computed in float32.
+
+    Its derivative is computed beside it, at the end of the product that x comes from; XLA would run a pass of its own
+    for it. The barriers: XLA would compute the activation within the next product, for every tile of it again.
+    """
+    return jax.lax.optimization_barrier(ACTIVATIONS[name](x.astype(jnp.float32))[0].astype(x.dtype))
+
+
+def _activated_forward(name, x):
+    return jax.lax.optimization_barrier(tuple(y.astype(x.dtype) for y in ACTIVATIONS[name](x.astype(jnp.float32))))
+
+
+activated.defvjp(_activated_forward, lambda name, slope, gradient: (slope * gradient,))
 
 
 UNROLLED = 4  # blocks: a stack this shallow compiles as fast without its loop, and a CPU runs loops on one thread
@@ -55,9 +83,7 @@ class Block(nn.Module):
         x = x + dense(width, width**-0.5 * residual, "out")(h.reshape(x.shape)).astype(x.dtype)
 
         h = dense(self.mlp_width or 4 * width, (2 * width) ** -0.5, "mlp_in")(LayerNorm(name="norm_2")(x))
-        # XLA would compute the activation within the next product, for every tile of it again.
-        h = jax.lax.optimization_barrier(ACTIVATIONS[self.activation](h))
-        h = dense(width, width**-0.5 * residual, "mlp_out")(h)
+        h = dense(width, width**-0.5 * residual, "mlp_out")(activated(self.activation, h))
         return x + h.astype(x.dtype), own
 
 
