@@ -101,10 +101,9 @@ class Model:
     def _embed_images(self):
         return self._jitted(self.stage.embed_images)
 
-    @staticmethod
-    def _jitted(function):
+    def _jitted(self, function):
         """For the one device that a Model runs on."""
-        return jit_on_mesh(function, one_device())
+        return jit_on_mesh(function, one_device(), self.stage.tpu_options)
 
     @functools.cached_property
     def _similarity_gradient(self):

@@ -131,7 +131,7 @@ def _run(config: ConfigDict, workdir: str, mesh, upstream: "Upstream", stop: "_S
     state = state or init_state(stage, optimizer, mesh, config.train.seed)
     frozen = jax.device_put(upstream.params if stage.runs_clip else {}, replicated(mesh))
     root = root_key(config.train.seed)
-    evaluate = jit_on_mesh(stage.evaluate, mesh, out_shardings=replicated(mesh))
+    evaluate = jit_on_mesh(stage.evaluate, mesh, stage.tpu_options, out_shardings=replicated(mesh))
 
     def look(step, params, raw=None):
         """Scalars of the held-out batch; its pictures go to WORKDIR/samples, those of the raw weights beside them."""

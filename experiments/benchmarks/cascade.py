@@ -59,7 +59,7 @@ def read_call(clip: Model, rows: int, seed: int):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 8, spec["tokens"].shape, np.int32)
     lengths = np.full(rows, tokens.shape[1], np.int32)
-    return jit_on_mesh(clip.stage.embed_texts, one_device()), (clip.params, tokens, lengths)
+    return jit_on_mesh(clip.stage.embed_texts, one_device(), clip.stage.tpu_options), (clip.params, tokens, lengths)
 
 
 def stage_times(model: Model, clip: Model, flags) -> dict:

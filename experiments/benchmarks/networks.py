@@ -58,7 +58,7 @@ def sampling_program(config, rows: int) -> Program:
 
     shapes = jax.eval_shape(stage.init, jax.random.key(0)), {}, stage.batch_spec(rows)
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-    return Program(stage, jit_on_mesh(towers, one_device(device)).trace(*shapes), shapes)
+    return Program(stage, jit_on_mesh(towers, one_device(device), stage.tpu_options).trace(*shapes), shapes)
 
 
 def training(config, flags) -> dict:

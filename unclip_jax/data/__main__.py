@@ -133,7 +133,8 @@ class _Towers:
     def __init__(self, stage: Stage, params, mesh: Mesh, rows: int):
         self.rows = max(1, -(-rows // mesh.size)) * mesh.size
         self._params, self._rows_over_mesh = jax.device_put(params, replicated(mesh)), batch_sharding(mesh)
-        self._look, self._read = (jit_on_mesh(f, mesh) for f in (stage.embed_images, stage.embed_texts))
+        towers = stage.embed_images, stage.embed_texts
+        self._look, self._read = (jit_on_mesh(tower, mesh, stage.tpu_options) for tower in towers)
 
     def look(self, images: np.ndarray) -> jax.Array:
         """At most `rows` pictures → their embeddings, and others that fill up `rows`."""

@@ -87,7 +87,8 @@ def sample_program(config: ConfigDict, device: jax.Device, rows: int = ROWS) -> 
         jax.eval_shape(lambda: root_key(0)),
     )
     arguments = _placed(shapes, jax.sharding.SingleDeviceSharding(device))
-    return Program(stage, jit_on_mesh(stage.sample, one_device(device)).trace(*arguments), arguments)
+    sample = jit_on_mesh(stage.sample, one_device(device), stage.tpu_options)
+    return Program(stage, sample.trace(*arguments), arguments)
 
 
 def conditions(stage: Stage, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
