@@ -10,7 +10,6 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from unclip_jax.models.mesh import platform
 from unclip_jax.models.tpu_attention import supported, tpu_attention
@@ -20,6 +19,7 @@ fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 Dense = functools.partial(nn.Dense, kernel_init=fan_in_uniform)
 Conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=fan_in_uniform)
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32)  # of float32 input, as the papers' code
 zeros = {"kernel_init": nn.initializers.zeros, "bias_init": nn.initializers.zeros}
 
 
@@ -189,22 +189,3 @@ class GroupNorm(nn.Module):
         variance = jnp.maximum(group_mean(jnp.square(x)) - jnp.square(mean), 0.0)
         gain = jax.lax.rsqrt(variance + 1e-5) * scale[None]
         return x * gain[:, None, None] + (bias[None] - mean * gain)[:, None, None]
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm of x (..., C) float32 over channels, eps 1e-5 as in the papers' code.
-
-    Means and variances have a name, "statistics", for what computes activations twice to keep them: they are small, and
-    to know them is to read x once more. (flax.linen.LayerNorm names nothing.)
-    """
-
-    @nn.compact
-    def __call__(self, x):
-        scale, bias = (
-            _channels(self.param(name, init, (x.shape[-1],)), x)
-            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
-        )
-        mean = checkpoint_name(jnp.mean(x, axis=-1), "statistics")
-        variance = checkpoint_name(jnp.mean(jnp.square(x), axis=-1) - jnp.square(mean), "statistics")
-        gain = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + 1e-5)
-        return (x - mean[..., None]) * (gain[..., None] * scale) + bias

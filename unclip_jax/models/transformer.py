@@ -87,6 +87,11 @@ class Block(nn.Module):
         return x + h.astype(x.dtype), own
 
 
+def _is_sum(primitive, *_, **__) -> bool:
+    """What is kept of a block that is computed again: its norms' sums, for which x would be read once more."""
+    return primitive.name == "reduce_sum"
+
+
 class Transformer(nn.Module):
     """(B, T, width) → (B, T, width) float32 residual stream. mask as in `layers.attention`; None: all see all.
 
@@ -103,8 +108,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask=None, memory=None):
-        keep = jax.checkpoint_policies.save_only_these_names("statistics")
-        block = nn.remat(Block, prevent_cse=False, policy=keep) if self.remat else Block
+        block = nn.remat(Block, prevent_cse=False, policy=_is_sum) if self.remat else Block
 
         def step(module, carry, memory):
             carry, own = module(carry, mask, memory)
