@@ -55,7 +55,10 @@ def test_each_row_follows_the_gradient_of_its_own_caption():
     x = np.random.default_rng(0).normal(size=(20, 8, 8, 3)).astype(np.float32)
     t = np.full(20, 100, np.int32)
     text = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
-    stage = SimpleNamespace(sample=lambda params, frozen, c, key: c["clip_scale"] * c["clip_gradient"](c["x"], c["t"]))
+    stage = SimpleNamespace(
+        tpu_options=None,
+        sample=lambda params, frozen, c, key: c["clip_scale"] * c["clip_gradient"](c["x"], c["t"]),
+    )
     model, noised = (Model(s, p, None, "") for s, p in ((stage, {}), (clip, params)))
     conditions = {"x": x, "t": t, "noised_text": text, "clip_scale": np.float32(2)}
     drawn = model.draw({}, conditions, jax.random.key(0), noised)
