@@ -8,6 +8,8 @@ decode, crop, resize and tokenise; and, for the second upsampler, BSR degradatio
 input_pipeline.json: examples per second, and per second of CPU time, which other programs on the machine change little.
 """
 
+import atexit
+import shutil
 import sys
 import tempfile
 import time
@@ -64,7 +66,7 @@ def timed(source, to_example, threads: int, flags) -> dict:
             count += len(next(rows)["image"])
         wall.append((time.perf_counter() - start) / count)
         cpu.append((time.process_time() - used) / count)
-    rows.close()  # its threads would go on
+    rows.close()  # or its threads would go on for good
     found = {"seconds_per_example": measure.spread(wall), "cpu_seconds_per_example": measure.spread(cpu)}
     rates = {name: measure.significant(1 / times["median"]) for name, times in found.items()}
     return found | {
@@ -85,21 +87,22 @@ def main() -> None:
     report |= {"crop": flags.crop, "batch": flags.batch, "seed": flags.seed, "pictures": COUNT, "cases": {}}
     rows, sides = [], [int(side) for side in flags.sides.split(",")]
     threads = [int(count) for count in flags.threads.split(",")]
-    with tempfile.TemporaryDirectory() as folder:
-        progress = measure.Progress(len(sides) * len(threads) * len(CASES), "input pipeline")
-        for side in sides:
-            captions = write_pictures(Path(folder) / str(side), side, flags.seed)
-            source = FolderSource(Path(folder) / str(side), "train")
-            tokenizer = train_tokenizer(captions, 320)
-            for name, case in CASES.items():
-                texts = {"tokens": (tokenizer, 256, False)} if case.get("captions") else {}
-                to_example = ToExample(case["images"], texts, flags.crop, case["patch"], case.get("bsr_factor"))
-                for count in threads:
-                    found = timed(source, to_example, count, flags)
-                    report["cases"][f"{name}, {side} px JPEG, {count} threads"] = found
-                    rows.append((name, side, count, found["examples_per_second"], found["examples_per_cpu_second"]))
-                    progress.step()
-        measure.write(flags.out, report)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)  # not before: the pipeline's threads end their last batches
+    progress = measure.Progress(len(sides) * len(threads) * len(CASES), "input pipeline")
+    for side in sides:
+        captions = write_pictures(Path(folder) / str(side), side, flags.seed)
+        source = FolderSource(Path(folder) / str(side), "train")
+        tokenizer = train_tokenizer(captions, 320)
+        for name, case in CASES.items():
+            texts = {"tokens": (tokenizer, 256, False)} if case.get("captions") else {}
+            to_example = ToExample(case["images"], texts, flags.crop, case["patch"], case.get("bsr_factor"))
+            for count in threads:
+                found = timed(source, to_example, count, flags)
+                report["cases"][f"{name}, {side} px JPEG, {count} threads"] = found
+                rows.append((name, side, count, found["examples_per_second"], found["examples_per_cpu_second"]))
+                progress.step()
+    measure.write(flags.out, report)
     print(measure.table(("example", "stored, px", "threads", "examples/s", "examples per CPU second"), rows))
 
 

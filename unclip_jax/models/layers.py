@@ -124,15 +124,11 @@ class Projections(nn.Module):
         return [_add_bias(x @ k, b) for k, b in zip(*split, strict=True)]
 
 
-def _channels(vector, x):
-    """(C,) → (1, ..., 1, C), with as many axes as x."""
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
 @jax.custom_vjp
 def _add_bias(x, bias):
     """x (..., C) + bias (C,), whose gradient is summed in float32. JAX sums in bfloat16, which takes a TPU longer."""
-    return (x.astype(jnp.float32) + _channels(bias, x)).astype(x.dtype)
+    bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 def _add_bias_backward(_, gradient):
