@@ -30,17 +30,17 @@ def test_mesh_that_does_not_cover_the_devices_is_an_error(data, fsdp):
 @pytest.mark.parametrize(
     "shape, spec",
     [
-        ((3, 3, 64, 128), P(None, None, None, "fsdp")),
+        ((3, 3, 64, 128), P(None, None, "fsdp", None)),
         ((3, 3, 128, 64), P(None, None, "fsdp", None)),
-        ((128, 128), P(None, "fsdp")),  # of equals the last
-        ((1001, 64), P(None, "fsdp")),  # 1001 is larger and not divisible by 4
+        ((1001, 64), P(None, "fsdp")),  # 1001 is not divisible by 4
+        ((256, 1001, 64), P("fsdp", None, None)),  # the largest of the others
         ((1001, 63), P()),  # nothing divisible
         ((127, 128), P()),  # 16,256 elements: below 2^14
         ((2**14,), P("fsdp")),
         ((), P()),
     ],
 )
-def test_the_largest_divisible_axis_is_split(shape, spec):
+def test_inputs_are_split_or_else_the_largest_divisible_axis(shape, spec):
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     assert param_shardings({"w": leaf}, make_mesh(sizes(2, 4)))["w"].spec == spec
 
