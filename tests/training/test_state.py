@@ -50,7 +50,7 @@ def test_params_ema_and_moments_are_split_alike(toy):
     state = init_state(toy.Stage(), toy.optimizer(toy.config()), toy.mesh(2, 4), 0)
     adam = state.opt_state[1]
     for tree in (state.params, state.ema, adam.mu, adam.nu):
-        assert tree["hidden"]["kernel"].addressable_shards[0].data.shape == (128, 64)
+        assert tree["hidden"]["kernel"].addressable_shards[0].data.shape == (32, 256)
     abstract = abstract_state(toy.Stage(), toy.optimizer(toy.config()), toy.mesh(2, 4))
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
