@@ -46,17 +46,17 @@ def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every leaf of `tree`, whose leaves have a `.shape`: parameters, EMA or optimizer state.
 
-    The last axis but one is split, a kernel's inputs, where the size of "fsdp" divides it, else the largest axis that
+    The last axis but one (a kernel's inputs) is split where the size of "fsdp" divides it, else the largest axis that
     it divides; a leaf of fewer than `SMALLEST_SPLIT` elements, or with no such axis, is replicated. The rule reads
     shapes alone, so a parameter, its average and its Adam moments always lie alike.
     """
-    # A TPU lays the last axis along its lanes: gathered parts of that one are copied once more before they are used.
     size = mesh.shape["fsdp"]
 
     def sharding(leaf):
         axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
         if size == 1 or not axes or np.prod(leaf.shape, dtype=np.int64) < SMALLEST_SPLIT:
             return NamedSharding(mesh, P())
+        # Not the last, which a TPU lays along its lanes: gathered, it would be copied into another layout before use.
         split = max(axes, key=lambda i: (i == len(leaf.shape) - 2, leaf.shape[i]))
         return NamedSharding(mesh, P(*["fsdp" if i == split else None for i in range(len(leaf.shape))]))
 
