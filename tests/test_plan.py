@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental import topologies
 from shrink import small_config
 
 from unclip_jax import plan
@@ -25,15 +26,25 @@ PROMISED = {"params", "chips", "hbm_gib_per_chip", "hbm_limit_gib", "fits", "tfl
 PROMISED |= {"mfu", "compile_seconds"}
 
 
+def not_there(*_, **__):
+    raise NotImplementedError("topology not implemented for cuda")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([CLIP, "--topology=v9:2x2"], "topology 'v9:2x2': expected local, or one of v4, v5e, v5p, v6e"),
+        ([CLIP, "--topology=v9:2x2"], "topology 'v9:2x2': expected local, one of v4, v5e, v5p, v6e with a shape"),
+        ([CLIP, "--topology=b100:1"], "or one of t4, l4, a100, h100, h200 with a number, such as h100:8"),
         ([CLIP, "--topology=v5p"], "expected 3 sizes for v5p, such as v5p:4x4x4"),
         ([CLIP, "--topology=v5p:4x4"], "expected 3 sizes for v5p"),
         ([CLIP, "--topology=v5e:4x4x4"], "expected 2 sizes for v5e"),
         ([CLIP, "--topology=v5e:4x0"], "expected 2 sizes for v5e"),
         ([CLIP, "--topology=v5p:2x2x1"], "the TPU compiler is not installed: pip install 'jax\\[tpu\\]'"),
+        ([CLIP, "--topology=h100"], "topology 'h100': expected the number of GPUs of one machine, h100:1 to h100:8"),
+        ([CLIP, "--topology=h100:2x4"], "expected the number of GPUs of one machine"),
+        ([CLIP, "--topology=l4:0"], "expected the number of GPUs of one machine, l4:1 to l4:8"),
+        ([CLIP, "--topology=l4:16"], "expected the number of GPUs of one machine"),
+        ([CLIP, "--topology=h100:8"], "the CUDA compiler is not installed: pip install 'unclip_jax\\[cuda\\]'"),
         ([CLIP, "--sample"], "a clip draws nothing"),
         ([CLIP, "--topology=local", "--config.mesh.fsdp=3"], "do not cover 8"),
         ([CLIP, "--topology=local", "--config.train.batch_size=12"], "batch_size=12 cannot be split evenly"),
@@ -43,7 +54,8 @@ PROMISED |= {"mfu", "compile_seconds"}
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, says, monkeypatch):
-    monkeypatch.setitem(sys.modules, "libtpu", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "libtpu", None)  # as where no accelerator's compiler is installed
+    monkeypatch.setattr(topologies, "get_topology_desc", not_there)
     with pytest.raises(UserError, match=says) as caught:
         plan.main(["plan", *arguments])
     assert "\n" not in str(caught.value)
@@ -155,8 +167,20 @@ def test_what_does_not_fit_is_said_with_what_does(prior, monkeypatch):
     assert "This does: --config.optim.accumulate=2" in report.table(found) and tried == [1, 2]
     target = target._replace(limit=0)
     found = plan.plan(prior, target)
-    assert found["proposal"] == {} and tried == [1, 2, 1]  # its parameters alone are too much
+    assert found["proposal"] == {} and tried == [1, 2]  # its parameters alone are too much: nothing is compiled
     assert "take more chips" in report.table(found)
+
+
+def test_a_gpu_without_bfloat16_is_planned_in_float32(prior):
+    target = cost.Target("t4", "t4:1", jax.devices()[:1], chips.CHIPS["t4"], 10 * GIB)
+    config = prior.copy_and_resolve_references().unlock()
+    config.dtype = "bfloat16"
+    with pytest.raises(UserError, match=r"t4 does not compute in bfloat16: add --config\.dtype=float32"):
+        plan.plan(config.lock(), target)
+    assert chips.CHIPS["t4"].computing_in("float32").flops == 8.1e12
+    assert chips.CHIPS["l4"].computing_in("bfloat16").flops == 121e12
+    assert chips.CHIPS["l4"].computing_in("float32").flops == 60e12
+    assert chips.CHIPS["v5p"].computing_in("float32").flops == 459e12  # made of bfloat16 products
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
-"""What a training costs, known before anything is rented.
+"""Tells what a training costs before anything is rented.
 
     python -m unclip_jax.plan --config=configs/decoder.py:paper [--topology=v5p:4x4x4 [--quick]] [--sample] [--json]
 
-Without --topology: parameters and FLOPs, from shapes alone, in seconds. With a slice of v4, v5e, v5p or v6e, the real
-train step is compiled for it: what each chip holds, moves and sends, and how long a step takes at best; where it does
-not fit, under which settings it does. --sample asks the same of what `sample` runs, on one chip. This needs the TPU
-compiler of jax[tpu], no TPU, and minutes to half an hour. --topology=local runs a few steps on this machine's own
-devices instead, on noise, and times them.
+Without --topology: parameters and FLOPs, from shapes alone, in seconds. With a topology, the real train step is
+compiled for it: what each chip holds, moves and sends, and how long a step takes at best. Where it does not fit, a
+search proposes settings that do. --sample asks the same of what `sample` runs, on one chip.
+
+    v5p:4x4x4, v4:…, v5e:…, v6e:…       a slice of TPUs; needs jax[tpu], no TPU, and minutes to half an hour
+    h100:8, h200:…, a100:…, l4:…, t4:…  GPUs of one machine; needs jax[cuda], no GPU, and seconds to minutes
+    local                               this machine's own devices, which run a few steps on noise and are timed
+
+A GPU's seconds are bounds by FLOPs and by bytes; nothing estimates cycles.
 
 A stage that needs a CLIP is planned with the one of clip.bundle, else of configs/clip.py with embeddings of its size.
 """
@@ -18,6 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from unclip_jax import cli
+from unclip_jax.errors import UserError
 from unclip_jax.planning import flops, report
 from unclip_jax.planning.cost import Target, find_target, sampling, training
 from unclip_jax.planning.programs import assembled, train_program, trained_flops
@@ -30,9 +35,9 @@ def main(argv: list[str]) -> int:
     flags = cli.parse(
         argv,
         {
-            "topology": (str, "", "a slice of v4, v5e, v5p or v6e, such as v5p:4x4x4; or local"),
+            "topology": (str, "", "a TPU slice such as v5p:4x4x4, GPUs such as h100:8, or local"),
             "sample": (bool, False, "plan what `sample` runs on one chip, instead of the train step"),
-            "quick": (bool, False, "leave out the compiler's estimate of cycles, which takes most of the time"),
+            "quick": (bool, False, "leave out the TPU compiler's estimate of cycles, which takes most of the time"),
             "json": (bool, False, "print one JSON object instead of a table"),
         },
     )
@@ -43,7 +48,9 @@ def main(argv: list[str]) -> int:
 
 
 def plan(config: ConfigDict, target: Target | None, sample: bool = False, quick: bool = False) -> dict:
-    """All that --json prints. Raises UserError for configs that training would refuse."""
+    """Returns what --json prints. Raises UserError for configs that training or the target would refuse."""
+    if target and target.chip and not target.chip.flops and config.dtype == "bfloat16":
+        raise UserError(f"{target.name} does not compute in bfloat16: add --config.dtype=float32")
     shapes = jax.eval_shape(assembled(config).init, jax.random.key(0))
     parts = _counted(shapes)
     found = {"stage": config.stage, "params": sum(parts.values()), "parts": parts}

@@ -10,6 +10,7 @@ import pytest
 
 from unclip_jax.errors import UserError
 from unclip_jax.models.ar_prior import ARPrior
+from unclip_jax.models.layers import Mask
 from unclip_jax.models.transformer import TextTransformer, Transformer
 
 F32 = jnp.float32
@@ -190,12 +191,12 @@ def test_memory_is_what_other_places_left():
     m = Transformer(3, 2, "gelu", F32, False)
     x = jax.random.normal(jax.random.key(0), (2, 7, 8))
     p = jax.jit(m.init)(jax.random.key(1), x)
-    causal = np.tril(np.ones((1, 1, 7, 7), bool))
+    causal = Mask(causal=True)
     none = jnp.zeros((3, 2, 0, 2, 2, 4))
     apply = jax.jit(m.apply)
-    _, memory = apply(p, x[:, :4], causal[..., :4, :4], none)
+    _, memory = apply(p, x[:, :4], causal, none)
     assert memory.shape == (3, 2, 4, 2, 2, 4)
-    end, own = apply(p, x[:, 4:], causal[..., 4:, :], memory)
+    end, own = apply(p, x[:, 4:], causal, memory)
     np.testing.assert_allclose(end, apply(p, x, causal)[:, 4:], atol=1e-5)
     _, whole = apply(p, x, causal, none)
     np.testing.assert_allclose(jnp.concatenate([memory, own], axis=2), whole, atol=1e-5)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from unclip_jax import cli, plan
-from unclip_jax.models import layers
+from unclip_jax.models import layers, mesh
 from unclip_jax.models.clip import TextTower
-from unclip_jax.models.layers import GroupNorm, Projections, attention, dropout, timestep_embedding
-from unclip_jax.models.transformer import TextTransformer, Transformer, activated, causal_mask
+from unclip_jax.models.layers import GroupNorm, Mask, Projections, attention, dropout, timestep_embedding
+from unclip_jax.models.transformer import TextTransformer, Transformer, activated
 from unclip_jax.models.unet import UNet, downsample, upsample
 
 F32 = jnp.float32
@@ -70,8 +70,8 @@ def test_timestep_embedding_tells_neighbours_apart_at_any_precision():
 def test_causal_transformer_sees_no_future():
     model = Transformer(2, 2, "gelu", F32, False)
     x = jax.random.normal(jax.random.key(0), (1, 6, 16))
-    params = model.init(jax.random.key(1), x, causal_mask(6))
-    jacobian = jax.jacobian(lambda x: jnp.sum(model.apply(params, x, causal_mask(6)), axis=-1))(x)
+    params = model.init(jax.random.key(1), x, Mask(causal=True))
+    jacobian = jax.jacobian(lambda x: jnp.sum(model.apply(params, x, Mask(causal=True)), axis=-1))(x)
     reach = np.abs(np.asarray(jacobian)).sum(axis=(0, 2, 4))  # (output position, input position)
     assert (reach[np.triu_indices(6, 1)] == 0).all()
     assert (reach[np.tril_indices(6)] > 0).all()
@@ -140,17 +140,29 @@ def test_unet_computes_in_bfloat16_and_answers_in_float32():
     assert jax.eval_shape(model.apply, params, x, t, None, jnp.ones((1, 3, 5))).dtype == F32
 
 
-def test_attention_is_softmax_of_scaled_products():
-    q, k, v = np.random.default_rng(0).normal(size=(3, 2, 5, 3, 4)).astype(np.float32)
-    mask = np.random.default_rng(1).random((2, 1, 5, 5)) < 0.7
-    mask |= np.eye(5, dtype=bool)
+# Which of 7 keys 5 queries attend to, in rows of a batch of 2; the queries stand at the last 5 of the 7.
+BEHIND = np.arange(7)[None] <= np.arange(5)[:, None] + 2
+KEYS = np.array([[1, 0, 1, 1, 0, 1, 0], [1, 1, 1, 0, 1, 1, 1]], bool)
+MASKS = {
+    "all": (None, np.ones((5, 7), bool)),
+    "causal": (Mask(causal=True), BEHIND),
+    "keys": (Mask(keys=jnp.asarray(KEYS)), KEYS[:, None, None]),
+    "both": (Mask(causal=True, keys=jnp.asarray(KEYS)), KEYS[:, None, None] & BEHIND),
+}
+
+
+@pytest.mark.parametrize(("mask", "seen"), MASKS.values(), ids=MASKS)
+def test_attention_is_softmax_of_scaled_products(mask, seen):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, places, 3, 4)).astype(np.float32) for places in (5, 7, 7))
+    seen = np.broadcast_to(seen, (2, 1, 5, 7))
     logits = np.einsum("bthd,bshd->bhts", q, k) / 2
-    weights = np.exp(np.where(mask, logits, -np.inf))
+    weights = np.exp(np.where(seen, logits, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshd->bthd", weights, v)
-    ours, back = jax.vjp(lambda *x: attention(*x, jnp.asarray(mask)), *map(jnp.asarray, (q, k, v)))
+    ours, back = jax.vjp(lambda *x: attention(*x, mask), *map(jnp.asarray, (q, k, v)))
     np.testing.assert_allclose(ours, expected, atol=1e-5)
-    theirs = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, mask=jnp.asarray(mask)), *map(jnp.asarray, (q, k, v)))
+    theirs = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, mask=jnp.asarray(seen)), *map(jnp.asarray, (q, k, v)))
     for a, b in zip(back(jnp.sin(ours)), theirs[1](jnp.sin(ours)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -187,14 +199,59 @@ def test_group_norm_is_the_two_pass_form(offset):
     np.testing.assert_allclose(out, expected, atol=1e-5 if offset == 0 else 2e-3)
 
 
-@pytest.mark.parametrize("capability, width, taken", [("8.0", 64, True), ("7.5", 64, False), ("gfx942", 64, False),
-                                                      ("9.0", 36, False)])
-def test_cudnn_is_asked_where_it_can(capability, width, taken, monkeypatch):
-    asked = []
-    monkeypatch.setattr(layers, "platform", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    taking = lambda *x, implementation: asked.append(implementation) or x[0]  # noqa: E731
-    monkeypatch.setattr(jax.nn, "dot_product_attention", taking)
-    x = jnp.ones((1, 8, 2, width), jnp.bfloat16)
-    attention(x, x, x)
-    assert asked == ["cudnn"] * taken
+class Asked(Exception):
+    """Stops a call of cuDNN's attention, which needs its library, and holds what was asked of it."""
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "keys", "mask", "expected"),
+    [
+        (8.0, 64, 8, None, {"is_causal": False}),
+        (9.0, 64, 8, Mask(causal=True), {"is_causal": True}),
+        (9.0, 64, 16, Mask(causal=True), {"mask": "dense"}),  # with a memory in front
+        (9.0, 64, 8, Mask(keys=jnp.ones((2, 8), bool)), {"mask": "dense"}),
+        (9.0, 64, 9, Mask(keys=jnp.ones((2, 9), bool)), None),  # its gradient would need an even number of keys
+        (7.5, 64, 8, None, None),
+        (0.0, 64, 8, None, None),
+        (9.0, 36, 8, None, None),
+        (9.0, 136, 8, None, None),
+    ],
+)
+def test_cudnn_is_asked_where_it_can(capability, width, keys, mask, expected, monkeypatch):
+    def ask(query, key, value, implementation, **options):
+        assert implementation == "cudnn"
+        raise Asked(options)
+
+    monkeypatch.setattr(layers, "compute_capability", lambda: capability)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", ask)
+    query, key = jnp.ones((2, 8, 2, width), jnp.bfloat16), jnp.ones((2, keys, 2, width), jnp.bfloat16)
+    if expected is None:
+        assert attention(query, key, key, mask).shape == query.shape
+        return
+    with pytest.raises(Asked) as caught:
+        attention(query, key, key, mask)
+    (options,) = caught.value.args
+    assert options.keys() == expected.keys()
+    if "mask" in options:
+        assert options["mask"].shape[1:] == (1, 8, keys)
+    else:
+        assert options == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"), [("9.0", 9.0), ("12.1", 12.1), ("7.5", 7.5), ("gfx942", 0.0), (None, 0.0)]
+)
+def test_the_devices_that_are_compiled_for_tell_their_capability(found, expected, monkeypatch):
+    """Not those of this machine: a plan compiles for others."""
+    seen = []
+
+    def program():
+        seen.append(mesh.compute_capability())
+        return 0
+
+    mesh.jit_on_mesh(program, mesh.one_device())()
+    device = SimpleNamespace(compute_capability=found) if found else SimpleNamespace()
+    token = mesh._device.set(device)
+    seen.append(mesh.compute_capability())
+    mesh._device.reset(token)
+    assert seen == [0.0, expected] and mesh.compute_capability() == 0.0

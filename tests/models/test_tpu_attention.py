@@ -9,9 +9,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 from unclip_jax.models import layers
+from unclip_jax.models.layers import Mask
 from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.models.tpu_attention import supported, tpu_attention
-from unclip_jax.models.transformer import Transformer, causal_mask
+from unclip_jax.models.transformer import Transformer
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +76,7 @@ def test_a_transformer_on_several_devices_trains_alike_with_the_kernel(monkeypat
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     network = Transformer(depth=2, heads=2, activation="gelu", dtype=jnp.bfloat16, remat=True)
     x = jax.random.normal(jax.random.key(0), (8, 24, 128))
-    seen = jnp.arange(24)[None, None, None, :] < jnp.arange(17, 25)[:, None, None, None]
-    mask = causal_mask(24) & seen
+    mask = Mask(causal=True, keys=jnp.arange(24)[None, :] < jnp.arange(17, 25)[:, None])
     params = network.init(jax.random.key(1), x)
     x, mask = jax.device_put((x, mask), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
 

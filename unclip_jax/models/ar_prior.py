@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.errors import UserError
-from unclip_jax.models.layers import Dense, LayerNorm
-from unclip_jax.models.transformer import TextTransformer, Transformer, causal_mask
+from unclip_jax.models.layers import Dense, LayerNorm, Mask
+from unclip_jax.models.transformer import TextTransformer, Transformer
 
 
 class ARPrior(nn.Module):
@@ -64,9 +64,7 @@ class ARPrior(nn.Module):
         first, caption = self._condition(tokens, length, text_embedding, keep)
         read = jnp.concatenate([(self.num_buckets + dot)[:, None], codes[:, :-1]], axis=1)
         x = jnp.concatenate([first, self.tokens(read)], axis=1) + self.positions[None, : self.num_codes + 1]
-        sees_caption = jnp.ones((1, 1, x.shape[1], caption.shape[2]), bool)
-        mask = jnp.concatenate([sees_caption, causal_mask(x.shape[1])], axis=-1)
-        x, _ = self.transformer(x, mask, caption)
+        x, _ = self.transformer(x, Mask(causal=True), caption)  # all of the caption is in front
         return self.out(self.norm(x[:, 1:]))
 
     def start(self, tokens, length, text_embedding, keep, dot):
@@ -89,8 +87,8 @@ class ARPrior(nn.Module):
         rows = cache.shape[2]
         filled = rows - self.num_codes + k
         place = jnp.arange(rows + 1)
-        mask = (place < filled) | (place == rows)  # the last is the token's own
-        x, own = self.transformer(x, mask[None, None, None], cache)
+        read = (place < filled) | (place == rows)  # the last is the token's own
+        x, own = self.transformer(x, Mask(keys=read[None]), cache)
         cache = jax.lax.dynamic_update_slice_in_dim(cache, own, filled, axis=2)
         return self.out(self.norm(x[:, 0])), cache
 

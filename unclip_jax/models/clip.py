@@ -3,8 +3,8 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import LayerNorm
-from unclip_jax.models.transformer import Transformer, causal_mask, last_real
+from unclip_jax.models.layers import LayerNorm, Mask
+from unclip_jax.models.transformer import Transformer, last_real
 
 
 def normalize(x):
@@ -74,7 +74,7 @@ class TextTower(nn.Module):
         # Causality hides the padding from every real token, so padding needs no mask of its own.
         sizes = self.depth, self.heads, self.activation, self.dtype, self.remat, self.mlp_width
         transformer = Transformer(*sizes, name="transformer")
-        x = LayerNorm(name="norm")(transformer(x, causal_mask(self.context)))
+        x = LayerNorm(name="norm")(transformer(x, Mask(causal=True)))
         std = nn.initializers.normal(self.width**-0.5)
         embedding = nn.Dense(self.dim, use_bias=False, kernel_init=std, name="projection")(last_real(x, length))
         return embedding, x

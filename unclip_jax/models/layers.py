@@ -6,12 +6,13 @@ embeddings run in float32.
 
 import functools
 import math
+from dataclasses import dataclass, field
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.mesh import platform
+from unclip_jax.models.mesh import compute_capability, platform
 from unclip_jax.models.tpu_attention import supported, tpu_attention
 
 # Uniform in +-1/sqrt(fan_in): what the papers' code leaves its convolutions and linear layers at.
@@ -43,30 +44,65 @@ class TimestepMLP(nn.Module):
         return Dense(self.out, name="out")(nn.silu(x))
 
 
-def attention(query, key, value, mask=None):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mask:
+    """Says which of S keys each of T queries attends to: those that both fields allow.
+
+    They are kept apart because cuDNN's kernel knows causality by itself, and skips what it hides.
+    """
+
+    causal: bool = field(default=False, metadata={"static": True})  # query i attends to keys 0 ... i + S - T
+    keys: jax.Array | None = None  # bool (B or 1, S): True where attended
+
+    def dense(self, length: int, keys: int) -> jax.Array | None:
+        """Bool (B or 1, 1, T or 1, S) for T = `length` queries and S = `keys`; None where all is attended."""
+        parts = [jnp.tril(jnp.ones((1, 1, length, keys), bool), keys - length)] if self.causal else []
+        parts += [] if self.keys is None else [self.keys[:, None, None]]
+        return functools.reduce(jnp.logical_and, parts) if parts else None
+
+
+def attention(query, key, value, mask: Mask | None = None):
     """Scaled dot-product attention, softmax in float32.
 
-    query (B, T, H, D), key and value (B, S, H, D); mask: bool (B or 1, 1, T or 1, S), True where attended.
+    query (B, T, H, D), key and value (B, S, H, D); mask None: every query attends to every key.
 
     Inside of `jit_on_mesh`, which tells the devices, bfloat16 goes to a kernel that never writes the matrix of weights
-    to memory: on a TPU our own, on a GPU cuDNN's (where nothing is masked).
+    to memory: on a TPU our own, on an NVIDIA GPU from Ampere on cuDNN's.
     """
+    mask = mask or Mask()
     if platform() == "tpu" and supported(query, key):
-        return tpu_attention(query, key, value, mask)
-    if platform() in ("gpu", "cuda") and mask is None and query.dtype == jnp.bfloat16 and _cudnn_takes(query.shape[-1]):
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    return plain_attention(*(x.swapaxes(1, 2) for x in (query, key, value)), mask).swapaxes(1, 2)
+        return tpu_attention(query, key, value, mask.dense(query.shape[1], key.shape[1]))
+    if _cudnn_takes(query, key, mask):
+        return _cudnn_attention(query, key, value, mask)
+    dense = mask.dense(query.shape[1], key.shape[1])
+    return plain_attention(*(x.swapaxes(1, 2) for x in (query, key, value)), dense).swapaxes(1, 2)
 
 
-def _cudnn_takes(width: int) -> bool:
-    """Whether this process's GPU has cuDNN's attention, from NVIDIA's Ampere on, for heads of that width."""
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))  # "8.0"; AMD's are no numbers
-    return width % 8 == 0 and width <= 128 and capability.replace(".", "").isdigit() and float(capability) >= 8
+def _cudnn_takes(query, key, mask: Mask) -> bool:
+    width = query.shape[-1]
+    if compute_capability() < 8 or query.dtype != jnp.bfloat16 or width % 8 or width > 128:
+        return False
+    # Of a mask written out, cuDNN's gradient takes even lengths alone.
+    return _cudnn_knows(query, key, mask) or not (query.shape[1] % 2 or key.shape[1] % 2)
+
+
+def _cudnn_knows(query, key, mask: Mask) -> bool:
+    """Whether the mask is one that cuDNN makes itself; its causality starts at the first key."""
+    return mask.keys is None and (not mask.causal or query.shape[1] == key.shape[1])
+
+
+def _cudnn_attention(query, key, value, mask: Mask):
+    options = {"is_causal": mask.causal}
+    if not _cudnn_knows(query, key, mask):
+        dense = mask.dense(query.shape[1], key.shape[1])
+        options = {"mask": jnp.broadcast_to(dense, (dense.shape[0], 1, query.shape[1], key.shape[1]))}
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **options)
 
 
 @jax.custom_vjp
 def plain_attention(query, key, value, mask):
-    """`attention` with heads in front of places, (B, H, T, D), by XLA alone.
+    """`attention` with heads in front of places, (B, H, T, D), and a dense mask, by XLA alone.
 
     Differentiated by hand: dS = P ∘ (dP - rowsum(dO ∘ O)) / √D. JAX's own took a CPU three times as long.
     """

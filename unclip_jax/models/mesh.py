@@ -1,5 +1,6 @@
 """What a network may know of the devices that it runs on, and how a part of it is run on each of them by itself."""
 
+import contextvars
 import functools
 import math
 from collections.abc import Callable
@@ -17,19 +18,27 @@ CPU_OPTIONS = {
     )
 }
 
+# A device of the mesh that a function is being traced for: JAX's abstract meshes do not tell what it is capable of.
+_device: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("device", default=None)
+
 
 def jit_on_mesh(function: Callable, mesh: Mesh, tpu_options: dict[str, str] | None = None, **options) -> Callable:
     """`jax.jit`, for arguments that lie on that mesh; within `function` the rest of this module knows its devices.
 
     tpu_options: to the compiler, on a TPU. options: to `jax.jit`.
     """
+    device = mesh.devices.flat[0]
+    kind = device.platform
 
     @functools.wraps(function)
     def traced(*args):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+        token = _device.set(device)
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args)
+        finally:
+            _device.reset(token)
 
-    kind = mesh.devices.flat[0].platform
     given = tpu_options if kind == "tpu" else _cpu_options() if kind == "cpu" else None
     return jax.jit(traced, compiler_options=given, **options)
 
@@ -54,6 +63,12 @@ def platform() -> str:
     """Such as "cpu", "gpu" or "tpu"; "" outside of `jit_on_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return "" if mesh.empty else mesh.abstract_device.platform
+
+
+def compute_capability() -> float:
+    """NVIDIA's compute capability of the mesh's devices, such as 9.0; 0 for all others and outside of `jit_on_mesh`."""
+    found = str(getattr(_device.get(), "compute_capability", ""))  # AMD's are no numbers
+    return float(found) if found.replace(".", "").isdigit() else 0.0
 
 
 def whole(x: jax.Array) -> jax.Array:

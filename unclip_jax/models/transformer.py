@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.models.layers import LayerNorm, Projections, attention
+from unclip_jax.models.layers import LayerNorm, Mask, Projections, attention
 
 
 def _gelu(x):
@@ -47,11 +47,6 @@ activated.defvjp(_activated_forward, lambda name, slope, gradient: (slope * grad
 UNROLLED = 4  # blocks: a stack this shallow compiles as fast without its loop, and a CPU runs loops on one thread
 
 
-def causal_mask(length: int):
-    """(1, 1, length, length) bool: position i sees positions up to i."""
-    return jnp.tril(jnp.ones((1, 1, length, length), bool))
-
-
 class Block(nn.Module):
     """x += MHA(LN(x)); x += MLP(LN(x)), with CLIP's initialisation for a stack of `depth` such blocks.
 
@@ -65,7 +60,7 @@ class Block(nn.Module):
     mlp_width: int | None
 
     @nn.compact
-    def __call__(self, x, mask, memory):
+    def __call__(self, x, mask: Mask | None, memory):
         width = x.shape[-1]
         residual = (2 * self.depth) ** -0.5  # keeps the residual stream's variance independent of depth
 
@@ -93,7 +88,8 @@ def _is_sum(primitive, *_, **__) -> bool:
 
 
 class Transformer(nn.Module):
-    """(B, T, width) → (B, T, width) float32 residual stream. mask as in `layers.attention`; None: all see all.
+    """(B, T, width) → (B, T, width) float32 residual stream. mask as in `layers.attention`, of T queries and T keys, or
+    S + T with a memory.
 
     memory (depth, B, S, 2, heads, head width), of `dtype`: each block's keys and values of S other places, attended in
     front of x's own. With it comes back what x adds to such a memory, (depth, B, T, 2, heads, head width).
@@ -107,7 +103,7 @@ class Transformer(nn.Module):
     mlp_width: int | None = None  # hidden units; None: four times the width
 
     @nn.compact
-    def __call__(self, x, mask=None, memory=None):
+    def __call__(self, x, mask: Mask | None = None, memory=None):
         block = nn.remat(Block, prevent_cse=False, policy=_is_sum) if self.remat else Block
 
         def step(module, carry, memory):

@@ -16,6 +16,7 @@ from unclip_jax.models.layers import (
     Dense,
     GroupNorm,
     LayerNorm,
+    Mask,
     Projections,
     TimestepMLP,
     attention,
@@ -105,7 +106,7 @@ class AttentionBlock(nn.Module):
             value = jnp.concatenate([context_value, value], axis=1)
         mask = None
         if context_mask is not None:
-            mask = jnp.pad(context_mask, ((0, 0), (0, height * width)), constant_values=True)[:, None, None, :]
+            mask = Mask(keys=jnp.pad(context_mask, ((0, 0), (0, height * width)), constant_values=True))
         h = checkpoint_name(attention(query, key, value, mask), "attention").reshape(b, height, width, c)
         return x + Dense(c, dtype=self.dtype, **zeros, name="out")(h)
 

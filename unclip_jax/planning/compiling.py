@@ -54,17 +54,19 @@ class TooLarge(Exception):
         self.hbm, self.seconds = hbm, seconds
 
 
-def compiled(traced: Any, label: str, tpu: bool, quick: bool = False) -> Compiled:
+def compiled(
+    traced: Any, label: str, tpu: bool, quick: bool = False, options: dict[str, Any] | None = None
+) -> Compiled:
     """Compiles for the devices of the program's arguments. Raises TooLarge.
 
-    quick: for TPUs, without cycles and machine code. It leaves the compiler to itself, which ends with the process; a
-    process that should live on leaves this to another.
+    tpu: for TPUs, whose compiler tells more. quick: of TPUs without cycles and machine code, which leaves the compiler
+    to itself until the process ends; a process that should live on leaves this to another. options: to the compiler.
     """
-    start = time.monotonic()
+    quick, start = quick and tpu, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="unclip_jax_plan_", ignore_cleanup_errors=True) as folder, ticking(label):
         # The text of a program is asked of libtpu itself: what it hands over, an older JAX may not be able to print.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else None
-        compilation = _Compilation(traced, options)
+        dumps = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if tpu else {}
+        compilation = _Compilation(traced, (options or {}) | dumps)
         compilation.start()
         sizes = None
         while compilation.is_alive() and not (quick and sizes == (sizes := _sizes(folder)) and len(sizes) == 2):
@@ -104,7 +106,7 @@ class _Compilation(threading.Thread):
 
     def run(self):
         try:
-            self.executable = self._traced.lower().compile(compiler_options=self._options)
+            self.executable = self._traced.lower().compile(compiler_options=self._options or None)
         except Exception as error:
             self.error = error
 

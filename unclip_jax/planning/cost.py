@@ -13,6 +13,7 @@ from unclip_jax.planning.chips import GIB, Chip, known_chip, parse_topology, sli
 from unclip_jax.planning.compiling import Compiled, TooLarge, compiled
 from unclip_jax.planning.estimate import estimate
 from unclip_jax.planning.fitting import search, settings
+from unclip_jax.planning.gpus import GPU_OPTIONS, gpu_devices
 from unclip_jax.planning.local import memory_limit, seconds
 from unclip_jax.planning.memory import lasting, split
 from unclip_jax.planning.programs import Program, sample_program, train_program
@@ -29,19 +30,18 @@ class Target(NamedTuple):
 
 
 def find_target(topology: str) -> Target | None:
-    """What --topology names. Raises UserError where it cannot be had."""
+    """Finds the devices that --topology names; None for "". Raises UserError where they cannot be had."""
     if topology == "local":
         kind = jax.devices()[0].device_kind
         return Target(kind, topology, jax.devices(), known_chip(kind), memory_limit())
-    if topology:
-        parse_topology(topology)
+    chip, count = parse_topology(topology) if topology else (None, 0)
     # Nothing runs but the tracing: an accelerator that is here is left to others.
     jax.config.update("jax_platforms", "cpu")
-    if not topology:
+    if not chip:
         return None
-    chip, _ = parse_topology(topology)
-    devices, limit = slice_devices(topology), round(chip.hbm_gib * GIB)
-    return Target(topology.partition(":")[0], topology, devices, chip, limit)
+    kind = topology.partition(":")[0]
+    devices = slice_devices(topology) if chip.axes else gpu_devices(kind, count)
+    return Target(kind, topology, devices, chip, round(chip.hbm_gib * GIB))
 
 
 def training(config: ConfigDict, target: Target, count: int, quick: bool = False, propose: bool = True) -> dict:
@@ -75,7 +75,8 @@ def _called(program: Program, target: Target, count: int, examples: int, quick: 
     chips = len(target.devices)
     executed = flops.executed(program.traced.jaxpr)
     found = {"device": target.name, "chips": chips} | report.work(count, executed, examples, chips)
-    done = _compiled(program, target, quick)
+    least = sum(lasting(program).values())
+    done = TooLarge(least, 0.0) if least > target.limit else _compiled(program, target, quick)
     if isinstance(done, TooLarge):
         found["compile_seconds"] = done.seconds
         return found | report.memory(lasting(program), max(done.hbm, target.limit + 1), target.limit)
@@ -83,18 +84,20 @@ def _called(program: Program, target: Target, count: int, examples: int, quick: 
     found |= report.memory(parts, sum(parts.values()), target.limit) | report.program(done)
     if not found["fits"]:
         return found
-    best = estimate(done, target.chip, chips) if target.chip else None
-    if target.devices[0] in jax.devices():
+    chip = target.chip and target.chip.computing_in(program.stage.config.dtype)
+    best = estimate(done, chip, chips) if chip else None
+    if target.topology == "local":
         taken, bound = statistics.median(seconds(program, done)), "measured"
     else:
         taken, bound = best.seconds, best.bound
-    return found | report.timing(taken, bound, best, count / chips, examples, target.chip)
+    return found | report.timing(taken, bound, best, count / chips, examples, chip)
 
 
 def _compiled(program: Program, target: Target, quick: bool) -> Compiled | TooLarge:
-    tpu = target.devices[0].platform == "tpu"
+    platform = target.devices[0].platform
+    options = GPU_OPTIONS if platform == "gpu" and target.topology != "local" else {}
     try:
-        return compiled(program.traced, f"compiling for {target.topology}", tpu, quick and tpu)
+        return compiled(program.traced, f"compiling for {target.topology}", platform == "tpu", quick, options)
     except TooLarge as refusal:
         return refusal
 

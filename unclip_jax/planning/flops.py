@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
+# Products within cuDNN's attention: two, and in its gradient the logits again and four more.
+CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
 def executed(jaxpr: Any) -> int:
@@ -57,10 +59,13 @@ def _equation(equation, given: list[bool]) -> tuple[int, list[bool]]:
     if name == "stop_gradient":
         return 0, [False] * len(equation.outvars)
     if name == "scan":
-        return _scan(params, given)
+        return _scan(equation, given)
     if name == "cond":
         branches = [_walk(_opened(branch), given[1:]) for branch in params["branches"]]
         return max(count for count, _ in branches), [any(d) for d in zip(*(d for _, d in branches), strict=True)]
+    if name in CUDNN:
+        (rows, length, heads, width), (_, keys, _, _) = (v.aval.shape for v in equation.invars[:2])
+        return CUDNN[name] * 2 * rows * heads * length * keys * width, same
     inner = [_opened(value) for value in params.values() if hasattr(_opened(value), "eqns")]
     if name == "while":
         if any(executed(body) for body in inner):
@@ -82,16 +87,26 @@ def _shards(params) -> int:
     return math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
-def _scan(params, given):
-    """A loop: what it carries depends on whatever it ever did."""
-    body, consts = _opened(params["jaxpr"]), params["num_consts"]
-    carried = slice(consts, consts + params["num_carry"])
+def _scan(equation, given):
+    """FLOPs of a loop, whose carry depends on the trained inputs as soon as one of its iterations made it so.
+
+    A loop takes constants, carry and rows, in this order, and gives carry and rows. JAX's parameter that counts them
+    changes with its version; rows are told by the axis that the loop's body does not see.
+    """
+    body = _opened(equation.params["jaxpr"])
+    carry = sum(_same_rank(equation.outvars, body.outvars))
+    consts = sum(_same_rank(equation.invars, body.invars)) - carry
+    carried = slice(consts, consts + carry)
     while True:
         count, found = _walk(body, given)
         grown = [a or b for a, b in zip(given[carried], found, strict=False)]
         if grown == given[carried]:
-            return params["length"] * count, found
+            return equation.params["length"] * count, found
         given = [*given[:consts], *grown, *given[carried.stop :]]
+
+
+def _same_rank(outside, inside) -> list[bool]:
+    return [len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outside, inside, strict=True)]
 
 
 def _product(equation) -> int:
