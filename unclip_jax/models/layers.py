@@ -73,31 +73,30 @@ def attention(query, key, value, mask: Mask | None = None):
     mask = mask or Mask()
     if platform() == "tpu" and supported(query, key):
         return tpu_attention(query, key, value, mask.dense(query.shape[1], key.shape[1]))
-    if _cudnn_takes(query, key, mask):
+    if _cudnn_takes(query):
         return _cudnn_attention(query, key, value, mask)
     dense = mask.dense(query.shape[1], key.shape[1])
     return plain_attention(*(x.swapaxes(1, 2) for x in (query, key, value)), dense).swapaxes(1, 2)
 
 
-def _cudnn_takes(query, key, mask: Mask) -> bool:
-    width = query.shape[-1]
-    if compute_capability() < 8 or query.dtype != jnp.bfloat16 or width % 8 or width > 128:
-        return False
-    # Of a mask written out, cuDNN's gradient takes even lengths alone.
-    return _cudnn_knows(query, key, mask) or not (query.shape[1] % 2 or key.shape[1] % 2)
-
-
-def _cudnn_knows(query, key, mask: Mask) -> bool:
-    """Whether the mask is one that cuDNN makes itself; its causality starts at the first key."""
-    return mask.keys is None and (not mask.causal or query.shape[1] == key.shape[1])
+def _cudnn_takes(query) -> bool:
+    length, width = query.shape[1], query.shape[-1]
+    fits = query.dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
+    return compute_capability() >= 8 and fits and length > 1  # one query by itself is no work for a kernel
 
 
 def _cudnn_attention(query, key, value, mask: Mask):
-    options = {"is_causal": mask.causal}
-    if not _cudnn_knows(query, key, mask):
-        dense = mask.dense(query.shape[1], key.shape[1])
-        options = {"mask": jnp.broadcast_to(dense, (dense.shape[0], 1, query.shape[1], key.shape[1]))}
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **options)
+    """cuDNN's. JAX refuses odd lengths where there is a gradient, so those get one place more, which is hidden."""
+    rows, length, keys = *query.shape[:2], key.shape[1]
+    padded = [jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)]
+    if mask.keys is None and mask.causal and length == keys:
+        options = {"is_causal": True}  # its causality starts at the first key, and hides the last
+    elif mask.keys is None and not mask.causal:
+        options = {"key_value_seq_lengths": jnp.full((rows,), keys, jnp.int32)} if keys % 2 else {}
+    else:
+        dense = jnp.broadcast_to(mask.dense(length, keys), (rows, 1, length, keys))
+        options = {"mask": jnp.pad(dense, ((0, 0), (0, 0), (0, length % 2), (0, keys % 2)))}
+    return jax.nn.dot_product_attention(*padded, implementation="cudnn", **options)[:, :length]
 
 
 @jax.custom_vjp
