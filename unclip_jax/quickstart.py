@@ -1,4 +1,4 @@
-"""Trains the paper's whole cascade, at a quarter of its resolution, and draws prompts that were never in training.
+"""Trains the paper's whole cascade at a quarter of its resolution, and draws prompts that it never saw.
 
     python -m unclip_jax.quickstart [--out quickstart]
 
@@ -35,7 +35,7 @@ STAGES = {
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="unclip_jax.quickstart", description=__doc__)
+    parser = cli.Parser("quickstart", __doc__)
     parser.add_argument("--out", default="quickstart", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="train each model so many steps only, to try the machinery")
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
-    print(f"look at {out / 'grid.png'}; draw more: python -m unclip_jax.sample --bundle {out / 'bundle'} --prompt '…'")
+    print(f"look at {out / 'grid.png'}; draw more: {cli.command('sample')} --bundle {out / 'bundle'} --prompt '…'")
     return 0
 
 
