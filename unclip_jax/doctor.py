@@ -23,6 +23,7 @@ from unclip_jax import __version__, cli
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PLUGINS = {"tpu": "libtpu", "cuda12": "jax-cuda12-plugin", "cuda13": "jax-cuda13-plugin"}  # extra of jax → package
 VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "TF_GPU_ALLOCATOR")
+FOR_TESTS = ("test", "parity")  # extras that no command needs
 SECONDS_FOR_DEVICES = 60  # a TPU that another process holds may never answer
 LOOK = """
 import collections, jax, json
@@ -83,8 +84,11 @@ def _own_version() -> str:
     return f"{__version__} ({root}, commit {commit}{changed})"
 
 
-def _output(command: list[str], seconds: float = 10) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True).stdout
+def _output(command: list[str]) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, timeout=10, errors="replace")
+    if run.returncode:  # nvidia-smi says on stdout what is wrong
+        raise OSError(f"{command[0]} fails: {run.stderr.strip() or run.stdout.strip()}")
+    return run.stdout
 
 
 def _devices() -> list[str] | str:
@@ -138,12 +142,12 @@ def _memory() -> str:
 
 
 def _missing() -> dict[str, list[str]]:
-    """Extra → those of its packages that are not installed, of extras that are not complete."""
+    """Extra → those of its packages that are not installed, of what `pip install` leaves out unless asked."""
     missing: dict[str, list[str]] = {}
     for requirement in importlib.metadata.requires("unclip_jax") or []:
         name, of_jax, extra = _parsed(requirement)
         name = PLUGINS.get(of_jax, name)
-        if extra and not _version(name):
+        if extra and extra not in FOR_TESTS and not _version(name):
             missing.setdefault(extra, []).append(name)
     return missing
 
@@ -160,7 +164,9 @@ def _advice(found: dict[str, Any]) -> list[str]:
     packages, nvidia, devices = found["packages"], found["nvidia"], found["devices"]
     lines = [f"{name} is not installed: pip install {name}" for name in PACKAGES if not packages[name]]
     plugins = [name for name in (PLUGINS["cuda12"], PLUGINS["cuda13"]) if packages[name]]
-    if isinstance(nvidia, dict):
+    if isinstance(nvidia, str):
+        lines.append(f"NVIDIA's driver does not answer: {nvidia}")
+    elif nvidia:
         lines += _for_gpu(nvidia, plugins)
     elif plugins:
         lines.append(f"{plugins[0]} is installed, but nvidia-smi is not: install NVIDIA's driver, or train on the CPU")
