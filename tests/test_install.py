@@ -31,7 +31,8 @@ def arguments(monkeypatch):
 
 
 def pinned(which):
-    return {canonicalize_name(pin.name): pin for pin in PINS if not pin.marker or pin.marker.evaluate(ENVIRONMENTS[which])}
+    pins = (pin for pin in PINS if not pin.marker or pin.marker.evaluate(ENVIRONMENTS[which]))
+    return {canonicalize_name(pin.name): pin for pin in pins}
 
 
 @pytest.mark.parametrize("which", ENVIRONMENTS)
