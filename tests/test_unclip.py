@@ -1,6 +1,7 @@
 """The command `unclip`, and where configs are found."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,37 @@ def test_a_command_gets_its_arguments_as_the_module_would(monkeypatch):
     monkeypatch.setattr(sample, "main", lambda argv: seen.append(argv))
     assert call(monkeypatch, "sample", "--prompt=a b", "-n", "2") is None
     assert seen == [["/venv/bin/unclip", "--prompt=a b", "-n", "2"]]
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("emoji", "data"), ("tensorflow_datasets", "data"), ("ftfy", "pretrained")]
+)
+def test_a_missing_optional_package_is_one_line_that_installs_it(module, extra, monkeypatch, capsys):
+    def main(argv):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(sample, "main", main)
+    assert call(monkeypatch, "sample") == 2
+    said = capsys.readouterr().err
+    assert said == f"error: the package {module} is not installed: pip install 'unclip_jax[{extra}]'\n"
+    module = "elsewhere"
+    with pytest.raises(ModuleNotFoundError):
+        call(monkeypatch, "sample")
+
+
+def test_quickstart_asks_for_its_packages_before_anything_else(tmp_path):
+    program = "import sys; sys.modules['tensorflow_datasets'] = None; from unclip_jax.__main__ import main; main()"
+    command = [sys.executable, "-c", program, "quickstart"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    said = "error: the package tensorflow_datasets is not installed: pip install 'unclip_jax[data]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_optional_package_is_one_of_setup():
+    text = (ROOT / "setup.py").read_text()
+    assert all(f'"{name.replace("_", "-")}>=' in text for name in cli.OPTIONAL)
 
 
 def test_config_is_found_here_then_where_it_came_with_the_package(tmp_path, monkeypatch):

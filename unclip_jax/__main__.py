@@ -22,7 +22,7 @@ def main() -> None:
         from unclip_jax import cli
 
         sys.argv[1:2] = []
-        cli.run(importlib.import_module(_module(name)).main)
+        cli.run(lambda argv: importlib.import_module(_module(name)).main(argv))
     else:
         nearest = difflib.get_close_matches(name, COMMANDS, 1, 0)[0]
         print(f"error: no command {name!r}: the nearest is {nearest!r}; unclip --help lists all", file=sys.stderr)

