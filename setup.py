@@ -17,13 +17,15 @@ setup(
     description="unCLIP (DALL-E 2) and GLIDE in JAX",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["unclip_jax", "unclip_jax.*"]),
+    packages=[*find_packages(include=["unclip_jax", "unclip_jax.*"]), "unclip_jax.configs"],
+    package_dir={"unclip_jax.configs": "configs"},  # so that --config=configs/… is found without a checkout
+    entry_points={"console_scripts": ["unclip = unclip_jax.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",
         "flax>=0.12,<0.14",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12.3",
+        "orbax-checkpoint>=0.12.3,<1",
         "grain>=0.2.18",
         "ml-collections>=1.1",
         "absl-py>=2.1",
@@ -37,7 +39,8 @@ setup(
     ],
     extras_require={
         "data": data,
-        "cuda": ["jax[cuda13]>=0.10.2"],
+        "cuda": ["jax[cuda13]>=0.10.2"],  # needs a driver for CUDA 13
+        "cuda12": ["jax[cuda12]>=0.10.2"],
         "gcs": gcs,
         "tpu": ["jax[tpu]>=0.10.2", *gcs],
         "pretrained": pretrained,

@@ -10,7 +10,8 @@ PACKAGE = ROOT / "unclip_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower numbers may not import higher ones; equals may.
-ENTRIES = ("train", "sample", "edit", "evaluate", "plan", "quickstart", "__main__")  # __main__: a package's command
+ENTRIES = ("train", "sample", "edit", "evaluate", "plan", "quickstart", "doctor")
+ENTRIES += ("__main__",)  # the command `unclip`, and a package's own
 LAYERS = {"errors": 0, "diffusion": 1, "models": 1, "data": 1, "training": 1, "evaluation": 2, "stages": 2}
 LAYERS |= {"bundle": 2, "pictures": 1, "cli": 1, "model": 3, "cascade": 3, "pretrained": 3, "planning": 3}
 LAYERS |= dict.fromkeys(ENTRIES, 4)

@@ -204,14 +204,16 @@ def test_command_writes_pictures_and_a_sheet(folder, files, tmp_path, command, o
     out = tmp_path / "out"
     assert run(folder, out, command, *(option.format(**files) for option in options)) == 0
     assert {path.name for path in out.iterdir()} == written
-    about = json.loads(Image.open(out / "sheet.png").text["edit"])
+    with Image.open(out / "sheet.png") as sheet:
+        about = json.loads(sheet.text["edit"])
     assert about["command"] == command and about["seed"] == 0
 
 
 def test_classify_prints_labels_by_probability(folder, files, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "classify", f"--image={files['one']}", "--label=a fox", "--label=a tent") == 0
     *lines, sheet = capsys.readouterr().out.splitlines()
-    assert Image.open(sheet).size[0] > 256
+    with Image.open(sheet) as picture:
+        assert picture.size[0] > 256
     shares = [float(line.split("%")[0]) for line in lines]
     assert len(lines) == 2 and shares == sorted(shares, reverse=True)
     assert abs(sum(shares) - 100) < 0.02

@@ -236,7 +236,8 @@ def test_pictures_are_drawn_on_the_way(runs):
     assert [line["step"] for line in lines(folder / "evaluation.jsonl")] == [1, 2]
     drawn = sorted((folder / "samples").iterdir())
     assert [path.name for path in drawn] == ["step_00000001.png", "step_00000001_raw.png", "step_00000002.png"]
-    assert Image.open(drawn[0]).size[1] > 3 * 16  # the drawn, the interpolated and the true one
+    with Image.open(drawn[0]) as picture:
+        assert picture.size[1] > 3 * 16  # the drawn, the interpolated and the true one
     assert not (runs["clip"].folder / "samples").exists()
 
 

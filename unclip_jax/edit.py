@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]):
-    parser = cli.Parser(prog="unclip_jax.edit", description=__doc__)
+    parser = cli.Parser("edit", __doc__)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--bundle", required=True, help="folder of a trained cascade")
     parser.add_argument("--image", action="append", required=True, help="picture to start from; of interpolate, two")

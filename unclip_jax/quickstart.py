@@ -1,4 +1,4 @@
-"""Trains the paper's whole cascade, at a quarter of its resolution, and draws prompts that were never in training.
+"""Trains the paper's whole cascade at a quarter of its resolution, and draws prompts that it never saw.
 
     python -m unclip_jax.quickstart [--out quickstart]
 
@@ -21,9 +21,7 @@ import numpy as np
 
 from unclip_jax import cli, pictures, train
 from unclip_jax.cascade import Cascade
-from unclip_jax.data import emoji_scenes
 from unclip_jax.data.sources import open_source
-from unclip_jax.evaluation import alignment
 
 STAGES = {
     "clip": "configs/clip.py:tiny",
@@ -35,11 +33,13 @@ STAGES = {
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="unclip_jax.quickstart", description=__doc__)
+    parser = cli.Parser("quickstart", __doc__)
     parser.add_argument("--out", default="quickstart", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="train each model so many steps only, to try the machinery")
     args = parser.parse_args(argv[1:])
+    from unclip_jax.evaluation import alignment  # needs packages of [data], so it comes before any long work
+
     out = cli.output_folder(args.out)
     cli.enable_compilation_cache()
     began = time.monotonic()
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
-    print(f"look at {out / 'grid.png'}; draw more: python -m unclip_jax.sample --bundle {out / 'bundle'} --prompt '…'")
+    print(f"look at {out / 'grid.png'}; draw more: {cli.command('sample')} --bundle {out / 'bundle'} --prompt '…'")
     return 0
 
 
@@ -99,6 +99,9 @@ def _config(spec: str, out: Path, args):
 
 def _draw_held_out(cascade: Cascade, seed: int):
     """Alignment of the held-out prompts' pictures, as the decoder draws them, and a labelled grid of the upsampled."""
+    from unclip_jax.data import emoji_scenes
+    from unclip_jax.evaluation import alignment
+
     scenes, texts = zip(*emoji_scenes.scenes("single", "test"), strict=True)
     objects, colours = [scene.object for scene in scenes], [scene.colour for scene in scenes]
     drawn = cascade.generate(list(texts), seed)["images"]

@@ -17,7 +17,7 @@ from unclip_jax.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="unclip_jax.sample", description=__doc__)
+    parser = cli.Parser("sample", __doc__)
     parser.add_argument("--bundle", required=True, help="folder of a trained cascade")
     parser.add_argument("--prompt", required=True, action="append", help="what to draw; may be repeated")
     parser.add_argument("-n", "--n", type=int, default=4, help="pictures per prompt")

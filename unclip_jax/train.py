@@ -40,7 +40,7 @@ from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import trained
 from unclip_jax.training import preflight
 from unclip_jax.training.checkpoint import Checkpointer
-from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES, ExpectedLoss, MetricLogger
+from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES, ExpectedLoss, MetricLogger, json_line
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh, replicated
 from unclip_jax.training.state import (
@@ -339,7 +339,7 @@ def _record(workdir: str, step: int, scalars: dict[str, float], images: dict[str
     file = folder / "evaluation.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     lines = [line for line in lines if line["step"] < step] + [{"step": step} | scalars]
-    _write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    _write(file, "".join(map(json_line, lines)).encode())
     _say(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
     for end, pixels in images.items():
         if pixels is not None:

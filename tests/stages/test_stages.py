@@ -42,6 +42,14 @@ def test_losses_of_the_quarters_make_up_the_loss():
     assert (edges[:-1] ** 2 <= sums / shares).all() and (sums / shares < edges[1:] ** 2).all()
 
 
+def test_an_infinite_loss_in_one_quarter_is_not_one_in_another():
+    config = small_stage("prior_diffusion")[0].config
+    late = lambda x_t, t: jnp.where(4 * t[:, None] // config.diffusion.timesteps == 3, jnp.inf, x_t)  # noqa: E731
+    loss, metrics = diffusion_loss(config, late, jnp.zeros((256, 8)), jax.random.key(0))
+    sums = [float(metrics[f"loss_q{quarter}"][0]) for quarter in (1, 2, 3, 4)]
+    assert np.isinf(loss) and np.isfinite(sums[:3]).all() and np.isinf(sums[3])
+
+
 @STAGE_CASES
 def test_sharded_equals_one_device(name):
     stage, frozen, params = small_stage(name)

@@ -3,6 +3,7 @@ import struct
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from unclip_jax.errors import UserError
@@ -121,6 +122,17 @@ def test_nan_is_null_and_survives_a_resume(tmp_path):
     (record,) = records(tmp_path)
     assert record["loss"] is None and record["grad_norm"] is None
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_mean_over_no_rows_is_left_out_everywhere_and_a_true_nan_is_not(tmp_path, capsys):
+    nan, zero, half = jnp.float32(jnp.nan), jnp.float32(0), jnp.float32(0.5)
+    with logger(tmp_path) as log:
+        values = log.log(10, {"loss": half, "empty": (zero, zero), "some": (half, half / 2), "wrong": (nan, half)})
+    assert values["some"] == 2.0 and "empty" not in values
+    (record,) = records(tmp_path)
+    assert "empty" not in record and record["some"] == 2.0 and record["wrong"] is None
+    tags = {tag: value for _, tag, value in events(tmp_path)}
+    assert "empty" not in tags and tags["some"] == 2.0 and np.isnan(tags["wrong"])
 
 
 def test_plain_lines_now_and_then_with_the_time_left(tmp_path, clock, capsys):

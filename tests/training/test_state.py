@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from unclip_jax.errors import UserError
+from unclip_jax.training.metrics import scalars
 from unclip_jax.training.state import Skips, TrainState, abstract_state, digest, init_state, root_key, skipped
 
 
@@ -215,7 +216,7 @@ def test_steps_that_are_not_finite_are_named_and_end_the_run(toy):
     assert digest(state) == before
 
 
-def test_a_pair_of_metrics_is_their_quotient_over_microbatches(toy):
+def test_a_pair_of_metrics_is_the_mean_of_its_rows_over_microbatches_and_devices(toy):
     class Counting(Linear):
         """Rows are dealt out in turn, so that the microbatches have other counts."""
 
@@ -224,10 +225,11 @@ def test_a_pair_of_metrics_is_their_quotient_over_microbatches(toy):
             loss, metrics = super().loss(params, frozen, batch, key)
             return loss, metrics | {"part": (jnp.mean(within * batch["x"][:, 1]), jnp.mean(within))}
 
-    batch = toy.batch(0, toy.mesh(1, 1))
+    mesh = toy.mesh(2, 1)
+    batch = toy.batch(0, mesh)
     x = np.asarray(batch["x"])
-    _, (metrics,) = train(toy, Counting(), toy.config(accumulate=4), toy.mesh(1, 1), 1, batch)
-    np.testing.assert_allclose(metrics["part"], x[x[:, 0] > 0, 1].mean(), rtol=1e-5)
+    _, (metrics,) = train(toy, Counting(), toy.config(accumulate=4), mesh, 1, batch)
+    np.testing.assert_allclose(scalars(metrics)["part"], x[x[:, 0] > 0, 1].mean(), rtol=1e-5)
 
 
 def test_infinite_gradient_of_a_finite_loss_is_skipped(toy):

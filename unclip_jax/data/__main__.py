@@ -1,4 +1,4 @@
-"""CLIP's embeddings of a whole dataset, made once, so that no step of training needs to run it.
+"""Makes CLIP's embeddings of a whole dataset once, so that no step of training needs to run it.
 
     python -m unclip_jax.data embed --config=configs/prior_diffusion.py:tiny --config.clip.bundle=runs/clip/bundle \\
         --out=embeddings

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from unclip_jax import cli
 from unclip_jax.data.sources import Source
 from unclip_jax.data.transforms import captions_of
 from unclip_jax.errors import UserError
@@ -25,7 +26,7 @@ from unclip_jax.errors import UserError
 FORMAT = 1  # goes up when an older reader would misread the folder
 DESCRIPTION = "embeddings.json"
 SHARD = 2**14  # records; 128 MiB at the papers' size with one caption each
-COMMAND = "python -m unclip_jax.data embed"
+COMMAND = f"{cli.command('data')} embed"
 
 
 class Provenance(NamedTuple):

@@ -1,4 +1,4 @@
-"""Public PyTorch weights → bundles that `sample` and `edit` read.
+"""Converts public PyTorch weights into bundles that `sample` and `edit` read.
 
     python -m unclip_jax.pretrained glide SOURCE --out DIR
     python -m unclip_jax.pretrained openai_clip SOURCE --out DIR
@@ -25,7 +25,7 @@ FAMILIES = ("glide", "openai_clip", "karlo")
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="unclip_jax.pretrained", description=__doc__)
+    parser = cli.Parser("pretrained", __doc__)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("source", help="what was downloaded: a folder, or a file of CLIP")
     parser.add_argument("--out", required=True, help="folder to write to")

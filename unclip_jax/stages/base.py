@@ -110,7 +110,11 @@ class Stage:
         return params, {}
 
     def loss(self, params: Params, frozen: Params, batch: dict, key) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean loss of a batch and the scalars worth logging beside it; a pair (a, b) stands for mean(a) / mean(b)."""
+        """Mean loss of a batch and the scalars worth logging beside it.
+
+        A mean over some rows alone is a pair: (their sum, their number), each divided by the number of all rows. Pairs
+        are averaged over microbatches first and divided when they are logged, if there was such a row at all.
+        """
         raise TypeError(f"{type(self).__name__} has no loss")
 
     def evaluate(self, params: Params, frozen: Params, batch: dict, key) -> tuple[dict, jax.Array | None]:
@@ -148,8 +152,10 @@ def output_channels(config: ConfigDict, channels: int) -> int:
 
 
 def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
-    """The papers' loss at one uniformly drawn timestep per row: (mean loss, mean of each term and, as "loss_q1" to
-    "loss_q4", of each quarter of the timesteps, the least noisy first).
+    """The papers' loss at one uniformly drawn timestep per row: (mean loss, metrics).
+
+    metrics: the mean of each term and, as pairs "loss_q1" to "loss_q4", of each quarter of the timesteps, the least
+    noisy first (see `Stage.loss`).
 
     network(x_t, timesteps) → output; x0 (B, ...) float32.
     """
@@ -164,8 +170,9 @@ def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
     losses, terms = training_loss(schedule, output, x0, x_t, noise, t, d.predicts, d.learned_variance, snr_clip)
     metrics = {name: jnp.mean(term) for name, term in terms.items()}
     for quarter in range(4):
-        within = (4 * t // d.timesteps == quarter).astype(losses.dtype)
-        metrics[f"loss_q{quarter + 1}"] = (jnp.mean(within * losses), jnp.mean(within))
+        within = 4 * t // d.timesteps == quarter
+        own = jnp.where(within, losses, 0)  # not a product: another quarter's infinite loss would make it NaN
+        metrics[f"loss_q{quarter + 1}"] = (jnp.mean(own), jnp.mean(within.astype(losses.dtype)))
     return jnp.mean(losses), metrics
 
 

@@ -47,10 +47,11 @@ class MetricLogger:
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Writes scalars of `step`, the number of steps done, and gives them; fetching them waits for the device.
 
-        Adds `images_per_second`, over the steps since the last log, and `seconds`, the wall time of the run with its
-        pauses and with the runs it resumes. A value that is not finite is null in metrics.jsonl, as JSON has no NaN.
+        metrics: of a train step, as `scalars` reads them. Adds `images_per_second`, over the steps since the last log,
+        and `seconds`, the wall time of the run with its pauses and with the runs it resumes. A value that is not finite
+        is null in metrics.jsonl, as JSON has no NaN.
         """
-        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        values = scalars(metrics)
         now = time.monotonic()
         worked = self._worked + (0.0 if self._running_since is None else now - self._running_since)
         rate = (step - self._step) * self._batch_size / max(worked - self._worked_at_log, 1e-9)
@@ -99,6 +100,20 @@ class MetricLogger:
         self.close()
 
 
+def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that a train step's metrics stand for; fetching them waits for the device.
+
+    A pair is a mean over some rows alone, (sum, number): where there were no such rows it has no value and is left
+    out, so that a NaN always means a computation gone wrong.
+    """
+    values = {}
+    for name, value in jax.device_get(dict(metrics)).items():
+        total, count = value if isinstance(value, tuple) else (value, 1)
+        if count:
+            values[name] = float(total / count)
+    return values
+
+
 class ExpectedLoss:
     """Says so when the loss leaves the band that runs of a config showed, and when it is back.
 
@@ -132,7 +147,7 @@ class _Lines:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = self._read(start_step)
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0  # of the runs before this one
-        self._text = "".join(_line(record) for record in kept)
+        self._text = "".join(json_line(record) for record in kept)
         self._remote = "://" in workdir
         self._uploaded_at = -math.inf
         if self._remote:
@@ -158,9 +173,9 @@ class _Lines:
     def append(self, record: dict) -> None:
         if not self._remote:
             with open(self._path, "a") as file:
-                file.write(_line(record))
+                file.write(json_line(record))
             return
-        self._text += _line(record)
+        self._text += json_line(record)
         if time.monotonic() - self._uploaded_at > SECONDS_BETWEEN_UPLOADS:
             self.upload()
 
@@ -202,7 +217,8 @@ class _Screen:
             self._bar.close()
 
 
-def _line(record: dict) -> str:
+def json_line(record: dict) -> str:
+    """One line of JSON, in which a number that is not finite is null."""
     return json.dumps({k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}) + "\n"
 
 

@@ -73,8 +73,8 @@ def make_train_step(
     averaged, which equals one pass over the whole batch where the loss is a mean over rows (a contrastive loss is
     not: it only sees the pairs of its microbatch).
 
-    metrics: float32 scalars, the stage's own (averaged over microbatches; of a pair, the quotient of both averages)
-    and loss, grad_norm (before clipping), param_norm, learning_rate (the one applied), records_skipped, the sum so far
+    metrics: float32 scalars, the stage's own (averaged over microbatches; pairs too, which `metrics.scalars` divides),
+    loss, grad_norm (before clipping), param_norm, learning_rate (the one applied), records_skipped, the sum so far
     of "records_skipped" in batches that have it, and skipped, the number of steps so far whose loss or gradient norm
     was not finite. Such a step leaves params, EMA and optimizer state as they were; `step` moves on. Once there were
     `config.train.max_skips` in a row, nothing changes any more.
@@ -188,7 +188,7 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
     if microbatches == 1:
         # No loop around a single pass: XLA's CPU convolutions run on one slow thread inside loops.
         (loss, metrics), grads = differentiate(params, batch, jax.random.fold_in(key, 0))
-        return loss, _quotients(metrics), jax.lax.with_sharding_constraint(grads, shardings)
+        return loss, metrics, jax.lax.with_sharding_constraint(grads, shardings)
 
     def deal(rows):
         # Microbatch m takes rows m, m + M, ...: each device deals out its own rows and nothing moves between them.
@@ -207,11 +207,7 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
     zeros = (values, jax.lax.with_sharding_constraint(grads, shardings))
     total, _ = jax.lax.scan(add_one, zeros, (hands, jnp.arange(microbatches)))
     (loss, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
-    return loss, _quotients(metrics), grads
-
-
-def _quotients(metrics: dict) -> dict:
-    return {name: value[0] / value[1] if isinstance(value, tuple) else value for name, value in metrics.items()}
+    return loss, metrics, grads
 
 
 def whole(leaf: Any) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""Runs a command of the package: `unclip train …` is `python -m unclip_jax.train …`."""
+
+import ast
+import difflib
+import importlib
+import sys
+from pathlib import Path
+
+from unclip_jax import __version__
+
+COMMANDS = ("quickstart", "train", "sample", "edit", "plan", "doctor", "data", "pretrained")
+
+
+def main() -> None:
+    """The console script `unclip`. Imports no command but the one that is asked for: they need seconds to import."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("--help", "-h", "help"):
+        print(_help())
+    elif name == "--version":
+        print(f"unclip_jax {__version__}")
+    elif name in COMMANDS:
+        from unclip_jax import cli
+
+        sys.argv[1:2] = []
+        cli.run(lambda argv: importlib.import_module(_module(name)).main(argv))
+    else:
+        nearest = difflib.get_close_matches(name, COMMANDS, 1, 0)[0]
+        print(f"error: no command {name!r}: the nearest is {nearest!r}; unclip --help lists all", file=sys.stderr)
+        sys.exit(2)
+
+
+def _module(name: str) -> str:
+    """A command is a module, or a package with a `__main__`."""
+    package = Path(__file__).with_name(name).is_dir()
+    return f"unclip_jax.{name}.__main__" if package else f"unclip_jax.{name}"
+
+
+def _help() -> str:
+    lines = ["usage: unclip COMMAND …      unclip COMMAND --help      unclip --version", ""]
+    return "\n".join(lines + [f"  {name:11} {_says(name)}" for name in COMMANDS])
+
+
+def _says(name: str) -> str:
+    """First line of a command's docstring, read without importing it."""
+    path = Path(__file__).parent.parent / f"{_module(name).replace('.', '/')}.py"
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0]
+
+
+if __name__ == "__main__":
+    main()
