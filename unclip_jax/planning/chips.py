@@ -2,7 +2,7 @@
 
 TPU numbers: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (peak, HBM, bandwidth between chips), as of 2026. What of
 the HBM programs may use is what libtpu 0.0.52 itself gives as its limit when a program needs more. GPUs: NVIDIA's data
-sheets, of A100 (80 GB), H100 and H200 the SXM parts, dense products; programs may use GPU_SHARE of their memory.
+sheets, of A100 (80 GB), H100 and H200 the SXM parts, dense products; programs may use `cli.GPU_SHARE` of their memory.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 
+from unclip_jax.cli import GPU_SHARE
 from unclip_jax.errors import UserError
 
 GIB = 2**30
@@ -45,7 +46,6 @@ class Chip(NamedTuple):
 
 # The clock is peak / (2 · elements of a chip's matrix units): 8 units of 128 × 128 in v4 and v5p, 4 in v5e; in v6e 4 of
 # 256 × 256.
-GPU_SHARE = 0.9  # that `cli.run` lets JAX take, with XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is CUDA's own
 CHIPS = {
     "v4": Chip(275e12, 30.75, 1228e9, 300e9, 1.05e9, 3),
     "v5e": Chip(197e12, 15.75, 819e9, 200e9, 1.5e9, 2),
