@@ -22,7 +22,7 @@ from unclip_jax import __version__, cli
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PLUGINS = {"tpu": "libtpu", "cuda12": "jax-cuda12-plugin", "cuda13": "jax-cuda13-plugin"}  # extra of jax → package
-VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "TF_GPU_ALLOCATOR")
+VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
 FOR_TESTS = ("test", "parity")  # extras that no command needs
 SECONDS_FOR_DEVICES = 60  # a TPU that another process holds may never answer
 LOOK = """

@@ -1,5 +1,6 @@
 """Public weights as they come: a file's tensors by name, read one at a time and all accounted for."""
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -131,12 +132,17 @@ def read_torch(path: Path):
     except ImportError as error:
         raise UserError(f"{path} is a PyTorch file: reading it needs torch (pip install torch)") from error
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "TorchScript" not in str(error):
-                raise
-        return torch.jit.load(path, map_location="cpu").state_dict()  # as OpenAI publishes CLIP
+        if _is_torchscript(path):
+            return torch.jit.load(path, map_location="cpu").state_dict()
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises nearly anything for a file that is not its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as a PyTorch state dict ({reason})") from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a PyTorch file is an archive of TorchScript, as OpenAI publishes CLIP, instead of a pickle."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
