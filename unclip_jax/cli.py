@@ -4,7 +4,6 @@ import argparse
 import difflib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
+from unclip_jax.paths import is_remote, to_path
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,14 +22,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (python -m {self.prog} --help lists the options)")
-
-
-def output_folder(name: str, option: str = "--out") -> Path:
-    """The folder that `option` names, which need not exist. Raises UserError where it cannot be one."""
-    folder = Path(name).expanduser()
-    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
-        raise UserError(f"{option} {name} is a file or lies below one: give a folder")
-    return folder
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -46,7 +38,7 @@ def enable_compilation_cache() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/unclip_jax"))
+        jax.config.update("jax_compilation_cache_dir", str(to_path("~/.cache/unclip_jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -69,10 +61,12 @@ class CompileCount:
 
 
 def load_config(spec: str) -> ConfigDict:
-    """The locked config that "path/to/file.py:size" names, or the config.json of a run or bundle; a relative path may
-    also start at the project's root."""
+    """The locked config that "path/to/file.py:size" names, or the config.json of a run or bundle, which may be in a
+    bucket; a relative path may also start at the project's root."""
+    if is_remote(spec):
+        return _stored_config(to_path(spec))
     path, _, size = spec.partition(":")
-    places = [Path(path), Path(__file__).parent.parent / path]
+    places = [to_path(path), Path(__file__).parent.parent / path]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise UserError(f"no config file {path}: expected one such as configs/decoder.py:tiny")
@@ -90,6 +84,8 @@ def load_config(spec: str) -> ConfigDict:
 def _stored_config(path: Path) -> ConfigDict:
     try:
         return ConfigDict(tuples(json.loads(path.read_text())["config"])).lock()
+    except FileNotFoundError as error:
+        raise UserError(f"no config file {path}: expected config.json of a run's workdir or of a bundle") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no config: give config.json of a run's workdir or of a bundle") from error
 

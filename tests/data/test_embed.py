@@ -168,7 +168,8 @@ def test_files_say_whose_they_are(clip, folder):
     assert (said["clip"], said["source"], said["splits"]) == (clip.identity, "some:data", {"train": 11, "test": 3})
     names = [f"train-0000{k}-of-00003.safetensors" for k in range(3)] + ["test-00000-of-00001.safetensors"]
     assert files(folder).keys() == set(names)
-    labels = embeddings._opened(embeddings._shards(folder, said, "train")[1]).metadata()
+    shard = embeddings._shards(folder, said, "train")[1]
+    labels = embeddings._opened(shard, shard.path).metadata()
     assert labels == {
         "clip": clip.identity,
         "source": "some:data",
@@ -187,7 +188,7 @@ def test_killed_and_run_again_goes_on(clip, folder, tmp_path, monkeypatch, capsy
 
     def killing(shard, *arrays):
         if len(written) == 2:
-            shard.path.with_suffix(".tmp").write_bytes(b"half a file")
+            shard.path.with_name(f"{shard.path.name}.tmp").write_bytes(b"half a file")
             raise KeyboardInterrupt
         written.append(shard.path.name)
         write(shard, *arrays)
