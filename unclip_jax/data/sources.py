@@ -187,7 +187,7 @@ def _draw(builder) -> None:
         with tempfile.TemporaryDirectory() as folder:
             local = type(builder)(config=builder.builder_config.name, data_dir=folder, file_format="array_record")
             _draw(local)
-            copy_folder(local.data_path, builder.data_path, DESCRIPTION)
+            copy_folder(to_path(local.data_path), builder.data_path, DESCRIPTION)
         return
     print(f"drawing {builder.info.full_name} into {builder.data_path}", file=sys.stderr, flush=True)
     tfds.disable_progress_bar()
