@@ -7,7 +7,7 @@ It speaks as much as gcsfs, TensorStore (Orbax's arrays), google-cloud-storage (
 ask for: uploads in one piece, in two parts and resumable; downloads whole and by range; generations and their
 preconditions; lists by prefix, delimiter and page; deletes, copies, moves and rewrites. It has no credentials, no gRPC
 API, no hierarchical namespaces and no old versions. There are the BUCKETS and no others; "forbidden" refuses
-everything, "readonly" every change.
+everything, "login" those whom it does not know, which is everybody, and "readonly" every change.
 """
 
 import base64
@@ -25,7 +25,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
-BUCKETS = ("bucket", "readonly", "forbidden")
+BUCKETS = ("bucket", "readonly", "forbidden", "login")
 PAGE = 50  # objects a page of a list, so few that readers must turn pages
 PREFIX = re.compile(r"^(/download|/upload|/resumable)?(?:/storage/v1)?(/.*)$")
 
@@ -126,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
     def _check(self, bucket: str, changes: bool) -> None:
         if bucket not in OBJECTS:
             raise Refused(404, "The specified bucket does not exist.")
+        if bucket == "login":
+            raise Refused(401, "Anonymous caller does not have storage.objects.list access to the bucket.")
         if bucket == "forbidden" or (bucket == "readonly" and changes):
             raise Refused(403, "user@example.org does not have access to the Google Cloud Storage bucket.")
 

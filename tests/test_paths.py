@@ -121,14 +121,15 @@ def test_folder_on_a_disk_that_may_not_be_written_is_refused(tmp_path, monkeypat
     [
         (lambda: to_path("gs://nosuch/a"), "gs://nosuch cannot be read: there is no such bucket"),
         (lambda: to_path("gs://forbidden/a"), "gs://forbidden cannot be read: this account may not"),
+        (lambda: to_path("gs://login/a"), r"login cannot be read: .*Anonymous caller.*gcloud auth application-default"),
         (lambda: output_folder("gs://readonly/a"), "--out gs://readonly/a cannot be written: this account may not"),
     ],
-    ids=["missing", "forbidden", "readonly"],
+    ids=["missing", "forbidden", "anonymous", "readonly"],
 )
-def test_bucket_that_cannot_be_used_is_one_line(act, says, bucket_server, capfd):
+def test_bucket_that_cannot_be_used_is_one_line(act, says, bucket_server, caplog):
     with pytest.raises(UserError, match=says) as caught:
         act()
-    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+    assert "\n" not in str(caught.value) and not caplog.records
 
 
 def test_bucket_without_its_packages_says_what_to_install(monkeypatch):
