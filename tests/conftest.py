@@ -5,10 +5,34 @@ import os
 # Tests compile hundreds of small programs and run each once: LLVM's effort would be most of their time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+import re
+
+import fake_gcs
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def bucket_server(tmp_path_factory):
+    """A bucket server in a process of its own; from now on gs:// leads to it, in this process and those it starts."""
+    with fake_gcs.serve() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("UNCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        pytest.importorskip("gcsfs")  # which reads one of them when it is imported
+        from tensorboardX.record_writer import GCSRecordWriter
+
+        del GCSRecordWriter.__del__  # uploads once more when the process ends, and would wait for this server
+        yield server
+
+
+@pytest.fixture
+def bucket(bucket_server, request):
+    """A folder of a bucket that no other test uses."""
+    return f"gs://bucket/{re.sub(r'[^A-Za-z0-9]+', '_', request.node.nodeid)}"

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower numbers may not import higher ones; equals may.
 ENTRIES = ("train", "sample", "edit", "evaluate", "plan", "quickstart", "doctor")
 ENTRIES += ("__main__",)  # the command `unclip`, and a package's own
-LAYERS = {"errors": 0, "diffusion": 1, "models": 1, "data": 1, "training": 1, "evaluation": 2, "stages": 2}
+LAYERS = {"errors": 0, "paths": 0, "diffusion": 1, "models": 1, "data": 1, "training": 1, "evaluation": 2, "stages": 2}
 LAYERS |= {"bundle": 2, "pictures": 1, "cli": 1, "model": 3, "cascade": 3, "pretrained": 3, "planning": 3}
 LAYERS |= dict.fromkeys(ENTRIES, 4)
 FORBIDDEN = {("data", "training"), ("training", "data")} | {("models", p) for p in ("data", "training", "diffusion")}
@@ -61,3 +61,31 @@ def test_top_level_is_what_was_agreed():
     tracked = {p.name for p in ROOT.iterdir() if not p.name.startswith(".") and p.suffix != ".egg-info"}
     required = {"unclip_jax", "configs", "experiments", "tpu_scripts", "tests", "setup.py", "README.md"}
     assert required <= tracked
+
+
+# Where a Path is made of something else than what a user named, which `paths.to_path` alone turns into one.
+OWN_PATHS = {
+    "paths.py": "the one place",
+    "planning/compiling.py": "the compiler's dumps, in a temporary folder",
+    "planning/trial.py": "a config, in a temporary folder",
+}
+
+
+def decisions(tree):
+    """Expressions that decide what a string means as a path: `Path(…)` of other than `__file__`, ~ and schemes."""
+    for node in ast.walk(tree):
+        text = ast.unparse(node)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).split(".")[-1]
+            made = name == "Path" and not text.endswith("__file__)")
+            if made or name in ("expanduser", "abspath") or (name == "startswith" and "://" in text):
+                yield text
+        elif isinstance(node, ast.Compare) and "://" in text:
+            yield text
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_one_module_decides_what_is_a_path(path):
+    if str(path.relative_to(PACKAGE)) in OWN_PATHS:
+        return
+    assert list(decisions(ast.parse(path.read_text()))) == []

@@ -8,8 +8,10 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors import safe_open
 
+from unclip_jax import paths
 from unclip_jax.bundle import check_params, load_bundle, save_bundle
 from unclip_jax.errors import UserError
+from unclip_jax.paths import files_below, to_path
 
 
 @pytest.fixture
@@ -27,23 +29,40 @@ def save(path, model, tokenizer=b"pieces", clip="", extra=None, stage="clip"):
     return save_bundle(str(path), stage, *model, tokenizer, clip, extra or {})
 
 
-def test_bucket_round_trip(tmp_path, model, monkeypatch):
-    """A bucket is played by a folder; an object store renames nothing."""
-    from etils import epath
-
-    local = epath.Path
-    monkeypatch.setattr(epath, "Path", lambda path: local(str(path).replace("gs://bucket", str(tmp_path))))
-    monkeypatch.setattr(type(local(tmp_path)), "rename", None)
-    identity = save("gs://bucket/runs/b", model)
-    assert load_bundle("gs://bucket/runs/b").identity == load_bundle(str(tmp_path / "runs" / "b")).identity == identity
-    other = save("gs://bucket/runs/b", model, tokenizer=None)
-    assert load_bundle("gs://bucket/runs/b").tokenizer_bytes is None and other != identity
-    (tmp_path / "runs" / "full").mkdir()
-    (tmp_path / "runs" / "full" / "thesis.txt").write_text("mine")
+def test_bucket_round_trip(bucket, tmp_path, model):
+    identity = save(f"{bucket}/runs/b", model)
+    bundle = load_bundle(f"{bucket}/runs/b")
+    assert bundle.identity == identity == save(tmp_path / "b", model) and bundle.tokenizer_bytes == b"pieces"
+    assert files_below(to_path(bucket)) == [f"runs/b/{path.name}" for path in sorted((tmp_path / "b").iterdir())]
+    other = save(f"{bucket}/runs/b", model, tokenizer=None)
+    assert load_bundle(f"{bucket}/runs/b").tokenizer_bytes is None and other != identity
+    (to_path(bucket) / "runs" / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not a bundle: give a new folder"):
-        save("gs://bucket/runs/full", model)
-    with pytest.raises(UserError, match="gs://bucket/runs/full is not a bundle"):
-        load_bundle("gs://bucket/runs/full")
+        save(f"{bucket}/runs/full", model)
+    with pytest.raises(UserError, match="runs/full is not a bundle: it has no"):
+        load_bundle(f"{bucket}/runs/full")
+    with pytest.raises(UserError, match=r"no bundle at gs://bucket/.*/nowhere: there is no such folder"):
+        load_bundle(f"{bucket}/nowhere")
+    (to_path(bucket) / "runs" / "b" / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match="runs/b lacks weights"):
+        load_bundle(f"{bucket}/runs/b")
+
+
+def test_bundle_in_a_bucket_is_none_until_it_is_complete(bucket, model, monkeypatch):
+    """Cut off after one of its files: neither the old bundle nor the new one, but no mixture of them."""
+    save(f"{bucket}/b", model)
+    copied, copy = [], paths._copy
+
+    def cut_off(source, target, progress):
+        if copied:
+            raise OSError("the network is gone")
+        copied.append(copy(source, target, progress))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the network is gone"):
+        patch.setattr(paths, "_copy", cut_off)
+        save(f"{bucket}/b", (model[0], {"w": jnp.zeros(3)}))
+    with pytest.raises(UserError, match="b is not a bundle: it has no"):
+        load_bundle(f"{bucket}/b")
 
 
 def test_round_trip(tmp_path, model):

@@ -1,6 +1,7 @@
 """Editing with random models: what must hold whatever they draw; and the command."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from unclip_jax import edit
 from unclip_jax.cascade import DDIM, Cascade, slerp
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
+from unclip_jax.paths import copy_folder, files_below, to_path, write_bytes
+from unclip_jax.pictures import save_gif
 from unclip_jax.stages.base import draw
 
 STEPS = 5
@@ -217,6 +220,27 @@ def test_classify_prints_labels_by_probability(folder, files, tmp_path, capsys):
     shares = [float(line.split("%")[0]) for line in lines]
     assert len(lines) == 2 and shares == sorted(shares, reverse=True)
     assert abs(sum(shares) - 100) < 0.02
+
+
+def test_command_reads_and_writes_a_bucket(folder, files, bucket, tmp_path, capsys):
+    """Cascade and picture from there: the same sheet and words."""
+    copy_folder(folder, to_path(bucket) / "cascade", "")
+    write_bytes(to_path(bucket) / "one.png", Path(files["one"]).read_bytes())
+    found = []
+    for cascade, place in ((folder, tmp_path), (f"{bucket}/cascade", to_path(bucket))):
+        options = ["classify", f"--image={place / 'one.png'}", "--label=a fox", "--label=a tent"]
+        assert run(cascade, place / "out", *options) == 0
+        *lines, sheet = capsys.readouterr().out.splitlines()
+        assert sheet == str(place / "out" / "sheet.png") and files_below(place / "out") == ["sheet.png"]
+        found.append((lines, edit._read(sheet)))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    with pytest.raises(UserError, match=r"no picture at gs://.*/two.png"):
+        run(f"{bucket}/cascade", bucket, "classify", f"--image={bucket}/two.png", "--label=a fox")
+    with pytest.raises(UserError, match=r"no bundle at gs://.*/nowhere"):
+        run(f"{bucket}/nowhere", bucket, "classify", f"--image={bucket}/one.png", "--label=a fox")
+    save_gif(to_path(bucket) / "path.gif", np.stack([found[0][1]] * 2))
+    assert edit._read(f"{bucket}/path.gif").shape == found[0][1].shape
 
 
 @pytest.mark.parametrize(

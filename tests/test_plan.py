@@ -11,8 +11,9 @@ import pytest
 from jax.experimental import topologies
 from shrink import small_config
 
-from unclip_jax import plan
+from unclip_jax import cli, plan
 from unclip_jax.errors import UserError
+from unclip_jax.paths import to_path, write_bytes
 from unclip_jax.planning import chips, compiling, cost, programs, report
 from unclip_jax.planning.chips import GIB
 from unclip_jax.planning.compiling import Compiled, TooLarge
@@ -206,3 +207,19 @@ def test_a_train_step_is_compiled_for_tpus(capsys):
     assert found.keys() >= PROMISED and found["chips"] == 4 and found["fits"]
     assert 0 < found["mfu"] < 1 and found["estimate"] in found["seconds"]
     assert found["seconds"]["cycles"] > 0 and found["collectives"].keys() == {"all-reduce"}
+
+
+def test_configs_of_a_run_and_of_a_bundle_in_a_bucket(bucket):
+    """A run's config.json is itself planned; a bundle's tells the CLIP."""
+    clip, decoder = cli.load_config("configs/clip.py:tiny"), cli.load_config("configs/decoder.py:tiny")
+    for name, config in (("clip", clip), ("run", decoder)):
+        write_bytes(to_path(bucket) / name / "config.json", json.dumps({"config": config.to_dict()}).encode())
+    spec = f"{bucket}/run/config.json"
+    assert cli.load_config(spec) == decoder
+    changed = cli.parse(["plan", f"--config={spec}", f"--config.clip.bundle={bucket}/clip"], {}).config
+    assert programs.upstream(changed).config == clip
+    with pytest.raises(UserError, match=r"no config file gs://.*/nowhere.json"):
+        cli.load_config(f"{bucket}/nowhere.json")
+    write_bytes(to_path(bucket) / "no.json", b"[]")
+    with pytest.raises(UserError, match=r"gs://.*/no.json holds no config"):
+        cli.load_config(f"{bucket}/no.json")

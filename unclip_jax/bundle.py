@@ -23,6 +23,7 @@ import unclip_jax
 from unclip_jax.cli import tuples
 from unclip_jax.data.tokenizer import is_json
 from unclip_jax.errors import UserError
+from unclip_jax.paths import copy_folder, is_remote, local_copy, to_path
 from unclip_jax.training.leaves import differences, named_leaves
 
 FORMAT = 1  # goes up when an older reader would misread the folder
@@ -42,7 +43,7 @@ class Bundle(NamedTuple):
 
 
 def save_bundle(
-    directory: str,
+    directory: str | Path,
     stage_name: str,
     config: ConfigDict,
     params: Any,
@@ -52,19 +53,20 @@ def save_bundle(
 ) -> str:
     """Writes a bundle and returns its identity. Either all of it appears under `directory` or nothing does.
 
-    directory: a local folder, or gs://...
+    directory: on a disk, or gs://...
     params: nested dict of arrays that this process can read whole; stored as float32. extra: what JSON can hold.
     An older bundle at `directory` is replaced; anything else there is an error, as is a config that JSON cannot hold.
     """
-    if "://" in str(directory):
-        with tempfile.TemporaryDirectory() as local:
-            place = os.path.join(local, "bundle")
-            identity = save_bundle(place, stage_name, config, params, tokenizer_bytes, clip_identity, extra)
-            _upload(Path(place), str(directory))
-        return identity
-    target = Path(directory).expanduser().absolute()
+    target = to_path(directory)
     if target.exists() and not (target / CONFIG).exists() and not _is_empty_folder(target):
         raise UserError(f"{target} exists and is not a bundle: give a new folder")
+    if is_remote(target):
+        with tempfile.TemporaryDirectory() as local:
+            place = to_path(local) / "bundle"
+            identity = save_bundle(place, stage_name, config, params, tokenizer_bytes, clip_identity, extra)
+            _upload(place, target)
+        return identity
+    target = target.absolute()
     config = config.to_dict()
     description = {
         "format": FORMAT,
@@ -79,7 +81,7 @@ def save_bundle(
 
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, because a rename is atomic only within one file system.
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    beside = to_path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         new, old = beside / "new", beside / "old"
         new.mkdir()
@@ -102,8 +104,8 @@ def save_bundle(
     return description["identity"]
 
 
-def load_bundle(directory: str) -> Bundle:
-    """Reads a bundle whole and checks it against its checksum. directory: a local folder, or gs://...
+def load_bundle(directory: str | Path) -> Bundle:
+    """Reads a bundle whole and checks it against its checksum. directory: on a disk, or gs://...
 
     Raises UserError when there is no such folder, when it is not a bundle, when a file is missing, cut short or
     changed since it was written, and when a newer version of this library wrote it.
@@ -111,14 +113,11 @@ def load_bundle(directory: str) -> Bundle:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    if "://" in str(directory):
-        with tempfile.TemporaryDirectory() as local:
-            _download(str(directory), Path(local))
-            return load_bundle(local)
-    folder = Path(directory).expanduser()
+    folder = to_path(directory)
     description = load_description(folder)
     try:
-        weights = load_file(folder / WEIGHTS)
+        with local_copy(folder / WEIGHTS) as file:
+            weights = load_file(file)
     except FileNotFoundError as error:
         raise UserError(f"bundle {folder} lacks {WEIGHTS}: copy it again") from error
     except SafetensorError as error:
@@ -167,34 +166,11 @@ def load_description(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a bundle: its {CONFIG} cannot be read ({error!r})") from error
 
 
-def _upload(local: Path, directory: str) -> None:
-    from etils import epath
-
-    target = epath.Path(directory)
-    if target.exists() and not (target / CONFIG).exists() and any(target.iterdir()):
-        raise UserError(f"{directory} exists and is not a bundle: give a new folder")
-    target.mkdir(parents=True, exist_ok=True)
+def _upload(local: Path, target: Path) -> None:
     for name in (CONFIG, *TOKENIZERS):
         (target / name).unlink(missing_ok=True)
-    # An object store renames nothing: without its description, which comes last, a folder is no bundle.
-    for path in sorted(local.iterdir(), key=lambda path: path.name == CONFIG):
-        _copy(path, target / path.name)
-
-
-def _download(directory: str, local: Path) -> None:
-    from etils import epath
-
-    source = epath.Path(directory)
-    if not (source / CONFIG).exists():
-        raise UserError(f"{directory} is not a bundle: it has no {CONFIG}")
-    for name in (CONFIG, WEIGHTS, *TOKENIZERS):
-        if (source / name).exists():
-            _copy(source / name, local / name)
-
-
-def _copy(source: Any, target: Any) -> None:
-    with source.open("rb") as read, target.open("wb") as write:
-        shutil.copyfileobj(read, write, 2**24)
+    # A bucket renames no folder: without its description, which comes last, a folder is no bundle.
+    copy_folder(local, target, CONFIG)
 
 
 def _written(file: BinaryIO, leaves: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

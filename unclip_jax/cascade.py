@@ -17,6 +17,7 @@ from unclip_jax.bundle import load_description
 from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
 from unclip_jax.model import Model
+from unclip_jax.paths import to_path
 
 UPSAMPLERS = ("upsampler_256", "upsampler_1024")
 PRIORS = ("prior_diffusion", "prior_ar")
@@ -43,8 +44,11 @@ class Cascade:
 
     @classmethod
     def load(cls, folder: str) -> "Cascade":
-        """Reads a folder of bundles. Raises UserError for what is missing or does not belong together."""
-        root = Path(folder).expanduser()
+        """Reads a folder of bundles, on a disk or gs://...
+
+        Raises UserError for what is missing or does not belong together.
+        """
+        root = to_path(folder)
         if not root.is_dir():
             raise UserError(f"no bundle at {root}: expected a folder with decoder/ and what it needs")
         clip = prior = noised_clip = None

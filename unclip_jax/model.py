@@ -28,9 +28,9 @@ class Model:
     _variants: dict[tuple, "Model"] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: Path, stages: tuple[str, ...], clip: "Model | None" = None) -> "Model":
+    def load(cls, folder: str | Path, stages: tuple[str, ...], clip: "Model | None" = None) -> "Model":
         """Reads a bundle. Raises UserError where it is none of `stages` or was trained against another CLIP."""
-        bundle = load_bundle(str(folder))
+        bundle = load_bundle(folder)
         if bundle.stage not in stages:
             raise UserError(f"{folder} holds a model of stage {bundle.stage!r}: expected {' or '.join(stages)}")
         if bundle.clip_identity and (clip is None or bundle.clip_identity != clip.identity):

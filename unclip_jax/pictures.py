@@ -2,12 +2,12 @@
 
 import io
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from unclip_jax.paths import to_path, write_bytes
 
 GAP = 4  # pixels between pictures of a grid
 INK, PAPER = (40, 40, 40), (255, 255, 255)
@@ -25,13 +25,7 @@ def png(image: np.ndarray, metadata: dict | None = None) -> bytes:
 
 def save_png(path: str | Path, image: np.ndarray, metadata: dict | None = None) -> None:
     """Writes `png`, complete or not at all."""
-    path, encoded = Path(path), png(image, metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(suffix=".png", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(encoded)
-    os.chmod(beside, 0o644)
-    os.replace(beside, path)
+    write_bytes(to_path(path), png(image, metadata))
 
 
 def save_gif(path: str | Path, frames: np.ndarray, seconds: float = 2.0) -> None:
@@ -39,8 +33,9 @@ def save_gif(path: str | Path, frames: np.ndarray, seconds: float = 2.0) -> None
     there = [Image.fromarray(frame) for frame in np.asarray(frames)]
     loop = there + there[-2:0:-1]
     duration = max(20, int(1000 * seconds / len(there)))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    loop[0].save(path, save_all=True, append_images=loop[1:], duration=duration, loop=0)
+    encoded = io.BytesIO()
+    loop[0].save(encoded, "GIF", save_all=True, append_images=loop[1:], duration=duration, loop=0)
+    write_bytes(to_path(path), encoded.getvalue())
 
 
 def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | None = None) -> np.ndarray:

@@ -9,7 +9,6 @@ reads) and OUT/runs (each training run). Run again, it goes on where it was stop
 
 import json
 import resource
-import shutil
 import signal
 import statistics
 import sys
@@ -20,8 +19,10 @@ import jax
 import numpy as np
 
 from unclip_jax import cli, pictures, train
+from unclip_jax.bundle import CONFIG
 from unclip_jax.cascade import Cascade
 from unclip_jax.data.sources import open_source
+from unclip_jax.paths import copy_folder, output_folder, write_bytes
 
 STAGES = {
     "clip": "configs/clip.py:tiny",
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv[1:])
     from unclip_jax.evaluation import alignment  # needs packages of [data], so it comes before any long work
 
-    out = cli.output_folder(args.out)
+    out = output_folder(args.out)
     cli.enable_compilation_cache()
     began = time.monotonic()
     configs = {name: _config(spec, out, args) for name, spec in STAGES.items()}
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
             reports[name] = train.run(config, str(out / "runs" / name))
         if isinstance(reports[name], signal.Signals):
             return train.exit_status(reports[name])
-        shutil.copytree(out / "runs" / name / "bundle", out / "bundle" / name, dirs_exist_ok=True)
+        copy_folder(out / "runs" / name / "bundle", out / "bundle" / name, CONFIG)
         speeds[name] = _images_per_second(out / "runs" / name / "metrics.jsonl")
         jax.clear_caches()  # five models' programs would add up
 
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
         },
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_bytes(out / "report.json", json.dumps(report, indent=2).encode() + b"\n")
     print(json.dumps(report, indent=2))
     print(f"look at {out / 'grid.png'}; draw more: {cli.command('sample')} --bundle {out / 'bundle'} --prompt '…'")
     return 0

@@ -14,6 +14,7 @@ import numpy as np
 
 from unclip_jax import __version__, cli, pictures
 from unclip_jax.errors import UserError
+from unclip_jax.paths import output_folder
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--n {args.n}: expected at least 1 picture per prompt")
     if args.rerank and args.rerank < args.n:
         raise UserError(f"--rerank {args.rerank}: expected at least --n {args.n}, the pictures to be kept")
-    out = cli.output_folder(args.out)
+    out = output_folder(args.out)
 
     began = time.monotonic()
     cli.enable_compilation_cache()

@@ -13,17 +13,14 @@ Several processes (a slice with many hosts, a cluster) run the same command: Clo
 
 import hashlib
 import json
-import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from unclip_jax import cli, pictures
@@ -36,6 +33,7 @@ from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unclip_jax.data.transforms import ToExample
 from unclip_jax.errors import UserError
 from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.paths import output_folder, to_path, write_bytes
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import trained
 from unclip_jax.training import preflight
@@ -98,6 +96,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | signal.Signals:
     checkpoint is saved. Raises UserError, before any long work, where the config, the data or WORKDIR cannot work.
     """
     check_config(config, workdir)
+    output_folder(workdir, "workdir")
     with _Stop() as stop:
         mesh = make_mesh(config.mesh)
         preflight.agree(preflight.facts(config.to_dict()))
@@ -151,7 +150,7 @@ def _run(config: ConfigDict, workdir: str, mesh, upstream: "Upstream", stop: "_S
     del origin  # its parameters need as much memory again
     steps, data = config.train.steps, _batches(config, source, to_example, start)
     expected = ExpectedLoss(config.train.expected_loss)
-    with MetricLogger(workdir, steps, config.train.batch_size, start, Path(workdir).name) as log:
+    with MetricLogger(workdir, steps, config.train.batch_size, start, to_path(workdir).name) as log:
 
         def tell(k, skips, metrics):
             """Logs step k, and says what is not as it should be."""
@@ -197,7 +196,7 @@ def _run(config: ConfigDict, workdir: str, mesh, upstream: "Upstream", stop: "_S
     average = jax.tree.map(whole, finished)
     if jax.process_index() == 0:
         model = tokenizer.model_bytes if tokenizer else None
-        save_bundle(os.path.join(workdir, "bundle"), config.stage, config, average, model, upstream.identity, {})
+        save_bundle(to_path(workdir) / "bundle", config.stage, config, average, model, upstream.identity, {})
     return {"sha256": digest(state), "metrics": scalars}
 
 
@@ -226,15 +225,15 @@ def _upstream(config: ConfigDict, workdir: str, mesh) -> Upstream | signal.Signa
     if not folder:
         if not config.clip.config:
             raise UserError("clip.bundle is empty: name a trained CLIP: --config.clip.bundle=runs/clip/bundle")
-        folder = os.path.join(workdir, "clip", "bundle")
-        if not epath.Path(folder).expanduser().exists():
-            _say(f"no CLIP named by clip.bundle: training {config.clip.config} first, into {os.path.dirname(folder)}")
+        folder = to_path(workdir) / "clip" / "bundle"
+        if not folder.exists():
+            _say(f"no CLIP named by clip.bundle: training {config.clip.config} first, into {folder.parent}")
             clip_config = cli.load_config(config.clip.config)
             for name in ("source", "data_dir", "split", "eval_split", "image_feature", "caption_feature", "threads"):
                 clip_config.data[name] = config.data[name]
             clip_config.mesh = config.mesh
             _assemble(config, make_stage(clip_config), mesh)  # what cannot fit is said before CLIP is trained
-            report = run(clip_config, os.path.join(workdir, "clip"))
+            report = run(clip_config, str(folder.parent))
             if isinstance(report, signal.Signals):
                 return report
     bundle = load_bundle(folder)
@@ -260,11 +259,11 @@ def _origin(config: ConfigDict, stage: Stage) -> Bundle | None:
 
 def _open(config: ConfigDict, split: str, clip_identity: str):
     d = config.data
-    source = open_source(d.source, split, os.path.expanduser(d.data_dir), d.image_feature, d.caption_feature)
+    source = open_source(d.source, split, d.data_dir, d.image_feature, d.caption_feature)
     if not embedded(config):
         return source
     provenance = Provenance(clip_identity, d.source, d.image_feature, d.caption_feature)
-    return EmbeddedSource(source, Path(d.embeddings).expanduser(), provenance, split)
+    return EmbeddedSource(source, to_path(d.embeddings), provenance, split)
 
 
 def _tokenizer(config: ConfigDict, stage: Stage, source, workdir: str, origin: Bundle | None) -> Tokenizer | None:
@@ -273,8 +272,8 @@ def _tokenizer(config: ConfigDict, stage: Stage, source, workdir: str, origin: B
     if "own" not in {owner for owner, _, _ in stage.texts.values()}:
         return None
     vocab_size = (config.model if "vocab_size" in config.model else config.model.text).vocab_size
-    stored = epath.Path(workdir) / "tokenizer.model"
-    named = epath.Path(config.data.tokenizer) if config.data.tokenizer else stored
+    stored = to_path(workdir) / "tokenizer.model"
+    named = to_path(config.data.tokenizer) if config.data.tokenizer else stored
     if origin:
         if stored.exists() and stored.read_bytes() != origin.tokenizer_bytes:
             raise UserError(f"{workdir} holds a run with another tokenizer than init.bundle's: give a new one")
@@ -285,7 +284,7 @@ def _tokenizer(config: ConfigDict, stage: Stage, source, workdir: str, origin: B
         count = min(len(source), TOKENIZER_CAPTIONS)
         tokenizer = train_tokenizer((source[i]["caption"] for i in range(count)), vocab_size)
     if not named.exists() and jax.process_index() == 0:
-        _write(stored, tokenizer.model_bytes)
+        write_bytes(stored, tokenizer.model_bytes, alone=True)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{named} has {tokenizer.vocab_size} pieces, more than the model's vocab_size={vocab_size}")
     return tokenizer
@@ -335,29 +334,22 @@ def _record(workdir: str, step: int, scalars: dict[str, float], images: dict[str
     """
     if jax.process_index() != 0:
         return
-    folder = epath.Path(workdir).expanduser()
+    folder = to_path(workdir)
     file = folder / "evaluation.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     lines = [line for line in lines if line["step"] < step] + [{"step": step} | scalars]
-    _write(file, "".join(map(json_line, lines)).encode())
+    write_bytes(file, "".join(map(json_line, lines)).encode(), alone=True)
     _say(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
     for end, pixels in images.items():
         if pixels is not None:
-            _write(folder / "samples" / f"step_{step:08d}{end}.png", pictures.png(pictures.grid(np.asarray(pixels))))
+            file = folder / "samples" / f"step_{step:08d}{end}.png"
+            write_bytes(file, pictures.png(pictures.grid(np.asarray(pixels))), alone=True)
 
 
 def _write_config(config: ConfigDict, workdir: str) -> None:
     if jax.process_index() == 0:
         text = json.dumps({"config": config.to_dict(), "versions": preflight.versions()}, indent=2)
-        _write(epath.Path(workdir).expanduser() / "config.json", text.encode() + b"\n")
-
-
-def _write(path: epath.Path, content: bytes) -> None:
-    """All of it or nothing, also for whoever is killed while writing, or reads meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f"{path.name}.tmp"
-    beside.write_bytes(content)
-    beside.replace(path)
+        write_bytes(to_path(workdir) / "config.json", text.encode() + b"\n", alone=True)
 
 
 class _Stop:

@@ -21,6 +21,7 @@ from unclip_jax.data.embeddings import EmbeddedSource, Provenance
 from unclip_jax.data.pipeline import batches, evaluation_batch
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
+from unclip_jax.paths import copy_folder, to_path
 from unclip_jax.stages import make_stage
 
 RECORDS, HELD_OUT, PER_SHARD = 11, 3, 4
@@ -168,7 +169,8 @@ def test_files_say_whose_they_are(clip, folder):
     assert (said["clip"], said["source"], said["splits"]) == (clip.identity, "some:data", {"train": 11, "test": 3})
     names = [f"train-0000{k}-of-00003.safetensors" for k in range(3)] + ["test-00000-of-00001.safetensors"]
     assert files(folder).keys() == set(names)
-    labels = embeddings._opened(embeddings._shards(folder, said, "train")[1]).metadata()
+    shard = embeddings._shards(folder, said, "train")[1]
+    labels = embeddings._opened(shard, shard.path).metadata()
     assert labels == {
         "clip": clip.identity,
         "source": "some:data",
@@ -187,7 +189,7 @@ def test_killed_and_run_again_goes_on(clip, folder, tmp_path, monkeypatch, capsy
 
     def killing(shard, *arrays):
         if len(written) == 2:
-            shard.path.with_suffix(".tmp").write_bytes(b"half a file")
+            shard.path.with_name(f"{shard.path.name}.tmp").write_bytes(b"half a file")
             raise KeyboardInterrupt
         written.append(shard.path.name)
         write(shard, *arrays)
@@ -218,6 +220,37 @@ def test_processes_share_the_files(clip, folder, tmp_path, data):
     embed(clip, shared, process=0, processes=3)
     embed(clip, shared, process=2, processes=3)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), files(shared), files(folder))
+
+
+def test_in_a_bucket_they_are_the_same(clip, folder, bucket, tmp_path, data, monkeypatch, capsys):
+    """CLIP from a bucket, embeddings into one; stopped, gone on with, and read from copies on a disk."""
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
+    copy_folder(clip.folder, to_path(bucket) / "clip", "config.json")
+    there, write = to_path(bucket) / "embeddings", embeddings.write
+    flags = [f"--config.clip.bundle={bucket}/clip", "--config.data.source=some:data", "--config.data.threads=2"]
+    command_line = ["data", "embed", "--config=configs/prior_diffusion.py:tiny", *flags, f"--out={there}"]
+
+    def killing(shard, *arrays):
+        if shard.start == 8:
+            raise KeyboardInterrupt
+        write(shard, *arrays)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embeddings, "write", killing)
+        command.main(command_line)
+    refused("lacks 1 of 3 files of split 'train'", opened, data["train"], there, clip)
+    assert command.main(command_line) == 0
+    said = capsys.readouterr().err
+    assert "8 of 14 records were done before" in said and "2 could not be read" in said
+    local, remote = (opened(data["train"], place, clip) for place in (folder, there))
+    for i in range(RECORDS):
+        ours, theirs = local[i], remote[i]
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() & {"image_embedding", "text_embeddings"}:
+            np.testing.assert_allclose(theirs[name], ours[name], atol=1e-6)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+    (there / "train-00001-of-00003.safetensors").write_bytes((folder / "train-00000-of-00003.safetensors").read_bytes())
+    refused("train-00001-of-00003.safetensors belongs to other embeddings", opened, data["train"], there, clip)
 
 
 def refused(says, act, *arguments):

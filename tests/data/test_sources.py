@@ -10,6 +10,7 @@ from PIL import Image
 from unclip_jax.data.emoji_scenes import encode_png, scenes
 from unclip_jax.data.sources import open_source
 from unclip_jax.errors import UserError
+from unclip_jax.paths import copy_folder, to_path
 
 PNG = encode_png(np.zeros((4, 4, 3), np.uint8))
 
@@ -112,6 +113,31 @@ def test_emoji_scenes_are_drawn_on_first_use(data_dir, capsys):
     assert capsys.readouterr().err == "" and again[5] == source[5]
     assert pickle.loads(pickle.dumps(source))[5] == source[5]
     assert len(opened("tfds:emoji_scenes/single_64", "train[:10%]", data_dir)) == 256
+
+
+def test_folder_in_a_bucket_has_the_same_records(bucket, tmp_path):
+    spec = folder_of(tmp_path, [f"{name}/{k}.png" for k in range(9) for name in ("a", "a-b", "a/c")])
+    (tmp_path / "notes.md").write_text("no picture")
+    copy_folder(tmp_path, to_path(bucket), "")
+    for split in ("train", "test"):
+        here, there = opened(spec, split), opened(f"folder:{bucket}", split)
+        assert len(here) == len(there) and all(here[k] == there[k] for k in range(len(here)))
+        assert pickle.loads(pickle.dumps(there))[0] == here[0]
+    with pytest.raises(UserError, match=r"no folder gs://.*nowhere"):
+        opened(f"folder:{bucket}/nowhere")
+
+
+def test_emoji_scenes_are_drawn_into_a_bucket(bucket, data_dir, capsys):
+    here = opened("tfds:emoji_scenes/single_64", "test", data_dir)
+    capsys.readouterr()
+    there = opened("tfds:emoji_scenes/single_64", "test", bucket)
+    assert "drawing emoji_scenes/single_64" in capsys.readouterr().err
+    assert [there[k] for k in range(3)] == [here[k] for k in range(3)] and len(there) == len(here)
+    again = opened("tfds:emoji_scenes/single_64", "test", bucket)
+    assert capsys.readouterr().err == "" and again[63] == here[63]
+    assert pickle.loads(pickle.dumps(again))[5] == here[5]
+    with pytest.raises(UserError, match=r"no dataset 'emoji' in gs://.*, where there are: emoji_scenes;"):
+        opened("tfds:emoji", "test", bucket)
 
 
 def test_another_process_was_first(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 
 from unclip_jax import __version__
 from unclip_jax.errors import UserError
+from unclip_jax.paths import to_path
 from unclip_jax.training.checkpoint import Checkpointer, read_meta, restore_ema
 from unclip_jax.training.state import abstract_state, digest, init_state, root_key
 
@@ -209,6 +210,23 @@ def test_ema_and_meta_are_read_alone(toy, at_step, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ema, state.ema)
     meta = read_meta(str(tmp_path))
     assert meta["step"] == 2 and meta["version"] == __version__ and meta["config"]["optim"]["b2"] == 0.99
+
+
+def test_in_a_bucket_checkpoints_are_kept_and_restored(toy, at_step, bucket):
+    """Arrays by TensorStore's own client, the rest by gcsfs: neither may keep what the other changed."""
+    mesh = toy.mesh(2, 4)
+    states = [at_step(step, mesh) for step in (1, 2, 3)]
+    saved(f"{bucket}/run", *states, keep=2, meta={"config": {"a": [1, 2]}})
+    checkpointer = Checkpointer(f"{bucket}/run/", 2)
+    assert sorted(checkpointer._manager.all_steps()) == [2, 3] and checkpointer.latest_step() == 3
+    assert digest(checkpointer.restore_latest(abstract(toy, toy.mesh(8, 1)))) == digest(states[-1])
+    checkpointer.close()
+    (to_path(bucket) / "run" / "checkpoints" / "3" / "ema" / "manifest.ocdbt").unlink()
+    checkpointer = Checkpointer(f"{bucket}/run", 2)
+    assert digest(checkpointer.restore_latest(abstract(toy, mesh))) == digest(states[1])
+    saved(f"{bucket}/run", states[2], keep=2)
+    assert read_meta(f"{bucket}/run")["step"] == 3
+    checkpointer.close()
 
 
 def test_reading_where_nothing_is_makes_no_folder(tmp_path):

@@ -1,12 +1,14 @@
 import json
 import struct
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from unclip_jax.errors import UserError
+from unclip_jax.paths import to_path
 from unclip_jax.training import metrics
 from unclip_jax.training.metrics import MetricLogger
 
@@ -15,7 +17,7 @@ from unclip_jax.training.metrics import MetricLogger
 def clock(monkeypatch):
     """A clock that moves only when told to: clock(seconds)."""
     now = [1000.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def advance(seconds):
         now[0] += seconds
@@ -161,30 +163,25 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bucket_is_written_whole_now_and_then_and_in_every_pause(tmp_path, clock, monkeypatch):
-    from etils import epath
-
-    monkeypatch.setattr(metrics, "_check_tensorboard", lambda workdir: None)
-    local = epath.Path
-    monkeypatch.setattr(epath, "Path", lambda path: local(str(path).replace("gs://bucket", str(tmp_path))))
-
-    class Board:
-        add_scalar = close = staticmethod(lambda *args: None)
-
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir, step: Board())
-    log = MetricLogger("gs://bucket/run", 100, 8, 0, "toy")
+def test_bucket_is_written_whole_now_and_then_and_in_every_pause(bucket, clock):
+    run = to_path(bucket) / "run"
+    log = logger(run)
     log.log(1, {"loss": 1.0})
-    assert len(records(tmp_path / "run")) == 0
+    assert len(records(run)) == 0
     clock(61.0)
     log.log(2, {"loss": 1.0})
-    assert len(records(tmp_path / "run")) == 2
+    assert len(records(run)) == 2
     log.log(3, {"loss": 1.0})
-    assert len(records(tmp_path / "run")) == 2
+    assert len(records(run)) == 2
     with log.pause():
-        assert len(records(tmp_path / "run")) == 3
+        assert len(records(run)) == 3
     log.log(4, {"loss": 1.0})
     log.close()
-    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4]
+    assert [step for step, name, _ in events(run) if name == "loss"] == [1, 2, 3, 4]
+    with logger(run, start_step=2) as log:
+        log.log(3, {"loss": 2.0})
+    assert [(r["step"], r["loss"]) for r in records(run)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
 
 
 def test_loss_outside_of_what_was_seen_is_said_once(capsys):
@@ -201,9 +198,9 @@ def test_loss_outside_of_what_was_seen_is_said_once(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_bucket_without_its_package_is_an_error(monkeypatch):
+def test_bucket_without_its_package_is_an_error(bucket, monkeypatch):
     from tensorboardX import record_writer
 
     monkeypatch.setattr(record_writer, "GCS_ENABLED", False)
     with pytest.raises(UserError, match="pip install google-cloud-storage"):
-        MetricLogger("gs://bucket/run", 100, 8, 0, "toy")
+        logger(bucket)

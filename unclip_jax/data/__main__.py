@@ -9,7 +9,6 @@ are not made again. Where several processes run, each makes files of its own.
 """
 
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +31,7 @@ from unclip_jax.data.transforms import ToExample, UnreadableRecord, captions_of
 from unclip_jax.errors import UserError
 from unclip_jax.model import Model
 from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.paths import output_folder
 from unclip_jax.stages import Stage
 from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
     if argv[1:2] != ["embed"]:
         raise UserError(f"expected {embeddings.COMMAND} --config=configs/prior_diffusion.py:tiny --out=DIR")
     flags = cli.parse([argv[0], *argv[2:]], {"out": (str, None, "folder to write to")})
-    if not flags.out or "://" in flags.out:
-        raise UserError(f"--out is {flags.out!r}: expected a folder on a disk, such as --out=embeddings")
+    if not flags.out:
+        raise UserError(f"--out is {flags.out!r}: expected a folder, such as --out=embeddings")
     cli.enable_compilation_cache()
-    embed(flags.config, cli.output_folder(flags.out), jax.process_index(), jax.process_count())
+    embed(flags.config, output_folder(flags.out), jax.process_index(), jax.process_count())
     return 0
 
 
@@ -62,24 +62,25 @@ def embed(config: ConfigDict, folder: Path, process_index: int, process_count: i
     for name, value in (("data.source", d.source), ("clip.bundle", config.clip.bundle)):
         if not value:
             raise UserError(f"{name} is empty: name the dataset and a trained CLIP, as training itself needs them")
-    clip = Model.load(Path(config.clip.bundle).expanduser(), ("clip",))
+    clip = Model.load(config.clip.bundle, ("clip",))
     if not clip.stage.images:
         raise UserError(f"clip.bundle {config.clip.bundle} reads captions alone: expected a CLIP that sees pictures")
     sources = {
-        split: open_source(d.source, split, os.path.expanduser(d.data_dir), d.image_feature, d.caption_feature)
+        split: open_source(d.source, split, d.data_dir, d.image_feature, d.caption_feature)
         for split in (d.split, d.eval_split)
     }
     provenance = embeddings.Provenance(clip.identity, d.source, d.image_feature, d.caption_feature)
     sizes = {split: len(source) for split, source in sources.items()}
     mine = embeddings.begin(folder, provenance, sizes)[process_index::process_count]
-    waiting = [shard for shard in mine if not shard.path.exists()]
+    done = embeddings.finished(folder, mine)
+    waiting = [shard for shard in mine if shard not in done]
 
     mesh = make_mesh(ConfigDict(dict(data=-1, fsdp=1)), jax.local_devices())
     towers = _Towers(clip.stage, clip.params, mesh, config.train.batch_size // process_count)
     read = _Reader(clip.stage, clip.tokenizer)
     del clip  # its parameters lie on the mesh now
     progress = _Progress(sum(shard.stop - shard.start for shard in mine), process_index == 0)
-    progress.skip(sum(shard.stop - shard.start for shard in mine if shard not in waiting))
+    progress.skip(sum(shard.stop - shard.start for shard in done))
     for shard in waiting:
         records = read(sources[shard.labels["split"]], shard.start, shard.stop, d.threads)
         embeddings.write(shard, *_embedded(records, towers, progress.advance))

@@ -6,11 +6,14 @@
 A shard holds "image" (records, dim) and "text" (captions, dim), float32, and "records" (records, 3), int64: where in
 "text" a record's captions begin, how many they are (0: the record could not be read), and a checksum of the record, by
 which data that changed is noticed. Shards appear whole or not at all.
+
+DIR may be in a bucket. Training reads rows at random, and a request for each would be too slow: it first copies the
+shards of its splits to a disk, 8 KiB a record at the papers' size with one caption each, where a later run finds them
+again (`paths.on_disk` says where). They are mapped, so that they fill only memory that nothing else needs. Every host
+needs all of them.
 """
 
 import json
-import os
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ from unclip_jax import cli
 from unclip_jax.data.sources import Source
 from unclip_jax.data.transforms import captions_of
 from unclip_jax.errors import UserError
+from unclip_jax.paths import is_remote, on_disk, write_bytes
 
 FORMAT = 1  # goes up when an older reader would misread the folder
 DESCRIPTION = "embeddings.json"
@@ -53,14 +57,8 @@ def begin(folder: Path, provenance: Provenance, splits: dict[str, int]) -> list[
     splits: name → number of records. Raises UserError where embeddings of something else are there.
     """
     if not (folder / DESCRIPTION).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # The others write the same; each under a name of its own, so that a rename makes it appear whole.
-        handle, beside = tempfile.mkstemp(dir=folder, prefix=DESCRIPTION)
-        with os.fdopen(handle, "w") as file:
-            description = {"format": FORMAT} | provenance._asdict() | {"shard": SHARD, "splits": splits}
-            file.write(json.dumps(description, indent=2) + "\n")
-        os.chmod(beside, 0o644)
-        os.replace(beside, folder / DESCRIPTION)
+        description = {"format": FORMAT} | provenance._asdict() | {"shard": SHARD, "splits": splits}
+        write_bytes(folder / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")  # the others: the same
     description = _description(folder, provenance)
     if description["splits"] != splits:
         found, now = (", ".join(f"{n} of {name}" for name, n in s.items()) for s in (description["splits"], splits))
@@ -70,18 +68,26 @@ def begin(folder: Path, provenance: Provenance, splits: dict[str, int]) -> list[
 
 def write(shard: Shard, image: np.ndarray, text: np.ndarray, records: np.ndarray) -> None:
     """Arrays as this module's docstring has them."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     unreadable = {"unreadable": str(int(np.sum(records[:, 1] == 0)))}
-    beside = shard.path.with_suffix(".tmp")  # one process alone writes this shard
-    save_file({"image": image, "text": text, "records": records}, beside, shard.labels | unreadable)
-    os.chmod(beside, 0o644)
-    os.replace(beside, shard.path)
+    arrays = {"image": image, "text": text, "records": records}
+    write_bytes(shard.path, save(arrays, shard.labels | unreadable), alone=True)
+
+
+def finished(folder: Path, shards: list[Shard]) -> list[Shard]:
+    """Those of the folder's shards that are there."""
+    names = {path.name for path in folder.iterdir()}
+    return [shard for shard in shards if shard.path.name in names]
 
 
 def unreadable(shard: Shard) -> int:
     """Number of a finished shard's records that could not be read."""
-    return int(_opened(shard).metadata()["unreadable"])
+    if not is_remote(shard.path):
+        return int(_opened(shard, shard.path).metadata()["unreadable"])
+    with shard.path.open("rb") as file:  # its first bytes, of an object that is there as a whole
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return int(_checked(shard, header["__metadata__"])["unreadable"])
 
 
 def checksum(record: dict) -> int:
@@ -107,12 +113,13 @@ class EmbeddedSource:
                 f"are {len(source)}: make it anew by {COMMAND}"
             )
         shards = _shards(folder, description, split)
-        missing = sum(not shard.path.exists() for shard in shards)
+        missing = len(shards) - len(finished(folder, shards))
         if missing:
             raise UserError(f"data.embeddings {folder} lacks {missing} of {len(shards)} files of split {split!r}: run "
                             f"{COMMAND} again, it goes on where it was")  # fmt: skip
         self._source, self._folder, self._size = source, folder, description["shard"]
-        self._shards = [_opened(shard) for shard in shards]
+        files = on_disk([shard.path for shard in shards], f"copying {folder}")
+        self._shards = [_opened(shard, file) for shard, file in zip(shards, files, strict=True)]
 
     def __len__(self) -> int:
         return len(self._source)
@@ -163,15 +170,22 @@ def _shards(folder: Path, description: dict[str, Any], split: str) -> list[Shard
     return found
 
 
-def _opened(shard: Shard):
-    """A reader that keeps no file open: there may be thousands. Raises UserError for what is not this shard."""
+def _opened(shard: Shard, file: Path):
+    """A reader that keeps no file open: there may be thousands. Raises UserError for what is not this shard.
+
+    file: the shard's, or a copy of it.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        reader = safe_open(shard.path, framework="numpy")
+        reader = safe_open(file, framework="numpy")
     except SafetensorError as error:
         raise UserError(f"{shard.path} is damaged ({error}): delete it and run {COMMAND} again") from error
-    labels = reader.metadata() or {}
+    _checked(shard, reader.metadata() or {})
+    return reader
+
+
+def _checked(shard: Shard, labels: dict[str, str]) -> dict[str, str]:
     if {name: labels.get(name) for name in shard.labels} != shard.labels:
         raise UserError(f"{shard.path} belongs to other embeddings: delete it and run {COMMAND} again")
-    return reader
+    return labels

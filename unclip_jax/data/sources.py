@@ -9,14 +9,17 @@ import difflib
 import hashlib
 import os
 import sys
-from pathlib import Path
+import tempfile
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
 
 from unclip_jax.errors import UserError
+from unclip_jax.paths import copy_folder, files_below, is_remote, to_path
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+DESCRIPTION = "dataset_info.json"  # of a TFDS dataset
 TEST_SHARE = 50  # one picture of a folder in so many is held out
 
 
@@ -34,15 +37,16 @@ def open_source(spec: str, split: str, data_dir: str, image_feature: str, captio
     """
     kind, _, name = spec.partition(":")
     if kind == "folder":
-        return FolderSource(Path(name).expanduser(), split)
+        return FolderSource(to_path(name), split)
     if kind == "tfds":
-        return TfdsSource(name, split, os.path.expanduser(data_dir), image_feature, caption_feature)
+        return TfdsSource(name, split, str(to_path(data_dir)), image_feature, caption_feature)
     raise UserError(f"data.source {spec!r}: expected tfds:NAME or folder:PATH")
 
 
 class FolderSource:
     """Pictures, each with a caption in a .txt of the same name beside it, anywhere below a folder.
 
+    In a bucket each record takes several requests: many pictures are read faster from a TFDS dataset there.
     Splits "train" and "test" go by a hash of the name, so that they do not change when pictures are added.
     """
 
@@ -51,16 +55,17 @@ class FolderSource:
             raise UserError(f"no folder {folder}: data.source=folder:PATH needs one with pictures and .txt captions")
         if split not in ("train", "test"):
             raise UserError(f"a folder has no split {split!r}: expected train or test")
-        pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        files = files_below(folder)
+        pictures = [name for name in files if PurePosixPath(name).suffix.lower() in PICTURES]
         if not pictures:
             raise UserError(f"{folder} has no pictures: expected files ending in {', '.join(PICTURES)}")
-        captioned = [p for p in pictures if p.with_suffix(".txt").is_file()]
-        if not captioned:
+        captions = {name for name in files if name.endswith(".txt")}
+        names = [name for name in pictures if _caption_of(name) in captions]
+        if not names:
             raise UserError(f"{folder} has {len(pictures)} pictures but no captions: put NAME.txt beside NAME.png")
-        self.uncaptioned = len(pictures) - len(captioned)
+        self.uncaptioned = len(pictures) - len(names)
         if self.uncaptioned:
             print(f"{folder}: {self.uncaptioned} of {len(pictures)} pictures have no caption: skipped", file=sys.stderr)
-        names = [p.relative_to(folder).as_posix() for p in captioned]
         if len(names) == 1:
             raise UserError(f"{folder} has one captioned picture: at least two are needed, one of them to hold out")
         held_out = _held_out(names)
@@ -70,9 +75,14 @@ class FolderSource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict:
-        picture = self._folder / self._names[index]
-        caption = picture.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
-        return {"image": picture.read_bytes(), "caption": caption, "key": self._names[index]}
+        name = self._names[index]
+        caption = (self._folder / _caption_of(name)).read_bytes().decode(errors="replace")
+        return {"image": (self._folder / name).read_bytes(), "caption": caption.strip(), "key": name}
+
+
+def _caption_of(name: str) -> str:
+    """The file that a picture's caption is in."""
+    return str(PurePosixPath(name).with_suffix(".txt"))
 
 
 def _held_out(names: list[str]) -> set[str]:
@@ -150,12 +160,11 @@ def _builder(name: str, data_dir: str):
         if config not in EmojiScenes.builder_configs:
             raise UserError(f"{dataset} has no config {config!r}: it has {', '.join(EmojiScenes.builder_configs)}")
         builder = EmojiScenes(config=config, data_dir=data_dir, file_format="array_record")
-        if not builder.data_path.exists():
+        if not (builder.data_path / DESCRIPTION).exists():
             _draw(builder)
             builder = EmojiScenes(config=config, data_dir=data_dir, file_format="array_record")
         return builder
     # From the files alone: the code of TFDS's own datasets imports TensorFlow.
-    from etils import epath
     from tensorflow_datasets.core import read_only_builder
 
     try:
@@ -167,13 +176,19 @@ def _builder(name: str, data_dir: str):
         else:
             near = difflib.get_close_matches(dataset, [EmojiScenes.name, *builtin])
             advice = f"of like name are {', '.join(near) or 'none'}"
-        there = ", ".join(sorted(p.name for p in epath.Path(data_dir).glob("*") if p.is_dir())) or "none"
+        there = ", ".join(sorted(p.name for p in to_path(data_dir).glob("*") if p.is_dir())) or "none"
         raise UserError(f"no dataset {name!r} in {data_dir}, where there are: {there}; {advice}") from error
 
 
 def _draw(builder) -> None:
     import tensorflow_datasets as tfds
 
+    if is_remote(builder.data_path):  # ArrayRecord reads from a bucket, and writes to a disk alone
+        with tempfile.TemporaryDirectory() as folder:
+            local = type(builder)(config=builder.builder_config.name, data_dir=folder, file_format="array_record")
+            _draw(local)
+            copy_folder(to_path(local.data_path), builder.data_path, DESCRIPTION)
+        return
     print(f"drawing {builder.info.full_name} into {builder.data_path}", file=sys.stderr, flush=True)
     tfds.disable_progress_bar()
     try:

@@ -1,6 +1,5 @@
 """The programs that a plan is about: a stage's real train step and its real sampling, traced from shapes alone."""
 
-import os
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.errors import UserError
 from unclip_jax.model import ROWS
 from unclip_jax.models.mesh import jit_on_mesh, one_device
+from unclip_jax.paths import to_path
 from unclip_jax.planning import flops
 from unclip_jax.planning.fitting import remat_keys
 from unclip_jax.stages import Stage, make_stage
@@ -35,7 +35,7 @@ def upstream(config: ConfigDict) -> Stage | None:
     if "clip" not in config:
         return None
     if config.clip.bundle:
-        return make_stage(cli.load_config(os.path.join(config.clip.bundle, "config.json")))
+        return make_stage(cli.load_config(str(to_path(config.clip.bundle) / "config.json")))
     if config.clip.config:
         return make_stage(cli.load_config(config.clip.config))
     for size in ("paper", "small", "tiny"):

@@ -10,7 +10,6 @@ lists them. DIR becomes a cascade, of `openai_clip` a single bundle.
 
 import importlib
 import sys
-from pathlib import Path
 
 import jax
 
@@ -18,6 +17,7 @@ from unclip_jax import cli
 from unclip_jax.bundle import check_params, save_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
+from unclip_jax.paths import is_remote, output_folder, to_path
 from unclip_jax.pretrained import Converted, Options
 from unclip_jax.stages import make_stage
 
@@ -34,10 +34,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--heads", type=int, default=0, help="of the text path or prior; 0: the published models'")
     parser.add_argument("--image-size", type=int, default=0, help="of the pictures drawn; 0: the published models'")
     args = parser.parse_args(argv[1:])
-    source, out = Path(args.source).expanduser(), Path(args.out).expanduser()
+    source, out = to_path(args.source), output_folder(args.out)
+    if is_remote(source):
+        raise UserError(f"{source} is in a bucket: copy it to a disk first, by gcloud storage cp --recursive")
     if not source.exists():
         raise UserError(f"no weights at {source}: give the folder that they were downloaded to")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is in the way: give a new or empty folder")
 
     family = importlib.import_module(f"unclip_jax.pretrained.{args.family}")
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int:
         target = out / model.place
         known = clip_identity if stage.needs_clip else ""
         identity = save_bundle(
-            str(target), model.config.stage, model.config, model.params, model.tokenizer_bytes, known, {}
+            target, model.config.stage, model.config, model.params, model.tokenizer_bytes, known, {}
         )
         print(f"{target}: {model.config.stage}, {size:,} parameters", file=sys.stderr, flush=True)
         if model.place == "clip":

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from unclip_jax.errors import UserError
+from unclip_jax.paths import to_path
 
 LISTED = 20
 
@@ -81,7 +82,7 @@ def read(path: str | Path) -> dict:
     PyTorch files are read with `weights_only`, so that none of their code runs, and mapped rather than loaded; they
     need torch, which .safetensors do not. Raises UserError for a file that is missing, damaged or holds no tensors.
     """
-    path = Path(path)
+    path = to_path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}: there is no such file")
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)

@@ -6,7 +6,6 @@ temporary folder that is never read, and that the next run over WORKDIR removes.
 that is asked for, whatever mesh wrote them.
 """
 
-import os
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 import unclip_jax
 from unclip_jax.errors import UserError
+from unclip_jax.paths import is_remote, to_path
 from unclip_jax.training.leaves import differences
 from unclip_jax.training.state import Skips, TrainState
 
@@ -22,7 +22,7 @@ TREES = ("params", "ema", "opt_state")
 
 
 class Checkpointer:
-    """Saves and restores the train state under `workdir` (a local folder or gs://...).
+    """Saves and restores the train state under `workdir` (a folder on a disk, or gs://...).
 
     The last `keep` steps are kept, and of the others those that `keep_every` divides (0: none). Every process must
     make the same calls in the same order.
@@ -149,10 +149,11 @@ def _meta(manager: Any, step: int) -> dict:
 def _manager(workdir: str, options: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    # Orbax refuses relative paths.
-    folder = workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
+    folder = to_path(workdir)
+    if not is_remote(folder):
+        folder = folder.absolute()  # Orbax refuses relative paths
     handlers = {name: ocp.StandardCheckpointHandler() for name in TREES} | {"meta": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(f"{folder.rstrip('/')}/checkpoints", item_handlers=handlers, options=options)
+    return ocp.CheckpointManager(str(folder / "checkpoints"), item_handlers=handlers, options=options)
 
 
 def _newest(manager: Any) -> int | None:

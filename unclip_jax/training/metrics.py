@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from unclip_jax.errors import UserError
+from unclip_jax.paths import is_remote, to_path, write_bytes
 
 SECONDS_BETWEEN_LINES = 10.0  # on a screen that is no terminal
 SECONDS_BETWEEN_UPLOADS = 60.0  # an object store cannot append: each upload writes the whole file again
@@ -22,7 +22,7 @@ SECONDS_BETWEEN_UPLOADS = 60.0  # an object store cannot append: each upload wri
 class MetricLogger:
     """Writes the metrics of a run; every process makes one, only process 0 writes.
 
-    workdir: a local folder, or gs://... (TensorBoard events then need the package google-cloud-storage).
+    workdir: a folder on a disk, or gs://... (TensorBoard events then need the package google-cloud-storage).
     total_steps, start_step: steps are counted as done, so a resumed run continues at start_step + 1. What an earlier
     run logged beyond start_step is dropped, so that no step is there twice.
     batch_size: images (or pairs) of one global batch. label: the name of what is trained, for the screen.
@@ -141,22 +141,12 @@ class _Lines:
     """metrics.jsonl: appended line by line on a disk, kept in memory and uploaded now and then on an object store."""
 
     def __init__(self, workdir: str, start_step: int):
-        from etils import epath
-
-        self._path = epath.Path(os.path.expanduser(workdir)) / "metrics.jsonl"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = to_path(workdir) / "metrics.jsonl"
         kept = self._read(start_step)
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0  # of the runs before this one
         self._text = "".join(json_line(record) for record in kept)
-        self._remote = "://" in workdir
-        self._uploaded_at = -math.inf
-        if self._remote:
-            self.upload()
-        else:
-            # Written beside and renamed: a run killed here must not lose the lines it had.
-            beside = self._path.with_name("metrics.jsonl.tmp")
-            beside.write_text(self._text)
-            os.replace(beside, self._path)
+        self._remote, self._uploaded_at = is_remote(workdir), time.monotonic()
+        write_bytes(self._path, self._text.encode(), alone=True)
 
     def _read(self, start_step: int) -> list[dict]:
         if not self._path.exists():
@@ -181,7 +171,7 @@ class _Lines:
 
     def upload(self) -> None:
         if self._remote:
-            self._path.write_text(self._text)
+            write_bytes(self._path, self._text.encode(), alone=True)
             self._uploaded_at = time.monotonic()
 
 
@@ -225,7 +215,7 @@ def json_line(record: dict) -> str:
 def _check_tensorboard(workdir: str) -> None:
     from tensorboardX import record_writer
 
-    if workdir.startswith("gs://") and not record_writer.GCS_ENABLED:
+    if is_remote(workdir) and not record_writer.GCS_ENABLED:
         raise UserError(f"TensorBoard events in {workdir} need one more package: pip install google-cloud-storage")
 
 
@@ -233,4 +223,4 @@ def _tensorboard(workdir: str, start_step: int) -> Any:
     from tensorboardX import SummaryWriter
 
     # purge_step hides what an earlier run wrote beyond the step this one starts from.
-    return SummaryWriter(os.path.join(os.path.expanduser(workdir), "tensorboard"), purge_step=start_step + 1)
+    return SummaryWriter(str(to_path(workdir) / "tensorboard"), purge_step=start_step + 1)
