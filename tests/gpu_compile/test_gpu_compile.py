@@ -15,7 +15,7 @@ from unclip_jax.planning.gpus import GPU_OPTIONS, gpu_devices
 from unclip_jax.planning.hlo import parse
 from unclip_jax.planning.programs import sample_program, train_program
 
-MISSING = not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+MISSING = not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin")))
 pytestmark = [pytest.mark.gpu_compile, pytest.mark.skipif(MISSING, reason="needs jax[cuda]")]
 
 SAMPLED = [name for name in CONFIGS if not name.startswith("clip")]
