@@ -171,3 +171,9 @@ def test_a_loop_compiled_here_is_counted_as_often_as_it_runs():
     assert 30 in loop.times.values()
     # Each turn takes its own weights, not all thirty.
     assert 1.0 <= traffic.moved(loop) / (30 * traffic.moved(once)) < 2.0
+
+
+def test_cycles_that_the_compiler_cannot_tell_are_none():
+    line = "  %x = f32[8]{0} scatter(%a), backend_config={\"estimated_cycles\":\"9223372036854775807\"}"
+    (operation,) = hlo.parse(f"ENTRY %main () -> f32[8] {{\n{line}\n}}\n").computations["main"]
+    assert operation.opcode == "scatter" and operation.cycles == 0

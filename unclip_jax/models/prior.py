@@ -5,15 +5,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from unclip_jax.models.layers import Dense, LayerNorm, Mask, TimestepMLP
-from unclip_jax.models.transformer import Transformer, last_real
+from unclip_jax.models.transformer import Transformer
 
 
 class DiffusionPrior(nn.Module):
     """Sequence: caption tokens | CLIP text embedding | timestep | noised image embedding | query; read at the query.
 
-    Padded caption positions are hidden from everything: they are put behind the query, where causality hides them. The
-    caption comes in as tokens, for an embedding table of the prior's own, or as the states of CLIP's text tower, for a
-    linear layer (Karlo's form).
+    Padded caption positions are hidden from everything; the four last places never are. The caption comes in as tokens,
+    for an embedding table of the prior's own, or as the states of CLIP's text tower, for a linear layer (Karlo's form).
     """
 
     embedding_dim: int
@@ -49,10 +48,7 @@ class DiffusionPrior(nn.Module):
         h = jnp.concatenate([words, jnp.stack(conditions, axis=1)], axis=1)
         h = h + self.param("positions", small, (self.context + 4, self.width))[None]
 
-        # Padding goes last, with the positions that it has by now; kernels then need no mask but causality.
-        place, real = jnp.arange(self.context + 4)[None], length[:, None]
-        order = jnp.where(place < real, place, jnp.where(place < real + 4, place - real + self.context, place - 4))
-        h = jnp.take_along_axis(h, order[:, :, None], axis=1)
-        transformer = Transformer(self.depth, self.heads, "gelu", self.dtype, self.remat, name="transformer")
-        h = transformer(h, Mask(causal=True))
-        return Dense(self.embedding_dim, name="out")(LayerNorm(name="norm")(last_real(h, length + 4)))
+        places = jnp.arange(self.context + 4)[None, :]
+        mask = Mask(causal=True, keys=(places < length[:, None]) | (places >= self.context))
+        h = Transformer(self.depth, self.heads, "gelu", self.dtype, self.remat, name="transformer")(h, mask)
+        return Dense(self.embedding_dim, name="out")(LayerNorm(name="norm")(h[:, -1]))

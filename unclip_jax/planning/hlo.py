@@ -16,6 +16,7 @@ SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)([^{}]*)\})?")
 CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 NAME = re.compile(r"%([\w.\-]+)")
+UNKNOWN = 2**62
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 KERNEL = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
 
@@ -43,9 +44,10 @@ class Operation(NamedTuple):
 
     @property
     def cycles(self) -> int:
-        """What the TPU compiler estimates it to take."""
+        """The TPU compiler's estimate; 0 where it has none, which it may write as the largest number there is."""
         found = CYCLES.search(self.attributes)
-        return int(found[1]) if found else 0
+        cycles = int(found[1]) if found else 0
+        return cycles if cycles < UNKNOWN else 0
 
     @property
     def kernel_flops(self) -> int:
