@@ -245,7 +245,8 @@ def _json(value):
 def serve(log: str = ""):
     """Starts the server; gives its `url` and the `environment` in which gs:// leads to it. log: for its requests."""
     places = os.environ | {"FAKE_GCS_LOG": str(log)}
-    with subprocess.Popen([sys.executable, __file__], env=places, stdout=subprocess.PIPE, text=True) as process:
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, __file__], env=places, **pipes) as process:
         try:
             url = f"http://localhost:{process.stdout.readline().strip()}"
             environment = {
@@ -272,4 +273,5 @@ class Server(ThreadingHTTPServer):
 if __name__ == "__main__":
     server = Server(("localhost", 0), Handler)
     print(server.server_port, flush=True)
-    server.serve_forever()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.read()  # until the process that started this one has ended, however it did
