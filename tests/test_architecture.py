@@ -1,6 +1,7 @@
 """The house's rules, held: imports point downwards, Flax stays under models/, files and functions stay small."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def test_file_keeps_the_rules(path):
         if isinstance(node, ast.FunctionDef):
             length = node.end_lineno - node.lineno + 1
             assert length <= LONG_FUNCTIONS.get(name, 60), f"{name}: {node.name} has {length} lines"
+
+
+# A docstring opens with a verb or a noun phrase that stands alone.
+DEPENDENT = re.compile(r"(What|Of|Those|As|The same|Whose|Such|Whether|How|Where|That|Which|All that|Its?)\b")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_docstrings_stand_alone(path):
+    named = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, named)]
+    assert [text.splitlines()[0] for text in texts if DEPENDENT.match(text)] == []
 
 
 def test_top_level_is_what_was_agreed():

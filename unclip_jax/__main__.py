@@ -12,7 +12,7 @@ COMMANDS = ("quickstart", "train", "sample", "edit", "plan", "doctor", "data", "
 
 
 def main() -> None:
-    """The console script `unclip`. Imports no command but the one that is asked for: they need seconds to import."""
+    """Runs the console script `unclip`. Imports only the command that is asked for: they need seconds to import."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
         print(_help())
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _module(name: str) -> str:
-    """A command is a module, or a package with a `__main__`."""
+    """Names a command's module; a package's is its `__main__`."""
     package = Path(__file__).with_name(name).is_dir()
     return f"unclip_jax.{name}.__main__" if package else f"unclip_jax.{name}"
 
@@ -41,7 +41,7 @@ def _help() -> str:
 
 
 def _says(name: str) -> str:
-    """First line of a command's docstring, read without importing it."""
+    """Reads the first line of a command's docstring without importing it."""
     path = Path(__file__).parent.parent / f"{_module(name).replace('.', '/')}.py"
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0]
 

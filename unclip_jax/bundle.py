@@ -149,7 +149,7 @@ def check_params(params: Any, abstract: Any) -> None:
 
 
 def load_description(folder: Path) -> dict[str, Any]:
-    """What a bundle's config.json says: "stage", "identity", "clip", "config", "extra". Raises UserError."""
+    """Reads a bundle's config.json: "stage", "identity", "clip", "config", "extra". Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"no bundle at {folder}: there is no such folder")
     if not (folder / CONFIG).exists():

@@ -206,7 +206,7 @@ class Cascade:
         marked = np.repeat(np.uint8(255) * mask[..., None], 3, axis=-1)
 
         def known(size):
-            """What an array of pictures keeps at a size: the pixels of which no part is marked."""
+            """Pixels that pictures keep at a size: those of which no part is marked."""
             kept = center_square(marked, size, "area")[..., :1] == 0
             source = _to_float(center_square(picture, size, "area"))
             return {"known_image": np.stack([source] * count), "known": np.stack([kept] * count)}

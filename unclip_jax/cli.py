@@ -1,4 +1,4 @@
-"""What every command does alike: one line for a mistake, a compilation cache that outlives the process, configs."""
+"""Parts that all commands share: one line for a mistake, a compilation cache that outlives the process, configs."""
 
 import argparse
 import difflib

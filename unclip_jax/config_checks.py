@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with a config before anything is loaded or compiled."""
+"""Refuses configs that can be seen to be wrong before anything is loaded or compiled."""
 
 from ml_collections import ConfigDict
 
@@ -90,5 +90,5 @@ def _check_diffusion(config: ConfigDict) -> None:
 
 
 def embedded(config: ConfigDict) -> bool:
-    """Whether the embeddings of CLIP are read, made beforehand, instead of made in the step."""
+    """Tells whether CLIP's embeddings are read, made beforehand, instead of made in the step."""
     return "embeddings" in config.data and bool(config.data.embeddings)

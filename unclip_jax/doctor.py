@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """All that is printed; "advice" holds a line for each thing that does not fit."""
+    """Finds all that is printed; "advice" holds a line for each thing that does not fit."""
     found = {
         "python": _try(lambda: f"{platform.python_version()} ({sys.executable})"),
         "system": _try(lambda: f"{platform.platform()}, {os.cpu_count()} CPUs"),
@@ -61,7 +61,7 @@ def examine() -> dict[str, Any]:
 
 
 def _try(look: Callable[[], Any]) -> Any:
-    """What `look` finds, or why it finds nothing: one thing that is broken must not hide the others."""
+    """Returns what `look` finds, or why it finds nothing: one thing that is broken must not hide the others."""
     try:
         return look()
     except Exception as error:
@@ -155,7 +155,7 @@ def _missing() -> dict[str, list[str]]:
 
 
 def _parsed(requirement: str) -> tuple[str, str, str]:
-    """Of 'jax[cuda13]>=1; extra == "cuda"': the name, the extra that it asks for, and ours that it belongs to."""
+    """Splits 'jax[cuda13]>=1; extra == "cuda"' into name, extra that it asks for, and our extra that it belongs to."""
     words, _, marker = requirement.partition(";")
     name, of_other = re.match(r"\s*([\w.-]+)\s*(?:\[([\w,-]+)\])?", words).groups("")
     extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", marker)
@@ -188,7 +188,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
 
 
 def _for_gpu(nvidia: dict[str, str], plugins: list[str]) -> list[str]:
-    """What to install for the driver there is. A plugin runs on drivers of its own CUDA and of newer ones."""
+    """Advises what to install for the driver there is. A plugin runs on drivers of its own CUDA and of newer ones."""
     cuda = nvidia.get("cuda", "")
     major = int(cuda.partition(".")[0] or 0)
     if not major:

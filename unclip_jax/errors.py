@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """What the user gave cannot work: says in one line what was wrong, what was expected and what to do."""
+    """User's mistake: one line says what was wrong, what was expected and what to do."""

@@ -51,7 +51,7 @@ class Model:
         return self._variants[key]
 
     def draw(self, frozen: Any, conditions: dict[str, Any], key, noised_clip: "Model | None" = None) -> np.ndarray:
-        """What the stage draws, a row for each row of the conditions; single numbers among them go to all rows.
+        """Draws a row for each row of the conditions; single numbers among them go to all rows.
 
         noised_clip: guides the drawing to the rows of the condition "noised_text", its embeddings of the captions.
         """

@@ -44,12 +44,12 @@ def to_path(text: str | os.PathLike) -> Path:
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether it is in a bucket."""
+    """Tells whether a path is in a bucket."""
     return os.fspath(path).startswith("gs://")
 
 
 def same(one: str | Path, other: str | Path) -> bool:
-    """Whether two names mean one place."""
+    """Tells whether two names mean one place."""
     found = [path if is_remote(path) else path.resolve() for path in map(to_path, (one, other))]
     return found[0] == found[1]
 

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
 
 
 def _best(cascade, images, args):
-    """Of each prompt's pictures the n whose CLIP embedding is nearest the prompt's, best first, and their prompts."""
+    """Picks each prompt's n pictures whose CLIP embedding is nearest the prompt's, best first, with their prompts."""
     kept, texts = [], []
     for k, prompt in enumerate(args.prompt):
         drawn = images[k * args.rerank : (k + 1) * args.rerank]

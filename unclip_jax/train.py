@@ -303,7 +303,7 @@ def _batches(config: ConfigDict, source, to_example: ToExample, start: int):
 
 
 def _first_batches(config: ConfigDict, source, to_example: ToExample, mesh):
-    """Those that training begins with, for `Stage.prepare`; read only when asked for, and said now and then."""
+    """Yields the first training batches for `Stage.prepare`; reads them when asked, and tells progress."""
     said = time.monotonic()
     for k, rows in enumerate(_batches(config, source, to_example, 0)):
         if time.monotonic() - said > SECONDS_BETWEEN_LINES:

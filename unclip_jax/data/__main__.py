@@ -142,7 +142,7 @@ class _Towers:
         return self._call(self._look, images)
 
     def read(self, tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
-        """Of captions, likewise."""
+        """Embeds at most `rows` captions → their embeddings, and others that fill up `rows`."""
         return self._call(self._read, tokens, lengths)
 
     def _call(self, tower: Callable, *arrays: np.ndarray) -> jax.Array:

@@ -124,7 +124,7 @@ def noise_root(rng: np.random.Generator) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As it comes back from a JPEG file of random quality."""
+    """Degrades a picture by a JPEG file of random quality."""
     from PIL import Image
 
     file = io.BytesIO()

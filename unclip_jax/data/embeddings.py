@@ -34,7 +34,7 @@ COMMAND = f"{cli.command('data')} embed"
 
 
 class Provenance(NamedTuple):
-    """Whose embeddings they are."""
+    """Origin of embeddings: the CLIP that made them, and the data."""
 
     clip: str  # identity of the CLIP's bundle
     source: str  # this and the following as in config.data
@@ -76,7 +76,7 @@ def write(shard: Shard, image: np.ndarray, text: np.ndarray, records: np.ndarray
 
 
 def finished(folder: Path, shards: list[Shard]) -> list[Shard]:
-    """Those of the folder's shards that are there."""
+    """Returns the shards whose files are in the folder."""
     names = {path.name for path in folder.iterdir()}
     return [shard for shard in shards if shard.path.name in names]
 
@@ -91,7 +91,7 @@ def unreadable(shard: Shard) -> int:
 
 
 def checksum(record: dict) -> int:
-    """Of a record's picture file and captions."""
+    """Computes the checksum of a record's picture file and captions."""
     return zlib.crc32("\0".join(captions_of(record)).encode(), zlib.crc32(record["image"]))
 
 

@@ -92,7 +92,7 @@ def colours() -> dict[str, tuple[int, int, int]]:
 
 
 def relations() -> tuple[str, ...]:
-    """What the first object of a pair can be to the second."""
+    """Lists the relations that the first object of a pair can have to the second."""
     return tuple(_RELATIONS)
 
 
@@ -226,7 +226,7 @@ def encode_png(picture: np.ndarray) -> bytes:
 
 @dataclasses.dataclass
 class ScenesConfig(tfds.core.BuilderConfig):
-    """What is drawn ("single" or "pair") and how large (pixels)."""
+    """Kind of scene ("single" or "pair") and side of its picture, in pixels."""
 
     kind: str = "single"
     size: int = 64

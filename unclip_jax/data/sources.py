@@ -1,4 +1,4 @@
-"""Where records come from: a TFDS dataset, or a folder of pictures with captions. One record type for all.
+"""Sources of records: a TFDS dataset, or a folder of pictures with captions. One record type for all.
 
 A record is {"image": bytes of a picture file, "caption": str or list of str, "key": its name}. Sources are random
 access: `len(source)`, `source[i]`.

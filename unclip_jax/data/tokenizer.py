@@ -66,7 +66,7 @@ class Tokenizer:
 
 
 def is_json(model_bytes: bytes) -> bool:
-    """Whether a tokenizer's bytes are a tokenizer.json; else they are a sentencepiece model."""
+    """Tells whether a tokenizer's bytes are a tokenizer.json; else they are a sentencepiece model."""
     return model_bytes.lstrip()[:1] == b"{"
 
 

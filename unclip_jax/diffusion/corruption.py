@@ -1,4 +1,4 @@
-"""What an upsampler's low-resolution input goes through. Images are float32 (B, H, W, C) in any range."""
+"""Corruption of an upsampler's low-resolution input. Images are float32 (B, H, W, C) in any range."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Which pixels of a picture are given in training to fill in the others (GLIDE, arXiv 2112.10741, section 4.3, where
+"""Masks of the pixels that training gives, to fill in the others (GLIDE, arXiv 2112.10741, section 4.3, where
 "random regions are erased": which ones it does not say)."""
 
 import math

@@ -19,7 +19,7 @@ PREDICTS = ("eps", "x0")
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t. x0 and eps agree: x_t = sqrt(alpha_bar_t) x0 + sqrt(beta_bar_t) eps."""
+    """Prediction of a denoiser for x_t. x0 and eps agree: x_t = sqrt(alpha_bar_t) x0 + sqrt(beta_bar_t) eps."""
 
     x0: jax.Array
     eps: jax.Array

@@ -17,7 +17,7 @@ _CHUNK = 64  # pictures compared at once
 
 
 def chance() -> dict[str, float]:
-    """What `score` gives, on average, to a picture that was not asked for."""
+    """Computes what `score` gives, on average, to a picture that was not asked for."""
     per_object, per_background = 1 / len(emoji_scenes.objects()), 1 / len(emoji_scenes.colours())
     return {"object": per_object, "background": per_background, "both": per_object * per_background}
 
@@ -71,7 +71,7 @@ def _border(images: np.ndarray) -> np.ndarray:
 
 
 def _nearest_drawing(images: np.ndarray, backgrounds: np.ndarray, place: tuple[float, float], side: float) -> list[str]:
-    """Which drawing of this side is at this place (middle; right and down; all fractions of the frame)."""
+    """Finds the drawing of this side that is at this place (middle; right and down; all fractions of the frame)."""
     names = emoji_scenes.objects()
     colour, opaque = _drawings()
     found = []

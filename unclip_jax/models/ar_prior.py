@@ -68,7 +68,7 @@ class ARPrior(nn.Module):
         return self.out(self.norm(x[:, 1:]))
 
     def start(self, tokens, length, text_embedding, keep, dot):
-        """What `step` needs, from arguments as in `__call__`: (cache, first token (B,) int32).
+        """Makes what `step` needs, from arguments as in `__call__`: (cache, first token (B,) int32).
 
         cache (depth, B, text.context + num_codes + 1, 2, heads, width / heads) of `dtype`: every block's keys and
         values of the caption and of the places read so far, then room for the others.

@@ -1,4 +1,4 @@
-"""What the networks share: timestep embedding, attention, convolution and projection with the papers' initialisation.
+"""Shared layers: timestep embedding, attention, convolution and projection with the papers' initialisation.
 
 Precision: parameters are float32; matrix products and convolutions run in `dtype`; norms, softmax and timestep
 embeddings run in float32.

@@ -1,4 +1,4 @@
-"""What a network may know of the devices that it runs on, and how a part of it is run on each of them by itself."""
+"""Devices as a network may know them, and how a part of it is run on each of them by itself."""
 
 import contextvars
 import functools
@@ -60,7 +60,7 @@ def _cpu_options() -> dict[str, str] | None:
 
 
 def platform() -> str:
-    """Such as "cpu", "gpu" or "tpu"; "" outside of `jit_on_mesh`."""
+    """Returns "cpu", "gpu", "tpu" or another platform's name; "" outside of `jit_on_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return "" if mesh.empty else mesh.abstract_device.platform
 

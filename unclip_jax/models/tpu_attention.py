@@ -22,7 +22,7 @@ NEVER = -1e30  # a logit where nothing is attended
 
 
 def supported(query, key) -> bool:
-    """Whether `tpu_attention` takes query (B, T, H, D) and key (B, S, H, D)."""
+    """Tells whether `tpu_attention` takes query (B, T, H, D) and key (B, S, H, D)."""
     _, length, heads, width = query.shape
     return (
         query.dtype == jnp.bfloat16
@@ -34,7 +34,7 @@ def supported(query, key) -> bool:
 
 
 def tpu_attention(query, key, value, mask):
-    """As `layers.attention`, for what is `supported`."""
+    """Computes `layers.attention` for inputs that are `supported`; mask bool (B or 1, 1, T or 1, S), or None."""
     bias = None if mask is None else jnp.where(mask[:, 0], 0.0, NEVER)
     rows = [x.reshape(*x.shape[:2], -1) for x in (query, key, value)]
     shared = bias is None or bias.shape[0] == 1

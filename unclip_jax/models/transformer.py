@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 def _is_sum(primitive, *_, **__) -> bool:
-    """What is kept of a block that is computed again: its norms' sums, for which x would be read once more."""
+    """Remat policy: saves the norms' sums, for which x would be read once more."""
     return primitive.name == "reduce_sum"
 
 

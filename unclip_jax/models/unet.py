@@ -206,7 +206,7 @@ class UNet(nn.Module):
 
 
 class Conditioning(NamedTuple):
-    """What a U-Net is told besides the noisy picture; computed once per sampling run."""
+    """Conditions of a U-Net besides the noisy picture; computed once per sampling run."""
 
     emb: jax.Array  # (B, 4·channels), added to the timestep embedding
     context: jax.Array | dict  # (B, S, W), attended; or as `read_context` leaves it
@@ -269,7 +269,7 @@ class ClipConditioner(nn.Module):
 
 
 def _image_conditioning(module, embedding, has_embedding, width: int):
-    """What a conditioner makes of CLIP image embeddings: (B, emb_width) and image tokens (B, image_tokens, width)."""
+    """Projects CLIP image embeddings to (B, emb_width) and image tokens (B, image_tokens, width)."""
     dim = embedding.shape[-1]
     null = module.param("null_embedding", nn.initializers.zeros, (dim,)) if module.learned_null else jnp.zeros(dim)
     # x sqrt(d): elements of order one, as the other inputs of the sum have.

@@ -1,1 +1,1 @@
-"""What a training costs, worked out from the programs that JAX compiles for a TPU slice."""
+"""Costs of a training, from the programs that JAX compiles for TPU slices and GPUs."""

@@ -109,6 +109,6 @@ def slice_devices(name: str) -> list:
 
 
 def known_chip(kind: str) -> Chip | None:
-    """What is known of a device that JAX calls so; None: nothing, as of a CPU."""
+    """Finds the chip that JAX calls so; None where nothing is known of it, as of a CPU."""
     names = sorted((name for name in DEVICES if kind.startswith(name)), key=len)
     return DEVICES[names[-1]] if names else None

@@ -33,7 +33,7 @@ ALLOCATIONS, OPTIMISED, FINISHED = (
 
 
 class Compiled(NamedTuple):
-    """What is known of a compiled program; of each device alone, unless it says otherwise."""
+    """Facts about a compiled program; of each device alone, unless it says otherwise."""
 
     seconds: float  # that compiling took
     executed: int  # FLOPs by the formulas, of all devices together
@@ -112,7 +112,7 @@ class _Compilation(threading.Thread):
 
 
 def _sizes(folder: str) -> list[int]:
-    """Of the first files that the compiler writes there."""
+    """Sizes of the first files that the compiler writes there."""
     ends = (ALLOCATIONS, OPTIMISED)
     return [path.stat().st_size for end in ends for path in Path(folder).rglob(f"*{end}") if path.stat().st_size]
 
@@ -155,7 +155,7 @@ def needed(message: str) -> int:
 
 @contextlib.contextmanager
 def ticking(label: str) -> Iterator[None]:
-    """Inside, a line every TICK seconds tells how long it has been."""
+    """Says every TICK seconds, inside of the context, how long it has been."""
     done, start = threading.Event(), time.monotonic()
 
     def tell():

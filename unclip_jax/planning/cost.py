@@ -1,4 +1,4 @@
-"""What a train step or a sampling costs on a target: traced, compiled, timed, and looked for what fits."""
+"""Plans a train step or a sampling for a target: traces, compiles and times it, and searches for settings that fit."""
 
 import statistics
 import sys
@@ -20,7 +20,7 @@ from unclip_jax.planning.programs import Program, sample_program, train_program
 
 
 class Target(NamedTuple):
-    """What a plan is for."""
+    """Devices that a plan is for."""
 
     name: str  # of the chip
     topology: str  # as the command line has it
@@ -59,7 +59,7 @@ def training(config: ConfigDict, target: Target, count: int, quick: bool = False
 
 
 def sampling(config: ConfigDict, target: Target | None, quick: bool = False) -> dict:
-    """What `sample` runs on one chip; without a target, its FLOPs alone."""
+    """Plans what `sample` runs on one chip; without a target, its FLOPs alone."""
     _say(f"{config.stage}: tracing the sampling of {ROWS} rows")
     # Counted as the CPU has it, without what a TPU's kernels do in excess.
     count = flops.executed(sample_program(config, jax.devices("cpu")[0]).traced.jaxpr)
@@ -71,7 +71,7 @@ def sampling(config: ConfigDict, target: Target | None, quick: bool = False) -> 
 
 
 def _called(program: Program, target: Target, count: int, examples: int, quick: bool) -> dict:
-    """What one call of a program costs; count: its FLOPs on all chips, each done once."""
+    """Plans one call of a program; count: its FLOPs on all chips, each done once."""
     chips = len(target.devices)
     executed = flops.executed(program.traced.jaxpr)
     found = {"device": target.name, "chips": chips} | report.work(count, executed, examples, chips)

@@ -1,4 +1,4 @@
-"""How long a step takes at best, from what it must do and what a chip can do.
+"""Estimates how long a step takes at best, from what it must do and what a chip can do.
 
 Each of these takes at least so long, and nothing says that they overlap well; the step takes the longest of them:
 
@@ -35,12 +35,12 @@ class Estimate(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """Its name."""
+        """Name of the limiting term."""
         return max(self._asdict().items(), key=lambda item: item[1])[0]
 
 
 def estimate(program: Compiled, chip: Chip, chips: int) -> Estimate:
-    """Of a program that runs on so many chips."""
+    """Estimates a program that runs on so many chips."""
     return Estimate(
         compute=program.executed / chips / chip.flops,
         memory=program.moved / chip.hbm_bytes,

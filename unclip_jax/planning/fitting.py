@@ -11,7 +11,7 @@ SPLIT = ("parameters", "moving average", "optimizer")
 
 
 class Setting(NamedTuple):
-    """What may be changed; of two settings the smaller costs less time."""
+    """Setting of what may be changed; of two settings the smaller costs less time."""
 
     remat: bool  # on where the config has it off
     accumulate: int
@@ -40,7 +40,7 @@ def remat_keys(name: str, section: ConfigDict) -> Iterator[tuple[str, bool]]:
 
 
 def settings(config: ConfigDict, chips: int) -> list[Setting]:
-    """All that the batch and the chips allow, the config's own first, and none that takes more memory."""
+    """Lists the settings that batch and chips allow, the config's own first, and none that takes more memory."""
     batch, least = config.train.batch_size, config.optim.accumulate
     most = least if config.stage == "clip" else batch // chips  # CLIP's loss wants the whole batch at once
     accumulate = [n for n in range(least, most + 1) if n % least == 0 and batch % (chips * n) == 0]

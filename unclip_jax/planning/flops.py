@@ -51,7 +51,7 @@ def _walk(jaxpr, inputs: list[bool]) -> tuple[int, list[bool]]:
 
 
 def _equation(equation, given: list[bool]) -> tuple[int, list[bool]]:
-    """The same of one equation, whose operands depend as `given` says."""
+    """FLOPs of one equation and its dependent outputs; `given[i]`: operand i depends on trained inputs."""
     name, params = equation.primitive.name, equation.params
     same = [any(given)] * len(equation.outvars)
     if name in PRODUCTS:
@@ -82,7 +82,7 @@ def _equation(equation, given: list[bool]) -> tuple[int, list[bool]]:
 
 
 def _shards(params) -> int:
-    """How many devices run the body of a shard_map."""
+    """Number of devices that run the body of a shard_map."""
     axes = next(value for name, value in params.items() if name.endswith("manual_axes"))  # JAX renames it now and then
     return math.prod(params["mesh"].shape[axis] for axis in axes)
 

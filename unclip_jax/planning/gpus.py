@@ -7,8 +7,9 @@ first algorithm that cuDNN and cuBLAS offer; the workspace of the fastest, some 
 
 import jax
 
+from unclip_jax.cli import GPU_SHARE
 from unclip_jax.errors import UserError
-from unclip_jax.planning.chips import CHIPS
+from unclip_jax.planning.chips import CHIPS, GIB
 
 # XLA's own matrix products (Triton) find no tiles for some float32 shapes unless they may try them on the device.
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
@@ -36,14 +37,12 @@ CORES = {
     (9, 0): dict(units=128, threads=2048, shared=233472, optin=232448),
 }
 HOPPER = dict(major=9, minor=0, cores=132, clock=1.98, cache=50 << 20)
-GPUS = {  # clock in GHz, cache (level 2) and memory in bytes
-    "t4": dict(name="Tesla T4", major=7, minor=5, cores=40, clock=1.59, cache=4 << 20, memory=15835660288),
-    "l4": dict(name="NVIDIA L4", major=8, minor=9, cores=58, clock=2.04, cache=48 << 20, memory=23628611584),
-    "a100": dict(
-        name="NVIDIA A100-SXM4-80GB", major=8, minor=0, cores=108, clock=1.41, cache=40 << 20, memory=85100068864
-    ),
-    "h100": dict(name="NVIDIA H100 80GB HBM3", memory=84942979072, **HOPPER),
-    "h200": dict(name="NVIDIA H200", memory=151397597184, **HOPPER),
+GPUS = {  # clock in GHz, cache (level 2) in bytes; memory and its bandwidth are in CHIPS
+    "t4": dict(name="Tesla T4", major=7, minor=5, cores=40, clock=1.59, cache=4 << 20),
+    "l4": dict(name="NVIDIA L4", major=8, minor=9, cores=58, clock=2.04, cache=48 << 20),
+    "a100": dict(name="NVIDIA A100-SXM4-80GB", major=8, minor=0, cores=108, clock=1.41, cache=40 << 20),
+    "h100": dict(name="NVIDIA H100 80GB HBM3", **HOPPER),
+    "h200": dict(name="NVIDIA H200", **HOPPER),
 }
 
 
@@ -54,8 +53,9 @@ def gpu_devices(kind: str, count: int) -> list[jax.Device]:
     """
     from jax.experimental import topologies
 
-    gpu = GPUS[kind]
-    description = DESCRIPTION.format(**gpu, **CORES[gpu["major"], gpu["minor"]], bandwidth=int(CHIPS[kind].hbm_bytes))
+    gpu, chip = GPUS[kind], CHIPS[kind]
+    sizes = {"memory": round(chip.hbm_gib / GPU_SHARE * GIB), "bandwidth": round(chip.hbm_bytes)}
+    description = DESCRIPTION.format(**gpu, **CORES[gpu["major"], gpu["minor"]], **sizes)
     jax.devices()  # registers the plugins
     try:
         name = {"platform": "cuda", "topology": f"1x1x{count}"}

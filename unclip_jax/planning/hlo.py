@@ -51,7 +51,7 @@ class Operation(NamedTuple):
 
     @property
     def kernel_flops(self) -> int:
-        """What a kernel of our own says that it takes; the compiler estimates no cycles of those."""
+        """FLOPs that a kernel of our own declares; the compiler estimates no cycles of those."""
         found = KERNEL.search(self.attributes) if self.opcode == "custom-call" else None
         return int(found[1]) if found else 0
 
@@ -104,7 +104,7 @@ def _times(computations, entry: str) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _trips(loop: Operation, computations) -> int:
-    """How often a loop runs; 1 where nothing says so. JAX's loops count from 0 to a constant."""
+    """Number of times that a loop runs; 1 where nothing says so. JAX's loops count from 0 to a constant."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])

@@ -1,4 +1,4 @@
-"""What a program takes on the devices of this machine, measured."""
+"""Measures what a program takes on the devices of this machine."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Where the memory of a chip goes."""
+"""Splits the memory of a chip into parts."""
 
 import math
 from typing import Any

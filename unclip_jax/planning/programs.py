@@ -73,7 +73,7 @@ def train_program(config: ConfigDict, devices: list) -> Program:
 
 
 def sample_program(config: ConfigDict, device: jax.Device, rows: int = ROWS) -> Program:
-    """What `sample` runs on one device: the stage draws so many rows, of (params, frozen CLIP, conditions, key).
+    """Traces what `sample` runs on one device: the stage draws so many rows, of (params, frozen CLIP, conditions, key).
 
     Raises UserError where it draws nothing.
     """
@@ -92,7 +92,7 @@ def sample_program(config: ConfigDict, device: jax.Device, rows: int = ROWS) -> 
 
 
 def conditions(stage: Stage, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a stage draws `rows` pictures or embeddings from."""
+    """Shapes of the conditions from which a stage draws `rows` pictures or embeddings."""
     config, spec = stage.config, {}
     for name, (_, context, _) in stage.texts.items():
         spec |= {name: ((rows, context), jnp.int32), f"{name}_length": ((rows,), jnp.int32)}

@@ -1,4 +1,4 @@
-"""What a plan says: an object for programs, and the same as a table for people."""
+"""Reports a plan: as an object for programs, and as a table for people."""
 
 from collections import Counter
 
@@ -27,7 +27,7 @@ def work(flops: int, executed: int, examples: int, chips: int) -> dict:
 
 
 def memory(parts: dict[str, int], needed: int, limit: int) -> dict:
-    """Of each chip, from bytes."""
+    """Reports each chip's memory, from bytes."""
     return {
         "memory_gib": {name: count / GIB for name, count in parts.items() if count},
         "hbm_gib_per_chip": needed / GIB,
@@ -37,7 +37,7 @@ def memory(parts: dict[str, int], needed: int, limit: int) -> dict:
 
 
 def program(compiled: Compiled) -> dict:
-    """What each chip moves in a call, and the compiler's own counts."""
+    """Reports what each chip moves in a call, and the compiler's own counts."""
     counts, sent = Counter(), Counter()
     for each in compiled.collectives:
         counts[each.kind] += each.count
@@ -53,7 +53,7 @@ def program(compiled: Compiled) -> dict:
 
 
 def timing(seconds: float, bound: str, estimate: Estimate | None, flops: float, examples: int, chip: Chip | None):
-    """Of a call. flops: of each chip, nothing done twice; bound: what told the seconds, of BOUNDS."""
+    """Reports the time of a call. flops: of each chip, nothing done twice; bound: what told the seconds, of BOUNDS."""
     return {
         "seconds": estimate._asdict() if estimate else {},
         "estimate": bound,
@@ -64,7 +64,7 @@ def timing(seconds: float, bound: str, estimate: Estimate | None, flops: float, 
 
 
 def table(report: dict) -> str:
-    """The whole of it, for reading."""
+    """Formats the whole report for reading."""
     lines = _parts(report)
     if "tflops_per_example" in report:
         lines += ["", f"{'TFLOPs of an example':34}{report['tflops_per_example']:12.4g}"]

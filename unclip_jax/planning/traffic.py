@@ -1,4 +1,4 @@
-"""What a compiled program moves: to and from memory, and between chips."""
+"""Measures what a compiled program moves: to and from memory, and between chips."""
 
 import re
 from collections import Counter

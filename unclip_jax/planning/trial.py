@@ -14,7 +14,7 @@ from unclip_jax.errors import UserError
 
 
 def run(config: ConfigDict, topology: str, count: int) -> dict:
-    """What `cost.training` tells, without cycles. count: FLOPs of a step."""
+    """Runs `cost.training` in another process, without cycles. count: FLOPs of a step."""
     with tempfile.TemporaryDirectory(prefix="unclip_jax_plan_") as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps({"config": config.to_dict()}))

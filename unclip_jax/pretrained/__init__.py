@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 class Options(NamedTuple):
-    """What no shape tells of a model, as the user gives it; 0: what the published models have."""
+    """Options that no shape tells of a model, as the user gives them; 0: what the published models have."""
 
     dtype: str  # of matrix products and convolutions
     head_channels: int  # of every attention

@@ -57,12 +57,12 @@ TEXT_PROJECTION = (
 
 
 def prior_names(name: str) -> str:
-    """Those of PriorTransformer."""
+    """Translates a name to PriorTransformer's."""
     return _replaced(name, PRIOR)
 
 
 def unet_names(res_blocks: int, attends: tuple[bool, ...], middle_attends: bool) -> Names:
-    """Those of UNet2DModel and UNet2DConditionModel.
+    """Makes the translation of names to UNet2DModel's and UNet2DConditionModel's.
 
     res_blocks: per level on the way down; attends: whether each level does, that of the whole picture first.
     """
@@ -92,7 +92,7 @@ def unet_names(res_blocks: int, attends: tuple[bool, ...], middle_attends: bool)
 
 
 def decoder_names(unet: Names) -> Names:
-    """Those of UNet2DConditionModel, behind decoder/, and of UnCLIPTextProjModel, behind text_proj/."""
+    """Makes the translation to UNet2DConditionModel's (decoder/) and UnCLIPTextProjModel's (text_proj/)."""
 
     def names(name):
         found = _replaced(name, TEXT_PROJECTION)
@@ -118,11 +118,11 @@ class Renamed:
         return iter(self._weights)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As of StateDict; of a tensor that is in one part."""
+        """Implements `StateDict.shape`, for a tensor that is in one part."""
         return self._weights.shape(*self._parts(name))
 
     def take(self, name: str, *shape: int) -> np.ndarray:
-        """As of StateDict."""
+        """Implements `StateDict.take`."""
         parts = self._parts(name)
         stored = shape[:2] if shape[2:] == (1,) else shape  # here attention's projections are no convolutions
         values = [self._weights.take(part, stored[0] // len(parts), *stored[1:]) for part in parts]
@@ -132,7 +132,7 @@ class Renamed:
         return np.stack(by_head, axis=1).reshape(shape)
 
     def finish(self) -> None:
-        """As of StateDict."""
+        """Implements `StateDict.finish`."""
         self._weights.finish()
 
     def _parts(self, name: str) -> list[str]:

@@ -228,7 +228,7 @@ class _Part:
         return sorted(key for key in keys if key[0] != "_" and self._values.get(key) != other._values.get(key))
 
     def unet_names(self) -> Names:
-        """How the tensors of this U-Net are called, which hangs on where it attends."""
+        """Finds how the tensors of this U-Net are called, which hangs on where it attends."""
         conditional = self["_class_name"] == "UNet2DConditionModel"
         plain, attending = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
         known, down = (plain, attending)[: 1 + conditional], self["down_block_types"]

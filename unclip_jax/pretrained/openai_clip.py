@@ -144,7 +144,7 @@ def convert(
 def convert_huggingface(
     weights: StateDict, hf_config: dict, preprocessor: dict, dtype: str = "float32", unit_norm: bool = True
 ) -> tuple[ConfigDict, dict]:
-    """The same from the names of transformers' CLIPModel.
+    """Converts a CLIP from the names of transformers' CLIPModel.
 
     hf_config, preprocessor: its config.json and preprocessor_config.json; {} for OpenAI's mean and deviation. Raises
     UserError for a model that ours cannot be and for other preprocessing.
@@ -163,8 +163,8 @@ def convert_towers(
     dtype: str = "float32",
     unit_norm: bool = True,
 ) -> tuple[ConfigDict, dict]:
-    """The same from one CLIP's two halves, CLIPTextModelWithProjection and CLIPVisionModelWithProjection, or from the
-    first alone: then image is None, and so is `config.model.image`.
+    """Converts one CLIP's two halves, CLIPTextModelWithProjection and CLIPVisionModelWithProjection, or the
+    first alone; then image is None, and so is `config.model.image`.
 
     text_config, image_config: their config.json; preprocessor: as above. Neither holds the scale of the dot products,
     which is set to 100: OpenAI's models ended there.
@@ -287,7 +287,7 @@ def _projection(form: Form, weights: StateDict, name: str, inputs: int, outputs:
 
 
 def _mean_and_std(preprocessor: dict, image_size: int) -> tuple[tuple, tuple]:
-    """Of pixels in [0, 1]. Raises UserError for preprocessing that is not the resizing and cropping of CLIP's."""
+    """Mean and deviation of pixels in [0, 1]. Raises UserError for preprocessing other than CLIP's."""
     asked = PREPROCESSING | preprocessor
     wrong = [f"{name}={asked[name]}" for name in PREPROCESSING if asked[name] != PREPROCESSING[name]]
     for name, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):

@@ -62,7 +62,7 @@ class StateDict:
 
 
 def depth(weights: StateDict, pattern: str) -> int:
-    """How many names `pattern.format(0)`, `pattern.format(1)`, … there are."""
+    """Counts the names `pattern.format(0)`, `pattern.format(1)`, … there are."""
     count = 0
     while pattern.format(count) in weights:
         count += 1
@@ -127,7 +127,7 @@ def _read_safetensors(path: Path) -> dict:
 
 
 def read_torch(path: Path):
-    """What a PyTorch file holds; as in `read`."""
+    """Reads a PyTorch file, for `read`."""
     try:
         import torch
     except ImportError as error:
@@ -142,7 +142,7 @@ def read_torch(path: Path):
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Whether a PyTorch file is an archive of TorchScript, as OpenAI publishes CLIP, instead of a pickle."""
+    """Tells whether a PyTorch file is an archive of TorchScript, as OpenAI publishes CLIP, instead of a pickle."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -91,7 +91,7 @@ def read_json(path: Path) -> Any:
 
 
 def _text(path: Path) -> str:
-    """Of a file that may be compressed."""
+    """Reads the text of a file that may be compressed."""
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}: download it there, it comes with the weights")
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What every stage is, and the few lines that all diffusion stages share."""
+"""Base of every stage, and the few lines that all diffusion stages share."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ class Stage:
 
     @property
     def bsr_factor(self) -> int | None:
-        """How many times smaller "low_res" is, a BSR-degraded copy of "image" in a batch; None: there is none."""
+        """Factor by which "low_res" is smaller, a BSR-degraded copy of "image" in a batch; None: there is none."""
         return None
 
     @property
@@ -70,7 +70,7 @@ class Stage:
 
     @property
     def runs_clip(self) -> bool:
-        """Whether the loss needs CLIP's parameters: a batch holds what CLIP reads."""
+        """Tells whether the loss needs CLIP's parameters: a batch holds what CLIP reads."""
         return "clip_image" in self.images or "clip_tokens" in self.texts
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -94,7 +94,7 @@ class Stage:
         raise TypeError(f"{type(self).__name__} has no parameters")
 
     def adopted(self, params: Params, config: ConfigDict) -> Params:
-        """What this model starts from, made of the parameters of a trained one of the same stage, of `config`."""
+        """Adapts the parameters of a trained model of the same stage, of `config`, to initialise this one."""
         return params
 
     def prepare(self, params: Params, frozen: Params, batches: Iterator[dict]) -> tuple[Params, dict[str, jax.Array]]:
@@ -127,7 +127,7 @@ class Stage:
 
 
 def trained(params: Params) -> Params:
-    """What of parameters is trained: all but what `prepare` and `finish` find."""
+    """Selects the parameters that are trained: all but what `prepare` and `finish` find."""
     return {name: value for name, value in params.items() if name != "fixed"}
 
 

@@ -42,7 +42,7 @@ class Clip(Stage):
 
     @property
     def dim(self) -> int:
-        """Of the shared space."""
+        """Dimension of the shared space."""
         return self.config.model.dim
 
     def _model(self) -> CLIP:
@@ -76,7 +76,7 @@ class Clip(Stage):
         return self.read_texts(params, tokens, length)[0]
 
     def read_texts(self, params, tokens, length):
-        """The same, and the text tower's states (B, context, width)."""
+        """Reads tokens as `embed_texts` does → embeddings, and the text tower's states (B, context, width)."""
         return self._model().apply({"params": params}, tokens, length, method="embed_text")
 
     def similarity_gradient(self, params, x_t, timesteps, text_embedding):
@@ -106,12 +106,12 @@ class Clip(Stage):
         return loss, {"accuracy": accuracy, "logit_scale": jnp.mean(scale)}
 
     def _embedded(self, params, rows):
-        """Of [pictures, tokens, lengths, a noised CLIP's timesteps]: unit embeddings (B, dim) and the scale."""
+        """Embeds [pictures, tokens, lengths, a noised CLIP's timesteps] → unit embeddings (B, dim) and the scale."""
         images, *rest = rows
         return self._model().apply({"params": params}, self._normalized(images), *rest)
 
     def _climbed(self, params, rows):
-        """As `_embedded`, each `sam_rows` rows by parameters of their own; scale (B, 1)."""
+        """Embeds as `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1)."""
         o = self.config.optim
 
         def climb(params, rows):

@@ -34,7 +34,7 @@ def fit(z_i: np.ndarray, dot: np.ndarray, num_codes: int, outside: float) -> Sta
 
 
 def unfitted(dim: int, num_codes: int) -> Statistics:
-    """Those of unit vectors of which nothing is known: the first coordinates, from -1 to 1."""
+    """Statistics of unit vectors of which nothing is known: the first coordinates, from -1 to 1."""
     ones = jnp.ones(num_codes)
     return {
         "mean": jnp.zeros(dim),

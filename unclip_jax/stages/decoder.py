@@ -76,8 +76,11 @@ class Decoder(Stage):
         return {"conditioner": conditioner["params"], "unet": unet["params"]}
 
     def condition(self, params, frozen, captions, has_caption, image_embedding, has_embedding):
-        """What the U-Net is told besides x_t and t. captions: the arrays that `texts` names; has_caption, has_embedding
-        (B,) bool, False where dropped; image_embedding (B, dim)."""
+        """Conditions of the U-Net besides x_t and t.
+
+        captions: the arrays that `texts` names; has_caption, has_embedding (B,) bool, False where dropped;
+        image_embedding (B, dim).
+        """
         if self._own_text:
             caption = captions["tokens"], jnp.where(has_caption, captions["tokens_length"], 0)
         else:

@@ -68,7 +68,7 @@ class Glide(Stage):
         return channels
 
     def _known(self, x0, key):
-        """What is known of pictures (B, R, R, 3), as conditions: some of their pixels, where the model takes any."""
+        """Draws which pixels of pictures (B, R, R, 3) are known, as conditions, where the model takes any."""
         if not self.config.model.inpaint:
             return {}
         return {"known_image": x0, "known": random_known(key, len(x0), x0.shape[1])}
@@ -79,7 +79,7 @@ class Glide(Stage):
         return self._unet().apply({"params": params["unet"]}, x, t, *conditioning, **options)
 
     def condition(self, params, tokens, length):
-        """What the U-Net is told of captions; length 0 drops one."""
+        """Conditions of the U-Net from captions; length 0 drops one."""
         return self._conditioner().apply({"params": params["conditioner"]}, tokens, length)
 
     def loss(self, params, frozen, batch, key):

@@ -1,4 +1,4 @@
-"""What both priors share: CLIP's embeddings of a batch, and how near to the true ones theirs are."""
+"""Parts that both priors share: CLIP's embeddings of a batch, and how near to the true ones theirs are."""
 
 import jax.numpy as jnp
 
@@ -48,5 +48,5 @@ class Prior(Stage):
 
 
 def mean_cosine(a, b):
-    """Of the angles between rows of a and b, (B, dim) or (1, dim) each."""
+    """Mean cosine of the angles between rows of a and b, (B, dim) or (1, dim) each."""
     return jnp.mean(jnp.sum(normalize(a) * normalize(b), axis=-1))

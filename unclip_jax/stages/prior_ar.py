@@ -65,7 +65,7 @@ class PriorAR(Prior):
         return params | {"fixed": fixed}, jax.jit(self.roundtrip)(fixed, z_i)
 
     def roundtrip(self, fixed, z):
-        """What embeddings (B, dim) lose as codes: mean cosine to them after, share of their variance that is kept."""
+        """Measures embeddings (B, dim) after coding: mean cosine to them, and share of variance that is kept."""
         back = codes.decode(fixed, codes.encode(fixed, z, self.config.model.num_buckets), self.config.model.num_buckets)
         spread = jnp.sum((z - jnp.mean(z, axis=0, keepdims=True)) ** 2)
         return {"roundtrip_cosine": mean_cosine(back, z), "roundtrip_variance": 1 - jnp.sum((back - z) ** 2) / spread}
@@ -116,7 +116,7 @@ class PriorAR(Prior):
         return drawn.T
 
     def evaluate(self, params, frozen, batch, key):
-        """As any prior's, and `roundtrip_cosine`: what the codes of the true embeddings themselves would reach."""
+        """Evaluates as any prior does, and adds `roundtrip_cosine`, which the codes of the true embeddings reach."""
         metrics, images = super().evaluate(params, frozen, batch, key)
         z_i, _ = self.embeddings(frozen, batch)
         return metrics | {"roundtrip_cosine": self.roundtrip(_parts(params)[1], z_i)["roundtrip_cosine"]}, images

@@ -58,7 +58,7 @@ class PriorDiffusion(Prior):
         return self.config.sampling.sampler == "analytic"
 
     def _schedule(self):
-        """That of sampling."""
+        """Noise schedule of sampling."""
         d = self.config.diffusion
         return respace(make_schedule(d.schedule, d.timesteps), self.config.sampling.steps)
 

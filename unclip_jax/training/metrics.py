@@ -1,4 +1,4 @@
-"""What a run says about itself: WORKDIR/metrics.jsonl, TensorBoard events, and a line on the screen."""
+"""Logs a run: WORKDIR/metrics.jsonl, TensorBoard events, and a line on the screen."""
 
 import contextlib
 import json

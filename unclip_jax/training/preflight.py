@@ -102,7 +102,7 @@ def check_platform(wanted: str) -> None:
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What all processes of a run must agree on: code, versions of packages, devices and each key of the config."""
+    """Collects what all processes of a run must agree on: code, versions, devices and each key of the config."""
     return {"code": _code(), **versions()} | {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

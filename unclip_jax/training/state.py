@@ -33,7 +33,7 @@ class Skips(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint must hold: a pytree."""
+    """State of a training, all that a checkpoint must hold: a pytree."""
 
     step: jax.Array  # int32 scalar: steps taken, skipped ones included
     skips: "Skips"
@@ -138,7 +138,7 @@ def digest(state: TrainState) -> str:
 
 
 def skipped(skips: Skips, params: Any, allowed: int) -> str:
-    """What to say of steps that were not finite, up to this one; "" where this one was. Waits for the device.
+    """Describes the steps that were not finite, up to this one; "" where this one was. Waits for the device.
 
     Raises UserError where more in a row were not finite than are allowed.
     """
