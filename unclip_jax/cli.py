@@ -86,8 +86,8 @@ def load_config(spec: str) -> ConfigDict:
 
     The config.json may be in a bucket. `configs/` is looked for in the working folder, then where it was installed.
     """
-    if is_remote(spec):
-        return _stored_config(to_path(spec))
+    if is_remote(named := to_path(spec)):
+        return _stored_config(named)
     path, _, size = spec.partition(":")
     places = [to_path(path), installed_configs().parent / path]
     found = next((place for place in places if place.is_file()), None)
