@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 def cascade(folder):
     """The whole cascade, in chunks of two rows: every test shares one shape, compiled once."""
     with pytest.MonkeyPatch.context() as patch, compilation_cache():
-        patch.setattr(module, "ROWS", 2)
+        patch.setattr(module, "CHUNK_ROWS", 2)
         yield Cascade.load(str(folder))
 
 
@@ -108,7 +108,7 @@ def test_seventeen_prompts_are_seventeen_pictures(small):
 
 
 def test_chunks_fill_up_the_last_and_stay_small(monkeypatch):
-    monkeypatch.setattr(module, "ROWS", 16)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 16)
     numbers, squares = np.arange(17), np.arange(17) ** 2
     chunks = list(module.chunks(numbers, squares))
     assert [[len(part) for part in chunk] for chunk in chunks] == [[16, 16], [16, 16]]

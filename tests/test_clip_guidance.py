@@ -11,7 +11,7 @@ from shrink import random_params, save_cascade, small_config, small_stage, token
 from unclip_jax import sample
 from unclip_jax.bundle import save_bundle
 from unclip_jax.cascade import Cascade
-from unclip_jax.diffusion.schedule import gather, make_schedule
+from unclip_jax.diffusion.schedule import make_schedule, table_at
 from unclip_jax.errors import UserError
 from unclip_jax.model import Model
 from unclip_jax.stages import make_stage
@@ -76,10 +76,10 @@ def test_guided_samples_move_where_the_gradient_points(sampler):
     schedule, y = make_schedule("cosine", 1000), 1.6
 
     def network(x_t, t):
-        return jnp.sqrt(gather(schedule.alpha_bars, t, x_t)) * x_t  # E[x_0 | x_t]; its variance is beta-bar
+        return jnp.sqrt(table_at(schedule.alpha_bars, t, x_t)) * x_t  # E[x_0 | x_t]; its variance is beta-bar
 
     def gradient(x_t, t):
-        signal, spread = (gather(table, t, x_t) for table in (schedule.alpha_bars, schedule.beta_bars))
+        signal, spread = (table_at(table, t, x_t) for table in (schedule.alpha_bars, schedule.beta_bars))
         return jnp.sqrt(signal) * (y - jnp.sqrt(signal) * x_t) / (1 + spread)
 
     def samples(conditions):

@@ -124,7 +124,7 @@ def drawn(tmp_path_factory):
         ["--prompt=a green whale", "--n", "4", "--guidance", "3.5", "--prior-guidance=2"],
     ]
     with pytest.MonkeyPatch.context() as patch, compilation_cache():
-        patch.setattr(model, "ROWS", 2)
+        patch.setattr(model, "CHUNK_ROWS", 2)
         for folder, options in zip(folders, arguments, strict=True):
             with contextlib.redirect_stderr(io.StringIO()) as words:
                 assert sample.main(["sample", f"--bundle={bundle}", f"--out={folder}", *options]) == 0

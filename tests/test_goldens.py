@@ -69,7 +69,7 @@ def check_glide(meta, inputs, outputs):
     @jax.jit
     def run(params, x, t, tokens, length):
         conditioning = stage.condition(params, tokens, length)
-        return conditioning, stage.apply(params, conditioning, stage._beside(conditions, x.shape), x, t)
+        return conditioning, stage.apply(params, conditioning, stage._extra_channels(conditions, x.shape), x, t)
 
     t, tokens = inputs["timesteps"].astype(np.int32), inputs["tokens"].astype(np.int32)
     conditioning, y = run(params, nhwc(inputs["x"]), t, tokens, lengths(inputs["mask"]))

@@ -65,7 +65,7 @@ class Cascade:
 
     def text_embeddings(self, texts: list[str]) -> np.ndarray:
         """CLIP text embeddings."""
-        return self.clip.read(texts)
+        return self.clip.embed_texts(texts)
 
     def image_embeddings(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """CLIP image embeddings of pictures, uint8 (H, W, 3) of any size: the square in their middle is looked at.
@@ -75,7 +75,7 @@ class Cascade:
         m = self.clip.stage.config.model
         if not m.image:
             raise UserError("this cascade's CLIP reads captions alone: pictures need one that has its image tower too")
-        return self.clip.look(np.stack([center_square(image, m.image_size, m.resize) for image in images]))
+        return self.clip.embed_images(np.stack([center_square(image, m.image_size, m.resize) for image in images]))
 
     def embeddings(self, texts: list[str], key, guidance_scale: float | None = None) -> np.ndarray:
         """The prior's image embeddings for captions. guidance_scale: None is the trained config's."""
@@ -295,7 +295,7 @@ class Cascade:
             conditions["image_embedding"] = embeddings
         if not clip_guidance_scale:
             return self._draw(model, conditions, key, guidance_scale)
-        conditions["noised_text"] = _unit(self.noised_clip.read(texts))
+        conditions["noised_text"] = _unit(self.noised_clip.embed_texts(texts))
         conditions["clip_scale"] = np.float32(clip_guidance_scale)
         return self._draw(model, conditions, key, guidance_scale, self.noised_clip)
 

@@ -14,7 +14,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.models.mesh import jit_on_mesh, one_device
 from unclip_jax.stages import Stage, make_stage
 
-ROWS = 16  # at most so many at once: bounds memory, and keeps the shapes few
+CHUNK_ROWS = 16  # at most so many at once: bounds memory, and keeps the shapes few
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,13 +74,13 @@ class Model:
         ]
         return np.concatenate(parts)[: len(images)]
 
-    def read(self, texts: list[str]) -> np.ndarray:
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
         """A CLIP's embeddings of captions."""
         arrays = self.tokenizer.encode(texts, self.stage.config.model.text.context, ends=True)
         rows = [self._embed_texts(self.params, *chunk) for chunk in chunks(*arrays)]
         return np.concatenate(rows)[: len(texts)]
 
-    def look(self, images: np.ndarray) -> np.ndarray:
+    def embed_images(self, images: np.ndarray) -> np.ndarray:
         """A CLIP's embeddings of pictures, uint8 (N, R, R, 3)."""
         rows = [self._embed_images(self.params, *chunk) for chunk in chunks(images)]
         return np.concatenate(rows)[: len(images)]
@@ -112,9 +112,9 @@ class Model:
 
 
 def chunks(*arrays: np.ndarray):
-    """Rows in chunks of ROWS (fewer where there are fewer in all), the last filled up with its own first row."""
+    """Rows in chunks of CHUNK_ROWS (fewer where there are fewer in all), the last filled up with its own first row."""
     count = len(arrays[0])
-    size = min(count, ROWS)
+    size = min(count, CHUNK_ROWS)
     for start in range(0, count, size):
         parts = [np.asarray(a[start : start + size]) for a in arrays]
         fill = size - len(parts[0])

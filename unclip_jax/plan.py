@@ -61,7 +61,7 @@ def plan(config: ConfigDict, target: Target | None, sample: bool = False, quick:
         alone.mesh.update(dict(data=-1, fsdp=1))
         program = train_program(alone.lock(), jax.devices()[:1])
         counts = trained_flops(config, shapes), flops.executed(program.traced.jaxpr)
-        return found | {"batch_size": config.train.batch_size} | report.work(*counts, config.train.batch_size, 1)
+        return found | {"batch_size": config.train.batch_size} | report.flop_report(*counts, config.train.batch_size, 1)
     return found | training(config, target, trained_flops(config, shapes), quick)
 
 

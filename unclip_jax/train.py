@@ -49,7 +49,7 @@ from unclip_jax.training.state import (
     make_train_step,
     root_key,
     skipped,
-    whole,
+    to_host,
 )
 
 TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
@@ -193,7 +193,7 @@ def _run(config: ConfigDict, workdir: str, mesh, upstream: "Upstream", stop: "_S
     if found:
         _say("finished: " + ", ".join(f"{name} {float(value):.4g}" for name, value in found.items()))
     scalars = look(steps, finished)
-    average = jax.tree.map(whole, finished)
+    average = jax.tree.map(to_host, finished)
     if jax.process_index() == 0:
         model = tokenizer.model_bytes if tokenizer else None
         save_bundle(to_path(workdir) / "bundle", config.stage, config, average, model, upstream.identity, {})
@@ -252,7 +252,7 @@ def _origin(config: ConfigDict, stage: Stage) -> Bundle | None:
     bundle = load_bundle(folder)
     if bundle.stage != config.stage:
         raise UserError(f"init.bundle {folder} holds a model of stage {bundle.stage!r}, not {config.stage!r}")
-    params = stage.adopted(bundle.params, bundle.config)
+    params = stage.adapt_params(bundle.params, bundle.config)
     check_params(params, jax.eval_shape(stage.init, jax.random.key(0)))
     return bundle._replace(params=params)
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import PriorTransformer, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPConfig, CLIPModel
 
-from unclip_jax.models.prior import DiffusionPrior
+from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.unet import UNet
 from unclip_jax.pretrained import karlo, openai_clip
 from unclip_jax.pretrained.adm import unet_config, unet_params

@@ -9,7 +9,7 @@ import pytest
 from unclip_jax.diffusion.analytic import analytic_variance, estimate_C, reverse_weights, squared_errors
 from unclip_jax.diffusion.process import Prediction, eps_from_x0, predict
 from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_step, ddpm_step, sample
-from unclip_jax.diffusion.schedule import gather, make_schedule, respace
+from unclip_jax.diffusion.schedule import make_schedule, respace, table_at
 
 COSINE = make_schedule("cosine", 1000)
 SCHEDULE = respace(COSINE, "64")
@@ -24,7 +24,7 @@ def C_of(v):
 
 def best_denoiser(v):
     def denoise(x_t, i):
-        alpha_bar, beta_bar = gather(ALPHA_T, i, x_t), gather(BETA_T, i, x_t)
+        alpha_bar, beta_bar = table_at(ALPHA_T, i, x_t), table_at(BETA_T, i, x_t)
         x0 = jnp.sqrt(alpha_bar) * v / (alpha_bar * v + beta_bar) * x_t
         return Prediction(x0, eps_from_x0(SCHEDULE, x_t, i, x0), None)
 

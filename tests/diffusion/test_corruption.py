@@ -30,7 +30,7 @@ def test_blur_mirrors_without_repeating_the_border():
 
 
 def test_blur_is_drawn_for_each_image_at_its_rate():
-    """B36: neither always, nor for the whole batch at once."""
+    """Neither always, nor for the whole batch at once."""
     images = jnp.broadcast_to(impulse(3, 1, 1), (2000, 3, 3, 1))
     blurred = np.asarray(maybe_blur(KEY, images, 0.3, 0.6))[:, 1, 1, 0] < 1
     assert blurred.mean() == pytest.approx(0.3, abs=0.03)

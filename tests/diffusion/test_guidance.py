@@ -34,7 +34,7 @@ def halves(predicts="eps"):
 
 @pytest.mark.parametrize("predicts", ["eps", "x0"])
 def test_scale_one_is_conditional_and_zero_unconditional(predicts):
-    """B19: s = 1, not w = 0, is plain conditional sampling."""
+    """s = 1, not w = 0, is plain conditional sampling."""
     conditional, unconditional = halves(predicts)
     for scale, expected in ((1.0, conditional), (0.0, unconditional)):
         guided = classifier_free(branches(predicts), scale)(X, I)
@@ -44,7 +44,7 @@ def test_scale_one_is_conditional_and_zero_unconditional(predicts):
 
 @pytest.mark.parametrize("predicts", ["eps", "x0"])
 def test_guidance_moves_every_channel_and_leaves_the_variance(predicts):
-    """B18: all channels of the mean are guided; the variance is the conditional branch's."""
+    """All channels of the mean are guided; the variance is the conditional branch's."""
     conditional, unconditional = halves(predicts)
     guided = classifier_free(branches(predicts), jnp.float32(3.0))(X, I)
     for ours, c, u in zip(guided[:2], conditional[:2], unconditional[:2], strict=True):
@@ -63,7 +63,7 @@ def test_guidance_without_learned_variance():
 
 @pytest.mark.parametrize("limit", [1.0, 0.25])
 def test_clipping_keeps_x0_and_eps_consistent(limit):
-    """B11, B17: x0 ends within the limits, untouched where it was, and eps is derived after clipping."""
+    """x0 ends within the limits, untouched where it was, and eps is derived after clipping."""
     plain = make_denoiser(lambda x, t: 0.6 * x, CHAIN, "x0", learned_variance=False)
     clipped = clip_x0(plain, CHAIN, limit)(X, I)
     assert float(jnp.max(jnp.abs(0.6 * X))) > 1

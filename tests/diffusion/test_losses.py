@@ -59,7 +59,7 @@ def test_bound_is_scaled_to_the_thousand_steps_of_the_paper(predicts, length):
 
 @pytest.mark.parametrize("predicts", ["eps", "x0"])
 def test_bound_trains_the_variance_alone(predicts):
-    """B43: for either parametrisation, L_vb has no gradient in the mean and L_simple none in the variance."""
+    """For either parametrisation, L_vb has no gradient in the mean and L_simple none in the variance."""
     output = jax.random.normal(KEYS[2], (*X0.shape[:-1], 4)) * 0.3
 
     def term(output, name):

@@ -28,7 +28,7 @@ def normal(key, *shape):
 
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_q_sample_moments(t):
-    """B30: mean sqrt(alpha_bar) x_0, variance 1 - alpha_bar, over many draws for one x_0."""
+    """Mean sqrt(alpha_bar) x_0, variance 1 - alpha_bar, over many draws for one x_0."""
     x0, noise = jnp.full((2, 100_000), 0.7), normal(0, 2, 100_000)
     x_t = np.asarray(q_sample(COSINE, x0, jnp.array([t, 0]), noise), np.float64)
     alpha_bar = COSINE.alpha_bars[t]
@@ -46,7 +46,7 @@ def test_x0_and_eps_are_inverse(shape):
 
 
 def test_q_step_composes_to_q_sample():
-    """B12: going back towards noise adds the variance that is missing: after t steps it is 1 - alpha_bar_t."""
+    """Going back towards noise adds the variance that is missing: after t steps it is 1 - alpha_bar_t."""
     x = x0 = jnp.full((1, 50_000), 0.5)
     for i in range(CHAIN.num_steps):
         x = q_step(CHAIN, x, jnp.int32(i), jax.random.normal(jax.random.fold_in(KEYS[0], i), x.shape))
@@ -83,7 +83,7 @@ def test_both_parametrisations_recover_both(predicts):
 
 
 def test_learned_variance_lies_between_posterior_and_beta():
-    """B14, B43: v interpolates logarithms, between the bounds of the respaced chain."""
+    """v interpolates logarithms, between the bounds of the respaced chain."""
     x_t, t = normal(0, 3, 2, 2, 1), jnp.array([0, 4, 17])
     alpha_bars = COSINE.alpha_bars[np.asarray(CHAIN.timesteps)]
     alpha_bars_prev = np.concatenate([[1.0], alpha_bars[:-1]])

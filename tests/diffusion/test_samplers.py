@@ -8,7 +8,7 @@ import pytest
 from unclip_jax.diffusion.guidance import classifier_free, clip_x0
 from unclip_jax.diffusion.process import Prediction, eps_from_x0, make_denoiser, q_sample
 from unclip_jax.diffusion.samplers import ddim_invert, ddim_step, ddpm_step, sample
-from unclip_jax.diffusion.schedule import gather, make_schedule, respace
+from unclip_jax.diffusion.schedule import make_schedule, respace, table_at
 
 COSINE, LINEAR = make_schedule("cosine", 1000), make_schedule("linear", 1000)
 KEY = jax.random.key(0)
@@ -24,12 +24,12 @@ def gaussian(schedule, exact_variance):
     """The best denoiser for data N(0, V I): E[x_0 | x_t] = sqrt(alpha_bar) V x_t / (alpha_bar V + beta_bar)."""
 
     def denoise(x_t, i):
-        alpha_bar, beta_bar = gather(schedule.alpha_bars, i, x_t), gather(schedule.beta_bars, i, x_t)
+        alpha_bar, beta_bar = table_at(schedule.alpha_bars, i, x_t), table_at(schedule.beta_bars, i, x_t)
         total = alpha_bar * V + beta_bar
         x0 = jnp.sqrt(alpha_bar) * V / total * x_t
         # Var[x_{t-1} | x_t] = beta-tilde + weight^2 Var[x_0 | x_t]: the law of total variance.
-        weight = gather(schedule.posterior_x0_weight, i, x_t)
-        variance = gather(schedule.posterior_variance, i, x_t) + weight**2 * V * beta_bar / total
+        weight = table_at(schedule.posterior_x0_weight, i, x_t)
+        variance = table_at(schedule.posterior_variance, i, x_t) + weight**2 * V * beta_bar / total
         return Prediction(x0, eps_from_x0(schedule, x_t, i, x0), jnp.log(variance) if exact_variance else None)
 
     return denoise
@@ -61,7 +61,7 @@ def test_gaussian_data_with_a_thousand_steps(eta):
 @pytest.mark.parametrize("step", [ddpm_step, ddim_step(0.0), ddim_step(0.8), ddim_step(1.0)])
 @pytest.mark.parametrize("spec", ["1", "2", "5", "10", "27", "fast27", "ddim25", "1000"])
 def test_an_oracle_is_obeyed(spec, step):
-    """B11, B15: every chain, of one step or of T, ends in the predicted x_0 itself."""
+    """Every chain, of one step or of T, ends in the predicted x_0 itself."""
     schedule = respace(COSINE, spec)
     x0 = jax.random.uniform(KEY, (2, 5), minval=-1.0, maxval=1.0)
     x = sample(oracle(schedule, x0), schedule, jax.random.normal(jax.random.fold_in(KEY, 2), (2, 5)), KEY, step)
@@ -69,7 +69,7 @@ def test_an_oracle_is_obeyed(spec, step):
 
 
 def test_ddim_step_keeps_an_exact_trajectory():
-    """B9, B11: with eta = 0 and the true x_0, x_t = sqrt(alpha_bar) x_0 + sqrt(beta_bar) eps for one eps at all t."""
+    """With eta = 0 and the true x_0, x_t = sqrt(alpha_bar) x_0 + sqrt(beta_bar) eps for one eps at all t."""
     x0, eps = jax.random.normal(KEY, (1, 50)), jax.random.normal(jax.random.fold_in(KEY, 1), (1, 50))
     schedule = respace(LINEAR, "10,10,3,2,2")
     for i in range(schedule.num_steps - 1, 0, -1):
@@ -90,7 +90,7 @@ def test_ddim_with_eta_one_is_ddpm():
 
 @pytest.mark.parametrize("spec", ["7", "fast27", "ddim25"])
 def test_steps_follow_the_table(spec):
-    """B13: the network is told the kept timesteps, noisiest first, whatever the spacing."""
+    """The network is told the kept timesteps, noisiest first, whatever the spacing."""
     schedule = respace(COSINE, spec)
 
     def remember(x_t, i, prediction, schedule, noise):

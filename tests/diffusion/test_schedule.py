@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion.schedule import NoiseSchedule, gather, make_schedule, respace
+from unclip_jax.diffusion.schedule import NoiseSchedule, make_schedule, respace, table_at
 
 COSINE, LINEAR = make_schedule("cosine", 1000), make_schedule("linear", 1000)
 FAST27 = [0, 22, 44, 66, 88, 111, 133, 155, 177, 199, 200, 222, 244, 266, 288, 311, 333, 355, 377, 399, 400, 500, 599,
@@ -13,7 +13,7 @@ FAST27 = [0, 22, 44, 66, 88, 111, 133, 155, 177, 199, 200, 222, 244, 266, 288, 3
 
 
 def test_cosine_values():
-    """B7: the number of steps is the length of the chain. Values from guided-diffusion's own tables."""
+    """The number of steps is the length of the chain. Values from guided-diffusion's own tables."""
     expected = {0: 4.1284224822e-5, 1: 4.6141752737e-5, 499: 3.1458862305e-3, 998: 0.7499993929, 999: 0.999}
     np.testing.assert_allclose(COSINE.betas[list(expected)], list(expected.values()), rtol=1e-8)
     assert np.sum(COSINE.betas == 0.999) == 1
@@ -23,7 +23,7 @@ def test_cosine_values():
 
 
 def test_linear_values():
-    """B8: the ends are beta_0 and beta_{T-1} themselves. Values from guided-diffusion's own tables."""
+    """The ends are beta_0 and beta_{T-1} themselves. Values from guided-diffusion's own tables."""
     expected = {0: 1e-4, 1: 1.1991991992e-4, 499: 1.0040040040e-2, 998: 1.9980080080e-2, 999: 0.02}
     np.testing.assert_allclose(LINEAR.betas[list(expected)], list(expected.values()), rtol=1e-9)
     np.testing.assert_allclose(LINEAR.alpha_bars[[249, 499, 749, 999]],
@@ -34,7 +34,7 @@ def test_linear_values():
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 @pytest.mark.parametrize("length", [50, 100, 4000])
 def test_chains_of_any_length_end_in_noise(name, length):
-    """B16: linear betas are scaled with the length of the chain."""
+    """Linear betas are scaled with the length of the chain."""
     assert make_schedule(name, length).alpha_bars[-1] < 1e-3
 
 
@@ -95,7 +95,7 @@ def test_respacing_twice_tells_original_timesteps():
 
 @pytest.mark.parametrize("count", [1, 2, 5, 10, 27, 50, 250, 1000])
 def test_even_chains_start_at_the_noisiest_step(count):
-    """B10: sampling starts from pure noise, so the first step taken must be T - 1. B15: one step is a chain too."""
+    """Sampling starts from pure noise, so the first step taken must be T - 1. One step is a chain too."""
     respaced = respace(COSINE, str(count))
     assert respaced.num_steps == count and respaced.timesteps[-1] == 999 and respaced.alpha_bars_prev[0] == 1
     assert all(np.all(np.isfinite(table)) for table in respaced)
@@ -138,7 +138,7 @@ def test_gather_shapes():
     like = jnp.zeros((2, 3, 3, 1))
     t = jnp.array([5, 7])
     for tables in (COSINE, jax.device_put(COSINE)):
-        assert gather(tables.betas, t, like).shape == (2, 1, 1, 1)
-        assert gather(tables.betas, t, jnp.zeros(2)).shape == (2,)
-        assert gather(tables.betas, jnp.int32(7), like).shape == ()
-        np.testing.assert_allclose(gather(tables.betas, t, like).ravel(), COSINE.betas[[5, 7]], rtol=1e-7)
+        assert table_at(tables.betas, t, like).shape == (2, 1, 1, 1)
+        assert table_at(tables.betas, t, jnp.zeros(2)).shape == (2,)
+        assert table_at(tables.betas, jnp.int32(7), like).shape == ()
+        np.testing.assert_allclose(table_at(tables.betas, t, like).ravel(), COSINE.betas[[5, 7]], rtol=1e-7)

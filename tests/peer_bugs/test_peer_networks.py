@@ -13,7 +13,7 @@ from shrink import random_batch, random_params, small_config, small_stage
 from unclip_jax.bundle import load_bundle, save_bundle
 from unclip_jax.models.clip import TextTower
 from unclip_jax.models.layers import GroupNorm, LayerNorm, timestep_embedding
-from unclip_jax.models.prior import DiffusionPrior
+from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.transformer import TextTransformer, activated
 from unclip_jax.models.unet import AttentionBlock, UNet
 from unclip_jax.pretrained.layers import interleaved

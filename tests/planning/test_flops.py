@@ -86,7 +86,7 @@ def test_kernels_and_maps_run_everywhere():
 
 def trained(function, params, *rest):
     jaxpr = jax.make_jaxpr(function)(params, *rest)
-    return flops.trained(jaxpr, [i < len(jax.tree.leaves(params)) for i in range(len(jaxpr.in_avals))])
+    return flops.training_flops(jaxpr, [i < len(jax.tree.leaves(params)) for i in range(len(jaxpr.in_avals))])
 
 
 def test_a_product_is_repeated_for_each_operand_that_is_trained():

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from shrink import small_config
 
 from unclip_jax import train
-from unclip_jax.diffusion.schedule import gather, make_schedule, respace
+from unclip_jax.diffusion.schedule import make_schedule, respace, table_at
 from unclip_jax.errors import UserError
 from unclip_jax.stages.prior_diffusion import PriorDiffusion
 
@@ -24,7 +24,7 @@ class GaussianPrior(PriorDiffusion):
 
     def _model(self):
         def apply(variables, x_t, t, *condition):
-            signal, spread = (gather(table, t, x_t) for table in (SCHEDULE.alpha_bars, SCHEDULE.beta_bars))
+            signal, spread = (table_at(table, t, x_t) for table in (SCHEDULE.alpha_bars, SCHEDULE.beta_bars))
             return jnp.sqrt(signal) * VARIANCE / (signal * VARIANCE + spread) * x_t
 
         return SimpleNamespace(apply=apply)

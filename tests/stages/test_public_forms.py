@@ -115,7 +115,7 @@ def test_training_to_inpaint_gives_known_pixels_and_hides_the_others(monkeypatch
 def test_model_adopted_for_inpainting_draws_as_before_whatever_is_known(factor):
     plain, params = glide(factor)
     inpainting, _ = glide(factor, inpaint=True)
-    adopted = inpainting.adopted(params, plain.config)
+    adopted = inpainting.adapt_params(params, plain.config)
     check_params(adopted, jax.eval_shape(inpainting.init, jax.random.key(0)))
     batch, rng = random_batch(plain, 3), np.random.default_rng(0)
     x_t, image = rng.normal(size=(2, 3, 8, 8, 3)).astype(np.float32)
@@ -124,13 +124,13 @@ def test_model_adopted_for_inpainting_draws_as_before_whatever_is_known(factor):
 
     def output(stage, params, conditions):
         told = stage.condition(params, batch["tokens"], batch["tokens_length"])
-        return stage.apply(params, told, stage._beside(conditions, x_t.shape), x_t, jnp.full((3,), 300))
+        return stage.apply(params, told, stage._extra_channels(conditions, x_t.shape), x_t, jnp.full((3,), 300))
 
     before = jax.jit(lambda: output(plain, params, conditions))()
     after = jax.jit(lambda: output(inpainting, adopted, conditions | known))()
     np.testing.assert_allclose(after, before, atol=1e-5)
-    assert inpainting.adopted(adopted, inpainting.config) is adopted, "only once"
-    assert plain.adopted(params, plain.config) is params
+    assert inpainting.adapt_params(adopted, inpainting.config) is adopted, "only once"
+    assert plain.adapt_params(params, plain.config) is params
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from shrink import CONFIGS, random_batch, small_stage
 from unclip_jax.models.unet import read_context
 from unclip_jax.stages.base import diffusion_loss
 from unclip_jax.training.leaves import named_leaves
-from unclip_jax.training.sharding import batch_sharding, gather, make_mesh, param_shardings, replicated
+from unclip_jax.training.sharding import batch_sharding, gather_params, make_mesh, param_shardings, replicated
 
 # Stages whose code another config, or test_public_forms, runs too.
 TWICE = ("clip_noised", "upsampler_1024", "glide", "glide_upsampler")
@@ -62,7 +62,7 @@ def test_sharded_equals_one_device(name):
 
     @jax.jit
     def on_mesh(params, batch):
-        loss = lambda p: stage.loss(gather(p, mesh), jax.device_put(frozen, replicated(mesh)), batch, key)[0]  # noqa: E731
+        loss = lambda p: stage.loss(gather_params(p, mesh), jax.device_put(frozen, replicated(mesh)), batch, key)[0]  # noqa: E731
         value, grads = jax.value_and_grad(loss)(params)
         return value, jax.lax.with_sharding_constraint(grads, shardings)
 

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
-from unclip_jax.training.sharding import gather, global_batch, make_mesh, param_shardings
+from unclip_jax.training.sharding import gather_params, global_batch, make_mesh, param_shardings
 
 
 def sizes(data, fsdp):
@@ -66,6 +66,6 @@ def test_gather_makes_parameters_whole():
     mesh = make_mesh(sizes(2, 4))
     weight = np.arange(2**14, dtype=np.float32)
     split = jax.device_put(weight, param_shardings(weight, mesh))
-    whole = jax.jit(lambda w: gather(w, mesh))(split)
+    whole = jax.jit(lambda w: gather_params(w, mesh))(split)
     assert split.addressable_shards[0].data.shape == (2**12,)
     assert whole.addressable_shards[0].data.shape == (2**14,) and np.array_equal(whole, weight)

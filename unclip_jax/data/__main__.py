@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax import cli
 from unclip_jax.data import embeddings
-from unclip_jax.data.pipeline import NAMED
+from unclip_jax.data.pipeline import MAX_NAMED
 from unclip_jax.data.sources import Source, open_source
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import ToExample, UnreadableRecord, captions_of
@@ -120,7 +120,7 @@ class _Reader:
             key = record["key"]
             image = self._to_example(record, np.random.default_rng(0))["image"]
         except (UnreadableRecord, OSError) as error:
-            if next(self._skipped) < NAMED:
+            if next(self._skipped) < MAX_NAMED:
                 logging.warning("skipped unreadable record %s: %s", key, error)
             nothing = np.zeros((0, self._context), np.int32)
             return _Read(np.zeros((self._size, self._size, 3), np.uint8), nothing, nothing[:, 0], 0)
@@ -137,11 +137,11 @@ class _Towers:
         towers = stage.embed_images, stage.embed_texts
         self._look, self._read = (jit_on_mesh(tower, mesh, stage.tpu_options) for tower in towers)
 
-    def look(self, images: np.ndarray) -> jax.Array:
+    def embed_images(self, images: np.ndarray) -> jax.Array:
         """At most `rows` pictures → their embeddings, and others that fill up `rows`."""
         return self._call(self._look, images)
 
-    def read(self, tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
+    def embed_texts(self, tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
         """Embeds at most `rows` captions → their embeddings, and others that fill up `rows`."""
         return self._call(self._read, tokens, lengths)
 
@@ -154,14 +154,14 @@ def _embedded(records: Iterable[_Read], towers: _Towers, advance: Callable[[int]
     """A shard's "image", "text" and "records"."""
     table, images, texts, captions = [], [], [], []
     for chunk in _chunks(records, towers.rows):
-        images.append(towers.look(np.stack([record.image for record in chunk])))
+        images.append(towers.embed_images(np.stack([record.image for record in chunk])))
         jax.block_until_ready(images[-2:-1])  # one chunk is read while another is embedded, and no more
         for record in chunk:
             table.append((len(captions), len(record.lengths), record.checksum))
             captions.extend(zip(record.tokens, record.lengths, strict=True))
         advance(len(chunk))
     for chunk in _chunks(captions, towers.rows):
-        texts.append(towers.read(*(np.stack(part) for part in zip(*chunk, strict=True))))
+        texts.append(towers.embed_texts(*(np.stack(part) for part in zip(*chunk, strict=True))))
     image = np.concatenate([np.asarray(part, np.float32) for part in images])[: len(table)]
     text = np.concatenate([image[:0], *(np.asarray(part, np.float32) for part in texts)])[: len(captions)]
     return image, text, np.array(table, np.int64)

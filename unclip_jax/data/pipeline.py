@@ -15,8 +15,8 @@ from unclip_jax.data.transforms import UnreadableRecord
 from unclip_jax.errors import UserError
 
 Transform = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]
-NAMED = 100  # unreadable records named in the log, each once; all are counted
-TRIES = 1000  # neighbours tried in place of an unreadable record
+MAX_NAMED = 100  # unreadable records named in the log, each once; all are counted
+MAX_TRIES = 1000  # neighbours tried in place of an unreadable record
 
 
 def batches(
@@ -83,7 +83,7 @@ class _Readable:
 
     def example(self, index: int, position: int) -> tuple[dict[str, np.ndarray], int]:
         """Record `index`, or the next that can be read, and how far on that is; randomness from (seed, position)."""
-        tries = min(len(self._source), TRIES)
+        tries = min(len(self._source), MAX_TRIES)
         for skipped in range(tries):
             i = index + skipped
             key = f"number {i % len(self._source)}"
@@ -97,7 +97,7 @@ class _Readable:
 
     def _note(self, key: str, error: Exception) -> None:
         with self._lock:
-            if key in self._named or len(self._named) == NAMED:
+            if key in self._named or len(self._named) == MAX_NAMED:
                 return
             self._named.add(key)
         logging.warning("skipped unreadable record %s: %s", key, error)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from unclip_jax.diffusion.process import Denoiser, Prediction, eps_from_x0, x0_from_eps
 from unclip_jax.diffusion.samplers import Step
-from unclip_jax.diffusion.schedule import NoiseSchedule, gather
+from unclip_jax.diffusion.schedule import NoiseSchedule, table_at
 
 Gradient = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, original timesteps (B,) int32) -> shape of x_t
 
@@ -74,7 +74,7 @@ def known_states(step: Step, x0, known) -> Step:
     def replaced(x_t, i, prediction, schedule, noise):
         x_prev = step(x_t, i, prediction, schedule, noise)
         # What `noise` did to the known pixels is thrown away here, so that it can serve them once more.
-        signal, spread = (jnp.sqrt(gather(t, i, x_t)) for t in (schedule.alpha_bars_prev, schedule.beta_bars_prev))
+        signal, spread = (jnp.sqrt(table_at(t, i, x_t)) for t in (schedule.alpha_bars_prev, schedule.beta_bars_prev))
         return jnp.where(known, signal * x0 + spread * noise, x_prev)
 
     return replaced
@@ -89,7 +89,7 @@ def condition_mean(step: Step, gradient: Gradient, scale) -> Step:
 
     def conditioned(x_t, i, prediction, schedule, noise):
         if prediction.log_variance is None:
-            variance = gather(schedule.posterior_variance, i, x_t)
+            variance = table_at(schedule.posterior_variance, i, x_t)
         else:
             variance = jnp.exp(prediction.log_variance)
         shift = variance * gradient(x_t, _timesteps(schedule, x_t, i))
@@ -104,7 +104,7 @@ def condition_eps(denoiser: Denoiser, schedule: NoiseSchedule, gradient: Gradien
 
     def denoise(x_t, i):
         prediction = denoiser(x_t, i)
-        shift = gather(schedule.sqrt_beta_bars, i, x_t) * gradient(x_t, _timesteps(schedule, x_t, i))
+        shift = table_at(schedule.sqrt_beta_bars, i, x_t) * gradient(x_t, _timesteps(schedule, x_t, i))
         eps = prediction.eps - jnp.asarray(scale, jnp.float32) * shift
         return prediction._replace(x0=x0_from_eps(schedule, x_t, i, eps), eps=eps)
 

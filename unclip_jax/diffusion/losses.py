@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from unclip_jax.diffusion.process import posterior_mean_variance, predict
-from unclip_jax.diffusion.schedule import NoiseSchedule, gather
+from unclip_jax.diffusion.schedule import NoiseSchedule, table_at
 
 
 def training_loss(
@@ -39,7 +39,7 @@ def training_loss(
     mse = _mean_per_example(jnp.square(error))
     loss, terms = mse, {"mse": mse}
     if snr_clip is not None:
-        snr = gather(schedule.alpha_bars, t, mse) / gather(schedule.beta_bars, t, mse)
+        snr = table_at(schedule.alpha_bars, t, mse) / table_at(schedule.beta_bars, t, mse)
         loss = mse * jnp.clip(snr, *snr_clip)
     if learned_variance:
         held = jax.lax.stop_gradient(prediction.x0)
@@ -58,7 +58,7 @@ def vlb_bits(schedule: NoiseSchedule, x0, x_t, t, x0_hat, log_variance):
     if log_variance is None:
         log_variance = posterior_log_variance
     # Both means share their x_t part; leaving it out keeps the small difference exact.
-    mean_gap = gather(schedule.posterior_x0_weight, t, x_t) * (x0 - x0_hat)
+    mean_gap = table_at(schedule.posterior_x0_weight, t, x_t) * (x0 - x0_hat)
     log_ratio = posterior_log_variance - log_variance
     kl = 0.5 * (jnp.expm1(log_ratio) - log_ratio + jnp.square(mean_gap) * jnp.exp(-log_variance))
     nll = -_pixel_log_likelihood(x0, mean, 0.5 * log_variance)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from unclip_jax.diffusion.schedule import NoiseSchedule, gather
+from unclip_jax.diffusion.schedule import NoiseSchedule, table_at
 
 PREDICTS = ("eps", "x0")
 
@@ -32,23 +32,23 @@ Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, original timestep
 
 def q_sample(schedule: NoiseSchedule, x0, t, noise):
     """x_t ~ q(x_t | x_0) with `noise` standard normal of x0's shape."""
-    return gather(schedule.sqrt_alpha_bars, t, x0) * x0 + gather(schedule.sqrt_beta_bars, t, x0) * noise
+    return table_at(schedule.sqrt_alpha_bars, t, x0) * x0 + table_at(schedule.sqrt_beta_bars, t, x0) * noise
 
 
 def q_step(schedule: NoiseSchedule, x_prev, t, noise):
     """x_t ~ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I): takes one step back towards noise."""
-    beta = gather(schedule.betas, t, x_prev)
+    beta = table_at(schedule.betas, t, x_prev)
     return jnp.sqrt(1 - beta) * x_prev + jnp.sqrt(beta) * noise
 
 
 def x0_from_eps(schedule: NoiseSchedule, x_t, t, eps):
     """The x_0 that x_t was made from if its noise was `eps`."""
-    return (x_t - gather(schedule.sqrt_beta_bars, t, x_t) * eps) / gather(schedule.sqrt_alpha_bars, t, x_t)
+    return (x_t - table_at(schedule.sqrt_beta_bars, t, x_t) * eps) / table_at(schedule.sqrt_alpha_bars, t, x_t)
 
 
 def eps_from_x0(schedule: NoiseSchedule, x_t, t, x0):
     """The noise in x_t if it was made from `x0`."""
-    return (x_t - gather(schedule.sqrt_alpha_bars, t, x_t) * x0) / gather(schedule.sqrt_beta_bars, t, x_t)
+    return (x_t - table_at(schedule.sqrt_alpha_bars, t, x_t) * x0) / table_at(schedule.sqrt_beta_bars, t, x_t)
 
 
 def posterior_mean_variance(schedule: NoiseSchedule, x0, x_t, t):
@@ -56,8 +56,8 @@ def posterior_mean_variance(schedule: NoiseSchedule, x0, x_t, t):
 
     The variance is 0 at t = 0; the log variance there is that of t = 1, so that it stays finite.
     """
-    mean = gather(schedule.posterior_x0_weight, t, x_t) * x0 + gather(schedule.posterior_x_t_weight, t, x_t) * x_t
-    return mean, gather(schedule.posterior_variance, t, x_t), gather(schedule.posterior_log_variance, t, x_t)
+    mean = table_at(schedule.posterior_x0_weight, t, x_t) * x0 + table_at(schedule.posterior_x_t_weight, t, x_t) * x_t
+    return mean, table_at(schedule.posterior_variance, t, x_t), table_at(schedule.posterior_log_variance, t, x_t)
 
 
 def predict(schedule: NoiseSchedule, output, x_t, t, predicts: str, learned_variance: bool) -> Prediction:
@@ -78,7 +78,7 @@ def predict(schedule: NoiseSchedule, output, x_t, t, predicts: str, learned_vari
     if learned_variance:
         output, v = output[..., :channels], output[..., channels:]
         fraction = (v + 1) / 2
-        low, high = gather(schedule.posterior_log_variance, t, x_t), gather(schedule.log_betas, t, x_t)
+        low, high = table_at(schedule.posterior_log_variance, t, x_t), table_at(schedule.log_betas, t, x_t)
         log_variance = fraction * high + (1 - fraction) * low
     if predicts == "eps":
         return Prediction(x0_from_eps(schedule, x_t, t, output), output, log_variance)
@@ -101,7 +101,7 @@ def large_variance(denoiser: Denoiser, schedule: NoiseSchedule) -> Denoiser:
     """Samples with DDPM's larger fixed variance, beta_t, instead of the posterior's (that of t = 1 at t = 0)."""
 
     def denoise(x_t, i):
-        first = gather(schedule.posterior_log_variance, i, x_t)
-        return denoiser(x_t, i)._replace(log_variance=jnp.where(i == 0, first, gather(schedule.log_betas, i, x_t)))
+        first = table_at(schedule.posterior_log_variance, i, x_t)
+        return denoiser(x_t, i)._replace(log_variance=jnp.where(i == 0, first, table_at(schedule.log_betas, i, x_t)))
 
     return denoise

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from unclip_jax.diffusion.analytic import analytic_variance, reverse_weights
 from unclip_jax.diffusion.process import Denoiser, Prediction, posterior_mean_variance
-from unclip_jax.diffusion.schedule import NoiseSchedule, gather
+from unclip_jax.diffusion.schedule import NoiseSchedule, table_at
 
 Step = Callable[[jax.Array, jax.Array, Prediction, NoiseSchedule, jax.Array], jax.Array]
 
@@ -34,9 +34,9 @@ def ddim_step(eta) -> Step:
     """
 
     def step(x_t, i, prediction, schedule, noise):
-        variance = jnp.square(jnp.asarray(eta, jnp.float32)) * gather(schedule.posterior_variance, i, x_t)
-        signal = jnp.sqrt(gather(schedule.alpha_bars_prev, i, x_t))
-        direction = jnp.sqrt(jnp.maximum(gather(schedule.beta_bars_prev, i, x_t) - variance, 0.0))
+        variance = jnp.square(jnp.asarray(eta, jnp.float32)) * table_at(schedule.posterior_variance, i, x_t)
+        signal = jnp.sqrt(table_at(schedule.alpha_bars_prev, i, x_t))
+        direction = jnp.sqrt(jnp.maximum(table_at(schedule.beta_bars_prev, i, x_t) - variance, 0.0))
         return signal * prediction.x0 + direction * prediction.eps + jnp.sqrt(variance) * noise
 
     return step
@@ -51,8 +51,8 @@ def analytic_dpm_step(C, eta) -> Step:
 
     def step(x_t, i, prediction, schedule, noise):
         x0_weight, x_t_weight, _ = reverse_weights(schedule, eta)
-        mean = gather(x0_weight, i, x_t) * prediction.x0 + gather(x_t_weight, i, x_t) * x_t
-        variance = gather(analytic_variance(schedule, C, eta), i, x_t)
+        mean = table_at(x0_weight, i, x_t) * prediction.x0 + table_at(x_t_weight, i, x_t) * x_t
+        variance = table_at(analytic_variance(schedule, C, eta), i, x_t)
         return mean + jnp.where(i > 0, jnp.sqrt(variance) * noise, 0.0)
 
     return step
@@ -88,8 +88,8 @@ def ddim_invert(denoiser: Denoiser, schedule: NoiseSchedule, x_0):
 
     def body(x_t, i):
         prediction = denoiser(x_t, i)
-        signal = jnp.sqrt(gather(schedule.alpha_bars_next, i, x_t))
-        direction = jnp.sqrt(gather(schedule.beta_bars_next, i, x_t))
+        signal = jnp.sqrt(table_at(schedule.alpha_bars_next, i, x_t))
+        direction = jnp.sqrt(table_at(schedule.beta_bars_next, i, x_t))
         return signal * prediction.x0 + direction * prediction.eps, None
 
     return jax.lax.scan(body, x_0, jnp.arange(schedule.num_steps - 1, dtype=jnp.int32))[0]

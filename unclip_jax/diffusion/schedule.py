@@ -91,7 +91,7 @@ def first_steps(schedule: NoiseSchedule, count: int) -> NoiseSchedule:
     return NoiseSchedule(*(table[:count] for table in schedule))
 
 
-def gather(table: Array, t: Array, like: Array) -> jax.Array:
+def table_at(table: Array, t: Array, like: Array) -> jax.Array:
     """table[t] as float32, shaped to go with `like` (B, ...): () for a scalar t, (B, 1, ..., 1) for t of shape (B,)."""
     values = jnp.asarray(table, jnp.float32)[t]
     return values.reshape(values.shape + (1,) * (like.ndim - 1)) if values.ndim else values

@@ -71,7 +71,7 @@ def compute_capability() -> float:
     return float(found) if found.replace(".", "").isdigit() else 0.0
 
 
-def whole(x: jax.Array) -> jax.Array:
+def replicate(x: jax.Array) -> jax.Array:
     """x on every device, where its rows lay on different ones."""
     return jax.lax.with_sharding_constraint(x, P()) if _split() else x
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from unclip_jax.model import ROWS
+from unclip_jax.model import CHUNK_ROWS
 from unclip_jax.planning import flops, report, trial
 from unclip_jax.planning.chips import GIB, Chip, known_chip, parse_topology, slice_devices
 from unclip_jax.planning.compiling import Compiled, TooLarge, compiled
@@ -50,7 +50,7 @@ def training(config: ConfigDict, target: Target, count: int, quick: bool = False
     program = train_program(config, target.devices)
     batch, steps = config.train.batch_size, config.train.steps
     found = {"call": f"one train step of {batch} examples", "of": "step", "batch_size": batch, "steps": steps}
-    found |= _called(program, target, count, batch, quick)
+    found |= _call_cost(program, target, count, batch, quick)
     if "step_seconds" in found:
         found["days"] = steps * found["step_seconds"] / report.DAY
     elif propose:
@@ -60,21 +60,21 @@ def training(config: ConfigDict, target: Target, count: int, quick: bool = False
 
 def sampling(config: ConfigDict, target: Target | None, quick: bool = False) -> dict:
     """Plans what `sample` runs on one chip; without a target, its FLOPs alone."""
-    _say(f"{config.stage}: tracing the sampling of {ROWS} rows")
+    _say(f"{config.stage}: tracing the sampling of {CHUNK_ROWS} rows")
     # Counted as the CPU has it, without what a TPU's kernels do in excess.
     count = flops.executed(sample_program(config, jax.devices("cpu")[0]).traced.jaxpr)
     if not target:
-        return {"batch_size": ROWS} | report.work(count, count, ROWS, 1)
+        return {"batch_size": CHUNK_ROWS} | report.flop_report(count, count, CHUNK_ROWS, 1)
     program = sample_program(config, target.devices[0])
-    found = {"call": f"sampling {ROWS} rows", "of": "call", "batch_size": ROWS}
-    return found | _called(program, target._replace(devices=target.devices[:1]), count, ROWS, quick)
+    found = {"call": f"sampling {CHUNK_ROWS} rows", "of": "call", "batch_size": CHUNK_ROWS}
+    return found | _call_cost(program, target._replace(devices=target.devices[:1]), count, CHUNK_ROWS, quick)
 
 
-def _called(program: Program, target: Target, count: int, examples: int, quick: bool) -> dict:
+def _call_cost(program: Program, target: Target, count: int, examples: int, quick: bool) -> dict:
     """Plans one call of a program; count: its FLOPs on all chips, each done once."""
     chips = len(target.devices)
     executed = flops.executed(program.traced.jaxpr)
-    found = {"device": target.name, "chips": chips} | report.work(count, executed, examples, chips)
+    found = {"device": target.name, "chips": chips} | report.flop_report(count, executed, examples, chips)
     least = sum(lasting(program).values())
     done = TooLarge(least, 0.0) if least > target.limit else _compiled(program, target, quick)
     if isinstance(done, TooLarge):

@@ -26,7 +26,7 @@ def executed(jaxpr: Any) -> int:
     return _walk(jaxpr, [False] * len(jaxpr.invars))[0]
 
 
-def trained(jaxpr: Any, inputs: list[bool]) -> int:
+def training_flops(jaxpr: Any, inputs: list[bool]) -> int:
     """FLOPs of a (closed) jaxpr that gives a loss, and of its gradient by those `inputs` that are True."""
     return _walk(_opened(jaxpr), inputs)[0]
 

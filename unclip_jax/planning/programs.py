@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from unclip_jax import cli
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.errors import UserError
-from unclip_jax.model import ROWS
+from unclip_jax.model import CHUNK_ROWS
 from unclip_jax.models.mesh import jit_on_mesh, one_device
 from unclip_jax.paths import to_path
 from unclip_jax.planning import flops
@@ -72,7 +72,7 @@ def train_program(config: ConfigDict, devices: list) -> Program:
     return Program(stage, step.trace(*arguments), arguments)
 
 
-def sample_program(config: ConfigDict, device: jax.Device, rows: int = ROWS) -> Program:
+def sample_program(config: ConfigDict, device: jax.Device, rows: int = CHUNK_ROWS) -> Program:
     """Traces what `sample` runs on one device: the stage draws so many rows, of (params, frozen CLIP, conditions, key).
 
     Raises UserError where it draws nothing.
@@ -114,7 +114,7 @@ def trained_flops(config: ConfigDict, params: Any) -> int:
     rest = _frozen(stage), stage.batch_spec(config.train.batch_size), jax.eval_shape(lambda: root_key(0))
     jaxpr = jax.make_jaxpr(lambda *arguments: stage.loss(*arguments)[0])(params, *rest)
     count, others = (len(jax.tree.leaves(tree)) for tree in (params, rest))
-    return flops.trained(jaxpr, [True] * count + [False] * others)
+    return flops.training_flops(jaxpr, [True] * count + [False] * others)
 
 
 def without_remat(config: ConfigDict) -> ConfigDict:

@@ -17,7 +17,7 @@ BOUNDS = {
 }
 
 
-def work(flops: int, executed: int, examples: int, chips: int) -> dict:
+def flop_report(flops: int, executed: int, examples: int, chips: int) -> dict:
     """FLOPs of a call by the formulas, of all chips together: each done once, and as executed."""
     return {
         "tflops_per_example": flops / examples / TERA,

@@ -93,7 +93,7 @@ class Stage:
         """Fresh parameters."""
         raise TypeError(f"{type(self).__name__} has no parameters")
 
-    def adopted(self, params: Params, config: ConfigDict) -> Params:
+    def adapt_params(self, params: Params, config: ConfigDict) -> Params:
         """Adapts the parameters of a trained model of the same stage, of `config`, to initialise this one."""
         return params
 

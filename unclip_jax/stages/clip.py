@@ -7,7 +7,7 @@ GLIDE's noised CLIP (2112.10741, section 2.4) sees pictures diffused to random t
 SAM (2010.01412), as unCLIP trained its CLIP: every `optim.sam_rows` rows of the batch climb a step of their own first,
 
     ε_r = ρ ∇L_r / ‖∇L_r‖       L_r: the loss of these rows alone, as one replica sees them
-    ∇L(w + ε)                   of the whole batch, its rows r embedded by w + ε_r; this is what w descends
+    ∇L(w + ε)                   of the replicate batch, its rows r embedded by w + ε_r; this is what w descends
 """
 
 import jax
@@ -17,7 +17,7 @@ import optax
 from unclip_jax.diffusion.process import q_sample
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower, normalize
-from unclip_jax.models.mesh import by_rows, whole
+from unclip_jax.models.mesh import by_rows, replicate
 from unclip_jax.stages.base import MORE_ON_CHIP, Stage, to_float
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the timesteps at which a noised CLIP is evaluated
@@ -100,8 +100,8 @@ class Clip(Stage):
             timesteps = jax.random.randint(key_t, images.shape[:1], 0, steps)
             rows = [self._noised(images, timesteps, key_noise), *rows[1:], timesteps]
         # Public weights come without the numbers of a training.
-        sharp = "optim" in self.config and self.config.optim.sam_rho
-        z_i, z_t, scale = (self._climbed if sharp else self._embedded)(params, rows)
+        use_sam = "optim" in self.config and self.config.optim.sam_rho
+        z_i, z_t, scale = (self._embedded_with_sam if use_sam else self._embedded)(params, rows)
         loss, accuracy = _contrastive(z_i, z_t, scale)
         return loss, {"accuracy": accuracy, "logit_scale": jnp.mean(scale)}
 
@@ -110,7 +110,7 @@ class Clip(Stage):
         images, *rest = rows
         return self._model().apply({"params": params}, self._normalized(images), *rest)
 
-    def _climbed(self, params, rows):
+    def _embedded_with_sam(self, params, rows):
         """Embeds as `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1)."""
         o = self.config.optim
 
@@ -164,7 +164,7 @@ def _contrastive(z_i, z_t, scale):
     z_i, z_t (B, dim) of unit norm; scale () or, of each row, (B, 1).
     """
     # Each device compares its own rows to all others, which come to it.
-    both = [scale * z_i @ whole(z_t).T, scale * z_t @ whole(z_i).T]
+    both = [scale * z_i @ replicate(z_t).T, scale * z_t @ replicate(z_i).T]
     pairs = jnp.eye(len(z_i), dtype=bool)
     own = [jnp.sum(jnp.where(pairs, logits, 0.0), axis=1) for logits in both]
     loss = 0.5 * sum(jnp.mean(jax.nn.logsumexp(a, axis=1) - b) for a, b in zip(both, own, strict=True))

@@ -117,8 +117,8 @@ class Decoder(Stage):
         has = jnp.arange(2 * rows) < rows
         captions = {k: jnp.concatenate([v, v]) for k, v in conditions.items() if "tokens" in k}
         z_i = jnp.concatenate([conditions["image_embedding"]] * 2)
-        told = self.condition(params, frozen, captions, has, z_i, has)
-        conditioning = read_context(params["unet"], told, jnp.dtype(self.config.dtype))
+        conditioning = self.condition(params, frozen, captions, has, z_i, has)
+        conditioning = read_context(params["unet"], conditioning, jnp.dtype(self.config.dtype))
 
         def network(x_t, t):
             return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
@@ -130,8 +130,8 @@ class Decoder(Stage):
         """x_T (B, R, R, 3) from which `sample` by DDIM draws `images` (B, R, R, 3), in [-1, 1], again, under the same
         captions and embeddings, unguided and unclipped (arXiv 2204.06125, section 3)."""
         yes = jnp.ones(len(images), bool)
-        told = self.condition(params, frozen, conditions, yes, conditions["image_embedding"], yes)
-        conditioning = read_context(params["unet"], told, jnp.dtype(self.config.dtype))
+        conditioning = self.condition(params, frozen, conditions, yes, conditions["image_embedding"], yes)
+        conditioning = read_context(params["unet"], conditioning, jnp.dtype(self.config.dtype))
 
         def network(x_t, t):
             return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)

@@ -46,7 +46,7 @@ class Glide(Stage):
         unet = self._unet().init(key_unet, x, one, *conditioning)
         return {"conditioner": conditioner["params"], "unet": unet["params"]}
 
-    def adopted(self, params, config):
+    def adapt_params(self, params, config):
         """To a model that was not trained to fill in, the known pixels and their mask weigh nothing at first."""
         if config.model.inpaint or not self.config.model.inpaint:
             return params
@@ -56,7 +56,7 @@ class Glide(Stage):
         kernel = jnp.concatenate([x_t, nothing, low_res], axis=2)
         return params | {"unet": params["unet"] | {"conv_in": first | {"kernel": kernel}}}
 
-    def _beside(self, conditions, shape):
+    def _extra_channels(self, conditions, shape):
         """The channels that follow x_t of `shape`: known pixels (none, where they are not given), small picture."""
         channels = []
         if self.config.model.inpaint:
@@ -73,9 +73,9 @@ class Glide(Stage):
             return {}
         return {"known_image": x0, "known": random_known(key, len(x0), x0.shape[1])}
 
-    def apply(self, params, conditioning, beside, x_t, t, **options):
+    def apply(self, params, conditioning, extra, x_t, t, **options):
         """The U-Net's output for x_t (B, R, R, 3) at original timesteps t (B,)."""
-        x = jnp.concatenate([x_t, *beside], axis=-1)
+        x = jnp.concatenate([x_t, *extra], axis=-1)
         return self._unet().apply({"params": params["unet"]}, x, t, *conditioning, **options)
 
     def condition(self, params, tokens, length):
@@ -91,11 +91,11 @@ class Glide(Stage):
             conditions["low_res"] = area_downsample(x0, self.config.model.factor)
         dropped = jax.random.bernoulli(key_text, self.config.diffusion.drop_caption, x0.shape[:1])
         conditioning = self.condition(params, batch["tokens"], jnp.where(dropped, 0, batch["tokens_length"]))
-        beside = self._beside(conditions, x0.shape)
+        extra = self._extra_channels(conditions, x0.shape)
 
         def network(x_t, t):
             rngs = {"dropout": key_dropout}
-            return self.apply(params, conditioning, beside, x_t, t, deterministic=False, rngs=rngs)
+            return self.apply(params, conditioning, extra, x_t, t, deterministic=False, rngs=rngs)
 
         return diffusion_loss(self.config, network, x0, key_loss)
 
@@ -106,15 +106,15 @@ class Glide(Stage):
         del frozen
         size, tokens, length = self.config.model.image_size, conditions["tokens"], conditions["tokens_length"]
         shape = (len(tokens), size, size, 3)
-        beside = self._beside(conditions, shape)
+        extra = self._extra_channels(conditions, shape)
         if "guidance_scale" in conditions:
             tokens, length = jnp.concatenate([tokens, tokens]), jnp.concatenate([length, jnp.zeros_like(length)])
-            beside = [jnp.concatenate([channel, channel]) for channel in beside]
-        told = self.condition(params, tokens, length)
-        conditioning = read_context(params["unet"], told, jnp.dtype(self.config.dtype))
+            extra = [jnp.concatenate([channel, channel]) for channel in extra]
+        conditioning = self.condition(params, tokens, length)
+        conditioning = read_context(params["unet"], conditioning, jnp.dtype(self.config.dtype))
 
         def network(x_t, t):
-            return self.apply(params, conditioning, beside, x_t, t)
+            return self.apply(params, conditioning, extra, x_t, t)
 
         return draw(self.config, network, shape, conditions, key, told_known=self.config.model.inpaint)
 

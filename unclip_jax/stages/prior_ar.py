@@ -15,13 +15,13 @@ import numpy as np
 import optax
 
 from unclip_jax.errors import UserError
-from unclip_jax.models.ar_prior import ARPrior
 from unclip_jax.models.clip import normalize
+from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.transformer import TextTransformer
 from unclip_jax.stages import codes
 from unclip_jax.stages.base import trained
 from unclip_jax.stages.prior import Prior, mean_cosine
-from unclip_jax.training.state import whole
+from unclip_jax.training.state import to_host
 
 
 class PriorAR(Prior):
@@ -59,7 +59,7 @@ class PriorAR(Prior):
         """Finds the components and buckets in `config.prior.batches` batches; says how well codes hold embeddings."""
         m, p = self.config.model, self.config.prior
         embed = jax.jit(self.embeddings)
-        pairs = [jax.tree.map(whole, embed(frozen, batch)) for batch in islice(batches, p.batches)]
+        pairs = [jax.tree.map(to_host, embed(frozen, batch)) for batch in islice(batches, p.batches)]
         z_i, z_t = (np.concatenate(part) for part in zip(*pairs, strict=True))
         fixed = codes.fit(z_i, np.sum(z_i * z_t, axis=-1), m.num_codes, p.outside)
         return params | {"fixed": fixed}, jax.jit(self.roundtrip)(fixed, z_i)

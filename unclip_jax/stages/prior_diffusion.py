@@ -17,7 +17,7 @@ from unclip_jax.diffusion.guidance import clip_x0
 from unclip_jax.diffusion.process import make_denoiser
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.models.clip import normalize
-from unclip_jax.models.prior import DiffusionPrior
+from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.stages.base import diffusion_loss, draw, empty_caption, trained
 from unclip_jax.stages.prior import Prior
 

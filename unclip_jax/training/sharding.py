@@ -2,7 +2,7 @@
 
 The mesh has two axes. Rows of a batch are split over both; large parameters are split over "fsdp" only, so that
 "data" counts the copies of the model (ZeRO over "fsdp", plain data parallelism over "data"). Models know nothing of
-this: the loss sees whole parameters (`gather`), the optimizer sees each device's own part.
+this: the loss sees whole parameters (`gather_params`), the optimizer sees each device's own part.
 """
 
 from typing import Any
@@ -73,7 +73,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def gather(params: Any, mesh: Mesh) -> Any:
+def gather_params(params: Any, mesh: Mesh) -> Any:
     """`params` whole on every device, inside a jitted loss.
 
     Left to propagation, a convolution with a split kernel becomes a swarm of permutes and all-to-alls; gathered

@@ -19,7 +19,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.optimizer import ema_update
-from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather, param_shardings, replicated
+from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather_params, param_shardings, replicated
 
 
 class Skips(NamedTuple):
@@ -131,7 +131,7 @@ def digest(state: TrainState) -> str:
     for name, leaf in named_leaves(state._asdict()).items():
         if name == "step" or name.startswith("skips/"):
             continue
-        value = whole(leaf)
+        value = to_host(leaf)
         sha.update(f"{name} {value.dtype} {value.shape}\n".encode())
         sha.update(np.ascontiguousarray(value).tobytes())
     return sha.hexdigest()
@@ -181,7 +181,7 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
     """Mean loss, mean metrics and mean gradients over the microbatches of `batch`; gradients lie as params do."""
 
     def loss_of(params, rows, key):
-        loss, metrics = stage.loss(gather(params, mesh), frozen, rows, key)
+        loss, metrics = stage.loss(gather_params(params, mesh), frozen, rows, key)
         return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), (loss, metrics))
 
     differentiate = jax.value_and_grad(loss_of, has_aux=True)
@@ -210,7 +210,7 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
     return loss, metrics, grads
 
 
-def whole(leaf: Any) -> np.ndarray:
+def to_host(leaf: Any) -> np.ndarray:
     """The leaf in full on this host; every process must ask for it."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils

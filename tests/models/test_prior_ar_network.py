@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from unclip_jax.errors import UserError
-from unclip_jax.models.ar_prior import ARPrior
 from unclip_jax.models.layers import Mask
+from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.transformer import TextTransformer, Transformer
 
 F32 = jnp.float32
