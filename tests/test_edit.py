@@ -16,6 +16,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.paths import copy_folder, files_below, to_path, write_bytes
 from unclip_jax.pictures import save_gif
 from unclip_jax.stages.base import draw
+from unclip_jax.stages.conditions import Conditions
 
 STEPS = 5
 
@@ -143,7 +144,7 @@ def test_sdedit_starts_from_the_sketch_noised_as_far_as_was_said():
             jax.debug.callback(lambda x, t: seen.append((int(t[0]), np.asarray(x))), x_t, t)
             return x_t
 
-        draw(config, network, sketch.shape, {"sketch": sketch}, jax.random.key(0))
+        draw(config, network, sketch.shape, Conditions(sketch=sketch), jax.random.key(0))
         jax.effects_barrier()
         t, x_t = max(seen, key=lambda entry: entry[0])
         assert t == step

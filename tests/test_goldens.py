@@ -18,6 +18,7 @@ from unclip_jax.models.unet import UNet
 from unclip_jax.pretrained import adm, glide, karlo
 from unclip_jax.pretrained.state_dict import StateDict
 from unclip_jax.stages import make_stage
+from unclip_jax.stages.conditions import Conditions
 
 FOLDER = Path(os.environ.get("UNCLIP_GOLDENS") or Path(__file__).parent / "goldens")
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -57,14 +58,12 @@ def check_glide(meta, inputs, outputs):
     assert tuple(config.model.unet.channel_mult) == tuple(c["channel_mult"])
     assert set(config.model.unet.attention) == set(c["attention_resolutions"]) & {2**i for i in range(10)}
     stage = make_stage(config)
-    conditions = {}
+    conditions = Conditions()
     if "low_res" in inputs:
-        conditions["low_res"] = nhwc(inputs["low_res"])
+        conditions = conditions._replace(low_res=nhwc(inputs["low_res"]))
     if "inpaint_mask" in inputs:
-        conditions |= {
-            "known": nhwc(inputs["inpaint_mask"]) > 0.5,
-            "known_image": nhwc(inputs["inpaint_image"]),
-        }
+        known, image = nhwc(inputs["inpaint_mask"]) > 0.5, nhwc(inputs["inpaint_image"])
+        conditions = conditions._replace(known=known, known_image=image)
 
     @jax.jit
     def run(params, x, t, tokens, length):

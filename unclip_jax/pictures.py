@@ -69,3 +69,13 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
         else:
             lines[-1] = longer
     return lines
+
+
+def to_float(images: np.ndarray) -> np.ndarray:
+    """Maps uint8 pictures to float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Rounds pictures in [-1, 1] to uint8; clips what is outside."""
+    return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)

@@ -12,6 +12,7 @@ from shrink import small_config
 from unclip_jax import train
 from unclip_jax.diffusion.schedule import make_schedule, respace, table_at
 from unclip_jax.errors import UserError
+from unclip_jax.stages.conditions import Conditions
 from unclip_jax.stages.prior_diffusion import PriorDiffusion
 
 ROWS, DIM, VARIANCE, STEPS = 4096, 4, 0.289, 64
@@ -56,7 +57,7 @@ def test_variances_are_the_data_s_and_sampling_keeps_to_them():
     assert float(said["C_least_noise"]) == C[0] and float(said["C_most_noise"]) == C[-1]
     assert C.max() <= np.mean(z_i**2)
 
-    conditions = captions() | {"text_embedding": jnp.zeros((ROWS, DIM)), "guidance_scale": jnp.float32(1)}
+    conditions = Conditions(**captions(), text_embedding=jnp.zeros((ROWS, DIM)), guidance_scale=jnp.float32(1))
     sample = jax.jit(stage.sample)
     spread = np.var(sample(params, {}, conditions, jax.random.key(2)))
     assert spread == pytest.approx(VARIANCE, rel=0.03)

@@ -16,6 +16,8 @@ from unclip_jax.paths import to_path
 from unclip_jax.planning import flops
 from unclip_jax.planning.fitting import remat_keys
 from unclip_jax.stages import Stage, make_stage
+from unclip_jax.stages.base import Sampler
+from unclip_jax.stages.conditions import Conditions
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated
 from unclip_jax.training.state import TrainState, abstract_state, init_state, make_train_step, root_key
@@ -78,7 +80,7 @@ def sample_program(config: ConfigDict, device: jax.Device, rows: int = CHUNK_ROW
     Raises UserError where it draws nothing.
     """
     stage = assembled(config)
-    if not hasattr(stage, "sample"):
+    if not isinstance(stage, Sampler):
         raise UserError(f"--sample: a {config.stage} draws nothing")
     shapes = (
         jax.eval_shape(stage.init, jax.random.key(0)),
@@ -91,7 +93,7 @@ def sample_program(config: ConfigDict, device: jax.Device, rows: int = CHUNK_ROW
     return Program(stage, sample.trace(*arguments), arguments)
 
 
-def conditions(stage: Stage, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def conditions(stage: Stage, rows: int) -> Conditions:
     """Shapes of the conditions from which a stage draws `rows` pictures or embeddings."""
     config, spec = stage.config, {}
     for name, (_, context, _) in stage.texts.items():
@@ -104,7 +106,7 @@ def conditions(stage: Stage, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     if config.model.get("factor"):
         side = config.model.image_size // config.model.factor
         spec["low_res"] = (rows, side, side, 3), jnp.float32
-    return {name: jax.ShapeDtypeStruct(*shape_and_type) for name, shape_and_type in spec.items()}
+    return Conditions(**{name: jax.ShapeDtypeStruct(*shape_and_type) for name, shape_and_type in spec.items()})
 
 
 def trained_flops(config: ConfigDict, params: Any) -> int:
