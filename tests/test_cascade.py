@@ -169,3 +169,18 @@ def test_prompts_that_cannot_be_drawn(cascade, prompt, says):
 
 def test_good_prompts_pass(cascade):
     cascade.check_prompts(["a red apple", "RED", "🍎", "un œuf"])
+
+
+def test_a_picture_is_the_same_in_any_company(small):
+    """Alone, among others, and in another order; numbers of a caption and of its picture alone count."""
+    texts, rows, draws = [*TEXTS, "a green tent"], [0, 1, 7], [0, 0, 3]
+    together = small.generate(texts, 5, rows=rows, draws=draws)
+    for order in ([2], [1, 0], [2, 1, 0]):
+        chosen = ([values[i] for i in order] for values in (texts, rows, draws))
+        apart = small.generate(next(chosen), 5, rows=next(chosen), draws=next(chosen))
+        np.testing.assert_allclose(apart["embeddings"], together["embeddings"][order], atol=1e-5)
+        difference = apart["images"][0].astype(int) - together["images"][0][order]
+        assert np.abs(difference).max() <= 1, "programs of other shapes may round otherwise"
+    other = small.generate(texts, 5, rows=rows, draws=[1, 0, 3])
+    assert not np.array_equal(other["images"][0][0], together["images"][0][0])
+    np.testing.assert_array_equal(other["images"][0][1:], together["images"][0][1:])

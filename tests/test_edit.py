@@ -10,7 +10,7 @@ from PIL import Image
 from shrink import compilation_cache, save_cascade, small_config
 
 from unclip_jax import edit
-from unclip_jax.cascade import DDIM, Cascade, slerp
+from unclip_jax.cascade import Cascade, ddim_to_and_fro, slerp
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
 from unclip_jax.paths import copy_folder, files_below, to_path, write_bytes
@@ -62,7 +62,7 @@ def test_without_noise_the_seed_does_not_matter_and_with_it_it_does(cascade, pic
 def test_variations_differ_and_eta_never_compiles_anew(cascade, pictures):
     first = cascade.variations(pictures[0], 3, 1.0, 0, steps=STEPS)
     assert len({image.tobytes() for image in first["images"][0]}) == 3
-    model = cascade.decoder.sampled_by(**DDIM, steps=str(STEPS))
+    model = cascade.decoder.sampled_by(**ddim_to_and_fro(STEPS))
     before = model._sample._cache_size()
     assert before
     cascade.variations(pictures[1], 3, 0.5, 1, steps=STEPS, guidance_scale=2.0)

@@ -13,6 +13,7 @@ from unclip_jax.arrays import Key, Params
 from unclip_jax.bundle import check_params, load_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
+from unclip_jax.keys import RowKeys
 from unclip_jax.models.mesh import jit_on_mesh, one_device
 from unclip_jax.stages import ClipTowers, Stage, make_stage
 from unclip_jax.stages.base import Inverter, Sampler
@@ -62,12 +63,13 @@ class Model:
         self,
         frozen: Params,
         conditions: Conditions,
-        key: Key,
+        key: Key | RowKeys,
         noised_clip: "Model | None" = None,
         noised_text: np.ndarray | None = None,
     ) -> np.ndarray:
         """Draws a row for each row of the conditions; fields of no dimension, such as scales, go to all rows.
 
+        key: one, whose rows are numbered from 0, or keys of rows: the same key draws the same row in any company.
         noised_clip: guides the drawing to the rows of noised_text (N, dim), its embeddings of the captions, as far as
         `conditions.clip_scale` says.
         """
@@ -76,14 +78,17 @@ class Model:
         arrays = {name: value for name, value in given.items() if np.ndim(value)}
         if noised_clip:
             arrays["noised_text"] = noised_text
+        count = len(next(iter(arrays.values())))
+        keys = RowKeys.of(key, count)
         drawn = []
-        for i, rows in enumerate(chunks(*arrays.values())):
-            chunk = dict(zip(arrays, rows, strict=True)) | scalars
+        for rows, draws, *parts in chunks(keys.rows, keys.draws, *arrays.values()):
+            chunk = dict(zip(arrays, parts, strict=True)) | scalars
             if noised_clip:
                 gradient, text = noised_clip._similarity_gradient, chunk.pop("noised_text")
                 chunk["clip_gradient"] = jax.tree_util.Partial(gradient, noised_clip.params, text)
-            drawn.append(np.asarray(self._sample(self.params, frozen, Conditions(**chunk), jax.random.fold_in(key, i))))
-        return np.concatenate(drawn)[: len(next(iter(arrays.values())))]
+            chunk_keys = RowKeys(keys.key, rows, draws)
+            drawn.append(np.asarray(self._sample(self.params, frozen, Conditions(**chunk), chunk_keys)))
+        return np.concatenate(drawn)[:count]
 
     def invert(self, frozen: Params, conditions: Conditions, images: np.ndarray) -> np.ndarray:
         """DDIM-inverts pictures, float32 (N, R, R, 3) in [-1, 1], to their x_T."""
@@ -109,7 +114,8 @@ class Model:
 
     @functools.cached_property
     def _sample(self) -> Callable:
-        return self._jitted(cast(Sampler, self.stage).sample)
+        sample = cast(Sampler, self.stage).sample
+        return self._jitted(lambda params, frozen, conditions, keys: sample(params, frozen, conditions, keys.make()))
 
     @functools.cached_property
     def _invert(self) -> Callable:

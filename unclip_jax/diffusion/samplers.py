@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from unclip_jax.diffusion.analytic import analytic_variance, reverse_weights
 from unclip_jax.diffusion.process import Denoiser, Prediction, posterior_mean_variance
 from unclip_jax.diffusion.schedule import NoiseSchedule, table_at
+from unclip_jax.keys import draw_rows, fold_in
 
 Step = Callable[[jax.Array, jax.Array, Prediction, NoiseSchedule, jax.Array], jax.Array]
 
@@ -61,8 +62,8 @@ def analytic_dpm_step(C, eta) -> Step:
 def sample(denoiser: Denoiser, schedule: NoiseSchedule, x_T, key, step: Step = ddpm_step, noise=None):
     """x_0 from x_T, the state at the schedule's last step; both float32 (B, ...).
 
-    The noise of step i is drawn from fold_in(key, i). `noise` (num_steps, *x_T.shape) stands in for it: noise[k] goes
-    to the k-th step taken, and `key` is then unused.
+    key: one for all rows, or keys (B,), one for each. The noise of step i is drawn from fold_in(key, i). `noise`
+    (num_steps, *x_T.shape) stands in for it: noise[k] goes to the k-th step taken, and `key` is then unused.
     """
     if noise is not None and noise.shape != (schedule.num_steps, *x_T.shape):
         raise ValueError(f"noise of shape {noise.shape}: expected one x_T per step, {(schedule.num_steps, *x_T.shape)}")
@@ -70,7 +71,7 @@ def sample(denoiser: Denoiser, schedule: NoiseSchedule, x_T, key, step: Step = d
     def body(x_t, i_and_noise):
         i, step_noise = i_and_noise
         if step_noise is None:
-            step_noise = jax.random.normal(jax.random.fold_in(key, i), x_t.shape, x_t.dtype)
+            step_noise = draw_rows(jax.random.normal, fold_in(key, i), x_t.shape)
         return step(x_t, i, denoiser(x_t, i), schedule, step_noise), None
 
     indices = jnp.arange(schedule.num_steps - 1, -1, -1, dtype=jnp.int32)

@@ -22,6 +22,7 @@ from unclip_jax.diffusion.losses import training_loss
 from unclip_jax.diffusion.process import make_denoiser, q_sample
 from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_invert, ddim_step, ddpm_step, sample
 from unclip_jax.diffusion.schedule import first_steps, make_schedule, respace
+from unclip_jax.keys import draw_rows, split
 from unclip_jax.stages.conditions import Conditions
 
 Scalars = Mapping[str, Array]
@@ -66,7 +67,10 @@ class Sampler(Protocol):
     """A stage that draws pictures or embeddings; every stage but a CLIP."""
 
     def sample(self, params: Params, frozen: Params, conditions: Conditions, key: Key) -> Float[Array, " B *shape"]:
-        """Draws a row for each row of the conditions, by `config.sampling`."""
+        """Draws a row for each row of the conditions, by `config.sampling`.
+
+        key: one for all rows, or keys (B,), by which each row's randomness is its own.
+        """
 
 
 class Inverter(Sampler, Protocol):
@@ -240,6 +244,7 @@ def draw(
     """Samples x0 of `shape` by `config.sampling`, as far as it does not depend on the network which conditions hold:
     guidance, x_T, sketch, eta, known pixels and CLIP guidance.
 
+    key: one for all rows, or keys (B,).
     network: answers for 2B rows where the conditions have a guidance scale, the conditional B first.
     network_inpaints: it takes the known pixels in, so that they are put into its x0; else into each step's x_t.
     C: of the sampler "analytic", a number for each step (arXiv 2201.06503).
@@ -248,10 +253,10 @@ def draw(
     schedule = respace(make_schedule(d.schedule, d.timesteps), s.steps)
 
     # The start: noise, or a noised sketch some way down the chain.
-    key_start, key_steps = jax.random.split(key)
+    key_start, key_steps = split(key)
     x_T = conditions.x_T
     if x_T is None:
-        x_T = s.temperature * jax.random.normal(key_start, shape)
+        x_T = s.temperature * draw_rows(jax.random.normal, key_start, shape)
     if conditions.sketch is not None:
         schedule = first_steps(schedule, max(1, round(s.start * schedule.num_steps)))
         x_T = q_sample(schedule, conditions.sketch, jnp.int32(schedule.num_steps - 1), x_T)

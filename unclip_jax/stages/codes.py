@@ -8,12 +8,15 @@ low_k and high_k are quantiles of y_k, and the buckets of the dot product z_i ·
 largest value, in training. `fit` finds all this once; the other functions take the dict that it returns.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from unclip_jax.arrays import Array, Key
+from unclip_jax.keys import draw_rows
 
 DOT_QUANTILES = 1001  # stored, from the smallest dot product to the largest
 
@@ -70,7 +73,8 @@ def encode_dot(statistics: Statistics, dot: Float[Array, " B"], buckets: int) ->
 
 def draw_dot(statistics: Statistics, key: Key, rows: int, percentile: float) -> Float[Array, " rows"]:
     """Draws dot products as they were in training, above a percentile of them."""
-    share = jax.random.uniform(key, (rows,), minval=percentile / 100, maxval=1.0)
+    uniform = functools.partial(jax.random.uniform, minval=percentile / 100, maxval=1.0)
+    share = draw_rows(uniform, key, (rows,))
     return jnp.interp(share, jnp.linspace(0.0, 1.0, DOT_QUANTILES), statistics["dot_quantiles"])
 
 

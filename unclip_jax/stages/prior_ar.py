@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.errors import UserError
+from unclip_jax.keys import draw_rows, fold_in, split
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.prior_ar import ARPrior
 from unclip_jax.models.transformer import TextTransformer
@@ -99,7 +100,7 @@ class PriorAR(Prior):
         network, fixed = _parts(params)
         m, s = self.config.model, self.config.sampling
         rows = len(conditions.text_embedding)
-        key_dot, key_codes = jax.random.split(key)
+        key_dot, key_codes = split(key)
         dot = codes.encode_dot(fixed, codes.draw_dot(fixed, key_dot, rows, s.dot_percentile), m.num_dot_buckets)
         # Rows: all conditional, then all unconditional.
         caption = conditions.tokens, conditions.tokens_length, conditions.text_embedding
@@ -115,7 +116,7 @@ class PriorAR(Prior):
             conditional, null = jnp.split(logits, 2)
             guided = null + conditions.guidance_scale * (conditional - null)
             # The largest logit with Gumbel noise is a draw from softmax(logits / temperature); 0 takes the likeliest.
-            noise = jax.random.gumbel(jax.random.fold_in(key_codes, k), guided.shape)
+            noise = draw_rows(jax.random.gumbel, fold_in(key_codes, k), guided.shape)
             code = jnp.argmax(guided + s.temperature * noise, axis=-1).astype(jnp.int32)
             return (cache, jnp.tile(code, 2)), code
 

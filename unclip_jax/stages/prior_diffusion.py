@@ -18,6 +18,7 @@ from unclip_jax.diffusion.analytic import estimate_C, squared_errors
 from unclip_jax.diffusion.guidance import clip_x0
 from unclip_jax.diffusion.process import make_denoiser
 from unclip_jax.diffusion.schedule import NoiseSchedule, make_schedule, respace
+from unclip_jax.keys import fold_in
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.stages.base import Metrics, Network, Scalars, diffusion_loss, draw, empty_caption, trained
@@ -132,7 +133,8 @@ class PriorDiffusion(Prior):
         condition = self._condition(frozen, repeated, jnp.tile(z_t, (2 * draws, 1)), keep)
         network, mean, std = self._network(params, condition)
         C = params["fixed"]["C"] if self._analytic else None
-        drawn = draw(self.config, network, (draws * len(z_t), z_t.shape[-1]), conditions, key, C=C)
+        keys = jnp.concatenate([fold_in(key, draw) for draw in range(draws)]) if key.ndim else key
+        drawn = draw(self.config, network, (draws * len(z_t), z_t.shape[-1]), conditions, keys, C=C)
         drawn = drawn / self.config.diffusion.embedding_scale * std + mean
         drawn = normalize(drawn) if self.clip.config.model.unit_norm else drawn
         drawn = drawn.reshape(draws, *z_t.shape)
