@@ -33,10 +33,15 @@ print(json.dumps([f"{count} {kind}" for kind, count in kinds.items()]))
 """
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]):
+    """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("doctor", __doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv[1:])
+    return parser.parse_args(argv[1:])
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
     found = examine()
     print(json.dumps(found, indent=2) if args.json else _table(found))
     return 0

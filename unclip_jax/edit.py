@@ -36,7 +36,7 @@ NEEDS = {
 
 
 def main(argv: list[str]) -> int:
-    args = _parse(argv)
+    args = parse(argv)
     images = [_read(path) for path in args.image]
     masks = [_read_mask(path) for path in args.mask]
     _check(args, images, masks)
@@ -61,7 +61,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parse(argv: list[str]):
+def parse(argv: list[str]):
+    """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("edit", __doc__)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--bundle", required=True, help="folder of a trained cascade")

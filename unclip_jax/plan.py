@@ -30,17 +30,21 @@ from unclip_jax.stages.base import trained
 
 DEPTH = 2  # levels of names that the table shows apart
 
+FLAGS = {
+    "topology": (str, "", "a TPU slice such as v5p:4x4x4, GPUs such as h100:8, or local"),
+    "sample": (bool, False, "plan what `sample` runs on one chip, instead of the train step"),
+    "quick": (bool, False, "leave out the TPU compiler's estimate of cycles, which takes most of the time"),
+    "json": (bool, False, "print one JSON object instead of a table"),
+}
+
+
+def parse(argv: list[str]):
+    """Reads the command line: FLAGS and `config`. Raises UserError for what is wrong with it."""
+    return cli.parse(argv, FLAGS)
+
 
 def main(argv: list[str]) -> int:
-    flags = cli.parse(
-        argv,
-        {
-            "topology": (str, "", "a TPU slice such as v5p:4x4x4, GPUs such as h100:8, or local"),
-            "sample": (bool, False, "plan what `sample` runs on one chip, instead of the train step"),
-            "quick": (bool, False, "leave out the TPU compiler's estimate of cycles, which takes most of the time"),
-            "json": (bool, False, "print one JSON object instead of a table"),
-        },
-    )
+    flags = parse(argv)
     target = find_target(flags.topology)
     found = plan(flags.config, target, flags.sample, flags.quick)
     print(json.dumps(found) if flags.json else report.table(found))

@@ -33,12 +33,17 @@ STAGES = {
 }
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]):
+    """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("quickstart", __doc__)
     parser.add_argument("--out", default="quickstart", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="train each model so many steps only, to try the machinery")
-    args = parser.parse_args(argv[1:])
+    return parser.parse_args(argv[1:])
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
     from unclip_jax.evaluation import alignment  # needs packages of [data], so it comes before any long work
 
     out = output_folder(args.out)

@@ -17,7 +17,8 @@ from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]):
+    """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("sample", __doc__)
     parser.add_argument("--bundle", required=True, help="folder of a trained cascade")
     parser.add_argument("--prompt", required=True, action="append", help="what to draw; may be repeated")
@@ -28,7 +29,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prior-guidance", type=float, help="of the prior; likewise")
     parser.add_argument("--clip-guidance", type=float, default=0.0, help="of the decoder, by noised_clip/")
     parser.add_argument("--out", default="samples", help="folder to write to")
-    args = parser.parse_args(argv[1:])
+    return parser.parse_args(argv[1:])
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
     if args.n < 1:
         raise UserError(f"--n {args.n}: expected at least 1 picture per prompt")
     if args.rerank and args.rerank < args.n:

@@ -61,21 +61,26 @@ class Report(TypedDict):
     sha256: str  # of the final state
     metrics: dict[str, float]  # of the last evaluation
 
+FLAGS = {
+    "workdir": (str, None, "folder of the run, local or gs://"),
+    "platform": (str, "", "tpu, gpu or cpu: run on nothing else; empty: on what is there"),
+    "coordinator": (str, "", "HOST:PORT of process 0, where no cluster tells it"),
+    "processes": (int, -1, "their number"),
+    "process": (int, -1, "which of them this is, from 0"),
+    "wait": (int, 300, "seconds in which all processes must have come"),
+}
 
-def main(argv: list[str]) -> int:
-    flags = cli.parse(
-        argv,
-        {
-            "workdir": (str, None, "folder of the run, local or gs://"),
-            "platform": (str, "", "tpu, gpu or cpu: run on nothing else; empty: on what is there"),
-            "coordinator": (str, "", "HOST:PORT of process 0, where no cluster tells it"),
-            "processes": (int, -1, "their number"),
-            "process": (int, -1, "which of them this is, from 0"),
-            "wait": (int, 300, "seconds in which all processes must have come"),
-        },
-    )
+
+def parse(argv: list[str]):
+    """Reads the command line: FLAGS and `config`. Raises UserError for what is wrong with it."""
+    flags = cli.parse(argv, FLAGS)
     if not flags.workdir:
         raise UserError("no --workdir: give the folder that the run writes to, such as --workdir=runs/decoder")
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(argv)
     preflight.join(flags.coordinator, flags.processes, flags.process, flags.wait)
     preflight.check_platform(flags.platform)
     cli.enable_compilation_cache()

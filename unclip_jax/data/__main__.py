@@ -37,12 +37,18 @@ from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]):
+    """Reads the command line: `out` and `config`. Raises UserError for what is wrong with it."""
     if argv[1:2] != ["embed"]:
         raise UserError(f"expected {embeddings.COMMAND} --config=configs/prior_diffusion.py:tiny --out=DIR")
     flags = cli.parse([argv[0], *argv[2:]], {"out": (str, None, "folder to write to")})
     if not flags.out:
         raise UserError(f"--out is {flags.out!r}: expected a folder, such as --out=embeddings")
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(argv)
     cli.enable_compilation_cache()
     embed(flags.config, output_folder(flags.out), jax.process_index(), jax.process_count())
     return 0

@@ -4,8 +4,8 @@
     python -m unclip_jax.pretrained openai_clip SOURCE --out DIR
     python -m unclip_jax.pretrained karlo SOURCE --out DIR
 
-SOURCE is the folder (of CLIP: or the file) that the weights were downloaded to, with their vocabulary files; the README
-lists them. DIR becomes a cascade, of `openai_clip` a single bundle.
+SOURCE is the folder (of CLIP: or the file) that the weights were downloaded to, with their vocabulary files;
+docs/public_weights.md lists them. DIR becomes a cascade, of `openai_clip` a single bundle.
 """
 
 import importlib
@@ -24,7 +24,8 @@ from unclip_jax.stages import make_stage
 FAMILIES = ("glide", "openai_clip", "karlo")
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]):
+    """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("pretrained", __doc__)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("source", help="what was downloaded: a folder, or a file of CLIP")
@@ -33,7 +34,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--head-channels", type=int, default=64, help="of every attention; no shape tells it")
     parser.add_argument("--heads", type=int, default=0, help="of the text path or prior; 0: the published models'")
     parser.add_argument("--image-size", type=int, default=0, help="of the pictures drawn; 0: the published models'")
-    args = parser.parse_args(argv[1:])
+    return parser.parse_args(argv[1:])
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
     source, out = to_path(args.source), output_folder(args.out)
     if is_remote(source):
         raise UserError(f"{source} is in a bucket: copy it to a disk first, by gcloud storage cp --recursive")
