@@ -102,6 +102,12 @@ class Chain:
         """Enlarges pictures by each upsampler in turn; gives them after each. texts: read by GLIDE's alone."""
         return [to_uint8(larger) for larger in self._upsample(to_float(images), texts, key)]
 
+    def identities(self) -> dict[str, str]:
+        """SHA-256 of each model's bundle, by its folder's name in a cascade."""
+        named = {"clip": self.clip, "prior": self.prior, "decoder": self.decoder, "noised_clip": self.noised_clip}
+        named |= dict(zip(UPSAMPLERS, self.upsamplers, strict=False))
+        return {name: model.identity for name, model in named.items() if model}
+
     def check_prompts(self, texts: list[str]) -> None:
         """Raises UserError for a prompt that is empty or longer than the models read, and without a prior."""
         self._check_prior()

@@ -139,11 +139,16 @@ class Model:
         return lambda params, text, x_t, t: clip.similarity_gradient(params, x_t, t, text)
 
 
+def chunk_rows(count: int) -> int:
+    """Number of rows that go through at once where there are `count`."""
+    return min(count, CHUNK_ROWS)
+
+
 def chunks(*arrays: np.ndarray) -> Iterator[list[np.ndarray]]:
     """Splits arrays into chunks of CHUNK_ROWS rows (fewer where there are fewer in all), the last filled up with its
     own first row."""
     count = len(arrays[0])
-    size = min(count, CHUNK_ROWS)
+    size = chunk_rows(count)
     for start in range(0, count, size):
         parts = [np.asarray(a[start : start + size]) for a in arrays]
         fill = size - len(parts[0])
