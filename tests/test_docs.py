@@ -15,7 +15,7 @@ from documents import ROOT, anchors, blocks, commands, links, shell, spans
 from shrink import CONFIGS, compilation_cache, leaves, save_cascade
 
 from unclip_jax import __main__ as unclip
-from unclip_jax import cli, edit, model, plan, train
+from unclip_jax import cli, edit, plan, train
 from unclip_jax.config_checks import check_config
 from unclip_jax.errors import UserError
 from unclip_jax.planning.chips import parse_topology
@@ -265,14 +265,13 @@ def test_marked_commands_run(tmp_path, capsys):
 
 @pytest.mark.parametrize(("page", "bundle"), [("README.md", "quickstart/bundle"), ("docs/editing.md", "cascade")])
 def test_python_runs(page, bundle, tmp_path, monkeypatch):
-    """On random models without upsamplers, a row at a time, so that little is compiled."""
+    """On random models without upsamplers, so that little is compiled."""
     monkeypatch.chdir(tmp_path)
     save_cascade(tmp_path / bundle)
     for name in ("upsampler_256", "upsampler_1024"):
         shutil.rmtree(tmp_path / bundle / name)
     found = [block.text for block in blocks(TEXTS[page]) if block.language == "python"]
     assert len(found) == 1
-    monkeypatch.setattr(model, "CHUNK_ROWS", 1)
     with compilation_cache():
         exec(compile(found[0], page, "exec"), {})
     assert page != "README.md" or (tmp_path / "variation.png").is_file()
@@ -319,6 +318,16 @@ def test_costs_are_of_the_configs():
         config = cli.load_config(f"configs/{name}.py:paper")
         assert f'"{name}", {parameters.replace(",", "_")})' in counted
         assert [f"{number:,}" for number in (config.train.steps, config.train.batch_size)] == numbers
+
+
+def test_rows_of_plans_can_be_planned():
+    """Config, devices and keys of each row in the tables of docs/gpu.md and docs/costs.md."""
+    row = r"^\| `(\w+\.py)(:\w+)?` \| `(\w+:[\dx]+)` \| (.*?) \|"
+    rows = re.findall(row, TEXTS["docs/gpu.md"] + TEXTS["docs/costs.md"], re.MULTILINE)
+    assert len(rows) > 40
+    for name, size, topology, settings in rows:
+        keys = [f"--config.{word}" for word in re.findall(r"`([\w.]+=[^`]+)`", settings)]
+        check_all([["unclip", "plan", f"--config=configs/{name}{size or ':paper'}", f"--topology={topology}", *keys]])
 
 
 GITHUB = ROOT / ".github"
