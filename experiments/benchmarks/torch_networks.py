@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.unet import UNet
-from unclip_jax.pretrained import karlo, openai_clip
+from unclip_jax.pretrained import karlo_stages, openai_clip
 from unclip_jax.pretrained.adm import unet_config, unet_params
 from unclip_jax.pretrained.diffusers_names import Renamed, prior_names, unet_names
 from unclip_jax.pretrained.state_dict import StateDict
@@ -91,7 +91,7 @@ def _prior(s, dtype, rng):
         embedding_dim=s["dim"], num_embeddings=s["context"]))  # fmt: skip
     weights = Renamed(module.state_dict(), "PriorTransformer", prior_names, head_channels)
     mean, std = (weights.take(name, 1, s["dim"])[0] for name in ("clip_mean", "clip_std"))
-    config, params = karlo.convert_prior(weights, mean, std, dtype, s["heads"])
+    config, params = karlo_stages.convert_prior(weights, mean, std, dtype, s["heads"])
     params = {name: value for name, value in params.items() if not name.startswith("embedding_")}
     network = DiffusionPrior(**config.model, dtype=jnp.dtype(dtype))
     rows = s["batch"]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from unclip_jax import cli
 from unclip_jax.errors import UserError
 
 
@@ -18,22 +17,9 @@ def run(config: ConfigDict, topology: str, count: int) -> dict:
     with tempfile.TemporaryDirectory(prefix="unclip_jax_plan_") as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps({"config": config.to_dict()}))
-        command = [sys.executable, "-m", __name__, str(file), topology, str(count)]
+        command = [sys.executable, "-m", __package__, str(file), topology, str(count)]
         places = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(command, env=places, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise UserError(f"a trial for {topology} ended without an answer (status {done.returncode})")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def main(argv: list[str]) -> int:
-    """The other side of `run`."""
-    from unclip_jax.planning.cost import find_target, training
-
-    _, file, topology, count = argv
-    print(json.dumps(training(cli.load_config(file), find_target(topology), int(count), quick=True, propose=False)))
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

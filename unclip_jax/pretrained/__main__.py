@@ -8,7 +8,6 @@ SOURCE is the folder (of CLIP: or the file) that the weights were downloaded to,
 lists them. DIR becomes a cascade, of `openai_clip` a single bundle.
 """
 
-import importlib
 import sys
 
 import jax
@@ -18,10 +17,10 @@ from unclip_jax.bundle import check_params, save_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, output_folder, to_path
-from unclip_jax.pretrained import Converted, Options
+from unclip_jax.pretrained import Converted, Options, glide, karlo, openai_clip
 from unclip_jax.stages import make_stage
 
-FAMILIES = ("glide", "openai_clip", "karlo")
+FAMILIES = {"glide": glide, "openai_clip": openai_clip, "karlo": karlo}
 
 
 def main(argv: list[str]) -> int:
@@ -42,10 +41,9 @@ def main(argv: list[str]) -> int:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is in the way: give a new or empty folder")
 
-    family = importlib.import_module(f"unclip_jax.pretrained.{args.family}")
     options = Options(args.dtype, args.head_channels, args.heads, args.image_size)
     clip, clip_identity = None, ""
-    for model in family.read_folder(source, options):
+    for model in FAMILIES[args.family].read_folder(source, options):
         stage = make_stage(model.config.lock(), clip)
         check_params(model.params, jax.eval_shape(stage.init, jax.random.key(0)))
         _check_vocabulary(model)

@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
-from unclip_jax.pretrained import Converted, Options, karlo, openai_clip, tokenizers
+from unclip_jax.pretrained import Converted, Options, karlo_stages, openai_clip, tokenizers
 from unclip_jax.pretrained.diffusers_names import Names, Renamed, decoder_names, prior_names, unet_names
 from unclip_jax.pretrained.state_dict import StateDict, read
 
@@ -149,7 +149,7 @@ class _Pipeline:
         weights = Renamed(self.tensors["prior"], str(self.folder / "prior"), prior_names, head_channels)
         part.check("num_attention_heads", weights.shape("clip_img_proj.weight")[0] / head_channels)
         mean, std = (weights.take(name, 1, part.number("embedding_dim"))[0] for name in ("clip_mean", "clip_std"))
-        config, params = karlo.convert_prior(weights, mean, std, self.dtype, heads)
+        config, params = karlo_stages.convert_prior(weights, mean, std, self.dtype, heads)
         part.check("embedding_dim", config.model.embedding_dim)
         part.check("num_embeddings", config.model.context)
         part.check("num_layers", config.model.depth)
@@ -161,7 +161,7 @@ class _Pipeline:
         both = ("decoder", "text_proj")
         tensors = {f"{name}/{key}": value for name in both for key, value in self.tensors[name].items()}
         weights = Renamed(tensors, str(self.folder), self.decoder_names, head_channels)
-        config, params = karlo.convert_decoder(weights, size, self.dtype, head_channels)
+        config, params = karlo_stages.convert_decoder(weights, size, self.dtype, head_channels)
         return self._finished("decoder", config, params)
 
     def upsampler(self) -> Converted:
@@ -170,7 +170,7 @@ class _Pipeline:
             Renamed(self.tensors[name], str(self.folder / name), self.upsampler_names, 1)
             for name in ("super_res_first", "super_res_last")
         ]
-        config, params = karlo.convert_upsampler(*networks, size, self.dtype)
+        config, params = karlo_stages.convert_upsampler(*networks, size, self.dtype)
         config.model.factor = size // small
         halvings = len(config.model.unet.channel_mult) - 1
         config.model.patch = size if small % 2**halvings else small
