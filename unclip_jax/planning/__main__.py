@@ -8,12 +8,13 @@ FLOPS: of one train step by the model's formula, which the parent process has al
 import json
 
 from unclip_jax import cli
-from unclip_jax.planning.cost import find_target, training
+from unclip_jax.planning.cost import find_target, plan_training
 
 
 def main(argv: list[str]) -> int:
-    _, file, topology, count = argv
-    print(json.dumps(training(cli.load_config(file), find_target(topology), int(count), quick=True, propose=False)))
+    _, file, topology, model_flops = argv
+    config, target = cli.load_config(file), find_target(topology)
+    print(json.dumps(plan_training(config, target, int(model_flops), quick=True, propose=False)))
     return 0
 
 
