@@ -59,7 +59,7 @@ def data(monkeypatch):
     sources = {"train": Records(RECORDS, 0), "test": Records(HELD_OUT, 1)}
     for module in (embedding, train):
         monkeypatch.setattr(module, "open_source", lambda spec, split, *_: sources[split])
-    monkeypatch.setattr(embeddings, "SHARD", PER_SHARD)
+    monkeypatch.setattr(embeddings, "SHARD_RECORDS", PER_SHARD)
     with compilation_cache():
         yield sources
 

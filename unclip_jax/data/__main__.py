@@ -4,8 +4,8 @@
         --out=embeddings
 
 embeds every picture and every caption of the training and the held-out split. Priors and decoders are then trained with
---config.data.embeddings=embeddings, and have the same loss. Stopped, the same command goes on; files that are finished
-are not made again. Where several processes run, each makes files of its own.
+--config.data.embeddings=embeddings, and have the same loss as with CLIP in the step. After a stop the same command goes
+on: files that are finished are not made again. Where several processes run, each makes files of its own.
 """
 
 import jax

@@ -1,5 +1,8 @@
-"""Karlo, the public unCLIP (github.com/kakaobrain/karlo): prior, decoder and the upsampler of seven steps, the last of
-them by a second network. Tensors have the names of its own repository; `diffusers_unclip` brings diffusers' to them."""
+"""Reads Karlo, the public unCLIP (github.com/kakaobrain/karlo): CLIP, prior, decoder and an upsampler of seven steps.
+
+Here its own repository's files are read; `diffusers_unclip` reads the folder that diffusers publishes. Both convert the
+networks by `karlo_stages`.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +12,9 @@ import numpy as np
 from unclip_jax.errors import UserError
 from unclip_jax.pretrained import Converted, Options, diffusers_unclip, openai_clip, tokenizers
 from unclip_jax.pretrained.karlo_stages import convert_decoder, convert_prior, convert_upsampler
-from unclip_jax.pretrained.state_dict import StateDict, read, read_torch, to_numpy
+from unclip_jax.pretrained.state_dict import StateDict, read_tensors, read_torch, to_numpy
 
-FILES = {  # of the repository's own release; the numbers in their names are training steps
+FILES = {  # of the repository's release; the numbers in place of * are training steps
     "prior": "prior-ckpt-*.ckpt",
     "decoder": "decoder-ckpt-*.ckpt",
     "upsampler": "improved-sr-ckpt-*.ckpt",
@@ -21,10 +24,11 @@ FILES = {  # of the repository's own release; the numbers in their names are tra
 
 
 def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
-    """The models of either release, one at a time, CLIP first: diffusers' folder, which has a model_index.json; or that
-    of the repository's own files, with CLIP's bpe_simple_vocab_16e6.txt.gz beside them.
+    """Yields the models of either release, one at a time, CLIP first.
 
-    Of the latter `options` say what no shape tells. Raises UserError for what is missing, damaged or another model.
+    folder: diffusers', which has a model_index.json; or one of the repository's own files, FILES, with CLIP's
+    bpe_simple_vocab_16e6.txt.gz beside them. options: for the repository's files, which have no configs. Raises
+    UserError for files that are missing, damaged or of another model.
     """
     if (folder / "model_index.json").exists():
         yield from diffusers_unclip.read_folder(folder, options)
@@ -34,16 +38,16 @@ def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
     if missing:
         raise UserError(f"{folder} is not Karlo: it has neither model_index.json nor one each of {', '.join(missing)}")
     paths = {name: paths[0] for name, paths in found.items()}
-    vocabulary = tokenizers.clip(folder)
-    weights = {name: read(path) for name, path in paths.items() if name != "statistics"}
+    vocabulary = tokenizers.read_clip(folder)
+    weights = {name: read_tensors(path) for name, path in paths.items() if name != "statistics"}
 
-    def part(name, prefix):
+    def part(name: str, prefix: str) -> StateDict:
         return StateDict(weights[name], str(paths[name]), prefix)
 
     size, dtype = options.image_size or 64, options.dtype
     clip = openai_clip.convert(part("clip", ""), dtype, options.head_channels, unit_norm=False)
     yield Converted("clip", *clip, vocabulary)
-    del clip  # so that one model is held at a time
+    del clip  # so that only one model is in memory at a time
     mean, std = _statistics(paths["statistics"])
     prior = convert_prior(part("prior", "model."), mean, std, dtype, options.heads or 32)
     yield Converted("prior", *prior, None)
@@ -56,7 +60,7 @@ def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
 
 
 def _statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of CLIP's image embeddings, each (dim,)."""
+    """Reads mean and standard deviation of CLIP's image embeddings, each (dim,)."""
     values = read_torch(path)
     if not (isinstance(values, tuple | list) and len(values) == 2 and all(hasattr(v, "shape") for v in values)):
         raise UserError(f"{path} does not hold mean and standard deviation: download it again")

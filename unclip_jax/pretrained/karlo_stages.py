@@ -9,17 +9,21 @@ from ml_collections import ConfigDict
 from unclip_jax.pretrained.adm import unet_config, unet_params
 from unclip_jax.pretrained.glide import transformer_params
 from unclip_jax.pretrained.layers import dense, norm
-from unclip_jax.pretrained.state_dict import StateDict, depth
+from unclip_jax.pretrained.state_dict import StateDict, count_blocks
 
 
 def convert_prior(
     weights: StateDict, mean: np.ndarray, std: np.ndarray, dtype: str = "float32", heads: int = 32
 ) -> tuple[ConfigDict, dict]:
-    """Config and parameters of the `prior_diffusion` stage. mean, std (dim,): of CLIP's image embeddings."""
+    """Converts the prior; returns config and parameters of the `prior_diffusion` stage.
+
+    mean, std: (dim,), of CLIP's image embeddings. heads: of its attention, which no shape tells. Raises UserError for
+    a state dict that is not such a model.
+    """
     width, dim = weights.shape("clip_img_proj.weight")
     places = weights.shape("positional_embedding")[1]
     states = weights.shape("text_enc_proj.weight")[1]
-    layers = depth(weights, "transformer.resblocks.{}.ln_1.weight")
+    layers = count_blocks(weights, "transformer.resblocks.{}.ln_1.weight")
     params = {
         "caption": dense(weights, "text_enc_proj", states, width),
         "text_embedding": dense(weights, "text_emb_proj", dim, width),
@@ -77,24 +81,16 @@ def convert_decoder(
     head_channels: int = 64,
     heads: tuple[int, int] = (1, 1),
 ) -> tuple[ConfigDict, dict]:
-    """Config and parameters of the `decoder` stage whose captions CLIP reads."""
+    """Converts the decoder; returns config and parameters of the `decoder` stage, whose captions CLIP reads.
+
+    image_size: side in pixels of the pictures drawn. head_channels, heads: as in `models.unet.UNet`, where no shape
+    tells them. Raises UserError for a state dict that is not such a model.
+    """
     unet = unet_config(weights, head_channels, heads, norm_groups=32)
-    emb, dim = weights.shape("clip_emb.weight")
-    width, states = weights.shape("text_seq_proj.0.weight")
+    dim, width = weights.shape("clip_emb.weight")[1], weights.shape("text_seq_proj.0.weight")[0]
     tokens = weights.shape("clip_tok_proj.weight")[0] // width if "clip_tok_proj.weight" in weights else 0
     channels, outputs = weights.shape("input_blocks.0.0.weight")[1], weights.shape("out.2.weight")[0]
-    # Our conditioner multiplies embeddings by sqrt(dim), Karlo's does not.
-    conditioner = {
-        "text_states": dense(weights, "text_seq_proj.0", states, width),
-        "text_norm": norm(weights, "text_seq_proj.1", width),
-        "text_to_emb": dense(weights, "text_feat_proj", dim, emb),
-        "image_to_emb": _unscaled(dense(weights, "clip_emb", dim, emb)),
-    }
-    if tokens:
-        projection = dense(weights, "clip_tok_proj", dim, width * tokens)
-        conditioner["image_to_tokens"] = _unscaled(_by_token(projection, tokens))
-    if "cf_param" in weights:
-        conditioner["null_embedding"] = weights.take("cf_param", dim) * np.float32(dim**0.5)
+    conditioner = _conditioner(weights, tokens)
     params = {"conditioner": conditioner, "unet": unet_params(weights, unet, channels, outputs, width)}
     weights.finish()
     config = ConfigDict({
@@ -130,10 +126,33 @@ def convert_decoder(
     return config, params
 
 
+def _conditioner(weights: StateDict, tokens: int) -> dict:
+    """Converts the decoder's conditioner. tokens: number of tokens that it makes of an image embedding; 0: none."""
+    emb, dim = weights.shape("clip_emb.weight")
+    width, states = weights.shape("text_seq_proj.0.weight")
+    # This library's conditioner multiplies embeddings by sqrt(dim), Karlo's does not.
+    conditioner = {
+        "text_states": dense(weights, "text_seq_proj.0", states, width),
+        "text_norm": norm(weights, "text_seq_proj.1", width),
+        "text_to_emb": dense(weights, "text_feat_proj", dim, emb),
+        "image_to_emb": _unscaled(dense(weights, "clip_emb", dim, emb)),
+    }
+    if tokens:
+        projection = dense(weights, "clip_tok_proj", dim, width * tokens)
+        conditioner["image_to_tokens"] = _unscaled(_by_token(projection, tokens))
+    if "cf_param" in weights:
+        conditioner["null_embedding"] = weights.take("cf_param", dim) * np.float32(dim**0.5)
+    return conditioner
+
+
 def convert_upsampler(
     first: StateDict, last: StateDict | None, image_size: int = 256, dtype: str = "float32"
 ) -> tuple[ConfigDict, dict]:
-    """Config and parameters of the `upsampler` stage. last: the network of the last step; None: there is but one."""
+    """Converts the upsampler; returns config and parameters of the `upsampler` stage.
+
+    first: the network of all steps but the last one. last: the network of the last step; None: `first` makes all steps.
+    image_size: side in pixels of the pictures drawn. Raises UserError for state dicts that are not such models.
+    """
     unet = unet_config(first, head_channels=1, heads=(1, 1), norm_groups=32)
     channels, outputs = first.shape("input_blocks.0.0.weight")[1], first.shape("out.2.weight")[0]
     networks = [first] if last is None else [first, last]
@@ -171,14 +190,15 @@ def convert_upsampler(
 
 
 def _unscaled(projection: dict) -> dict:
+    """Divides a projection's kernel by sqrt(inputs)."""
     kernel = projection["kernel"]
     return projection | {"kernel": kernel / np.float32(len(kernel) ** 0.5)}
 
 
 def _by_token(projection: dict, tokens: int) -> dict:
-    """Karlo's outputs go channel by channel, ours token by token."""
+    """Reorders the outputs of a projection to several tokens from channel by channel to token by token."""
 
-    def turned(value):
+    def turned(value: np.ndarray) -> np.ndarray:
         return value.reshape(*value.shape[:-1], -1, tokens).swapaxes(-2, -1).reshape(value.shape)
 
     return {name: turned(value) for name, value in projection.items()}
