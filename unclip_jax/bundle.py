@@ -91,19 +91,22 @@ def save_bundle(
         if tokenizer_bytes is not None:
             (new / TOKENIZERS[is_json(tokenizer_bytes)]).write_bytes(tokenizer_bytes)
         (new / CONFIG).write_text(_to_json(description, indent=2) + "\n")
-
-        # An older bundle is moved aside, and back again if the new one cannot take its place.
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(new, target)
-        except OSError:
-            if old.exists():
-                os.rename(old, target)
-            raise
+        _replace(target, new, old)
     finally:
         shutil.rmtree(beside)
     return description["identity"]
+
+
+def _replace(target: Path, new: Path, old: Path) -> None:
+    """Renames the folder `new` to `target`. An older folder there is moved to `old`, and back again if that fails."""
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
 
 
 def load_bundle(directory: str | Path) -> Bundle:
