@@ -11,15 +11,16 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+# Patterns of the text: the first line of a computation, an operation, a shape with its layout, and parts of attributes.
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 OPERATION = re.compile(r"  (ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)")
 SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)([^{}]*)\})?")
 CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 NAME = re.compile(r"%([\w.\-]+)")
-NO_ESTIMATE = 2**62  # cycles from here on mean that the compiler has no estimate
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 KERNEL = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
+NO_ESTIMATE = 2**62  # cycles from here on mean that the compiler has no estimate
 
 
 class Operation(NamedTuple):

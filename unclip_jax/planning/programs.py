@@ -47,12 +47,12 @@ def find_clip(config: ConfigDict) -> Stage | None:
         if found.model.dim == config.model.embedding_dim:
             return make_stage(found)
     raise UserError(
-        f"no CLIP of configs/clip.py has embeddings of {config.model.embedding_dim} numbers: name one by clip.bundle"
+        f"no CLIP of configs/clip.py has embeddings of {config.model.embedding_dim} numbers: name one in clip.bundle"
     )
 
 
 def checked_stage(config: ConfigDict) -> Stage:
-    """Makes the stage of a config. Raises UserError where training would refuse the config, but needs no dataset."""
+    """Makes the stage of a config. Raises UserError where training would refuse the config, missing data apart."""
     checked = config.copy_and_resolve_references().unlock()
     checked.data.source = config.data.source or "folder:."
     check_config(checked, ".")

@@ -114,7 +114,7 @@ def _program(report: dict[str, Any]) -> list[str]:
         ("to and from memory", report["moved_gb_per_chip_step"], "GB"),
     ]
     kinds = report["collectives"].items()
-    rows += [(f"sent by {kind}, {each['count']} times", each["sent_gb"], "GB") for kind, each in kinds]
+    rows += [(f"sent by {kind} (x {each['count']})", each["sent_gb"], "GB") for kind, each in kinds]
     lines = [f"  {name:32}{value:12.4g} {unit}" for name, value, unit in rows if value or "remat" in name]
     return lines + [f"    {each['kind']} x {each['count']} of {each['of']}" for each in report["permutes"][:8]]
 

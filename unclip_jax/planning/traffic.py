@@ -48,7 +48,7 @@ def _ring_bytes(kind: str, taken: float, chips: int) -> float:
 
 
 def _group_size(attributes: str) -> int:
-    """Number of chips that exchange with each other, from either of the notations for groups; 1 where none is given."""
+    """Number of chips that exchange with each other, in any of HLO's notations for groups; 1 where none is given."""
     axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if axes:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))

@@ -33,8 +33,8 @@ def deinterleaved(params: dict, heads: int, parts: int) -> dict:
     """Reorders the outputs of an attention projection from head by head to part by part.
 
     The references go through the heads, with each head's query, key and value side by side (guided-diffusion's
-    "legacy" order); ours has all queries, then all keys, then all values, each head by head. parts: 3, or 2 where
-    there are keys and values alone.
+    "legacy" order). Here all queries come first, then all keys, then all values, each head by head. parts: 3, or 2 for
+    keys and values alone.
     """
 
     def reorder(values: np.ndarray) -> np.ndarray:

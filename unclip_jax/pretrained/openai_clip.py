@@ -71,7 +71,7 @@ HUGGINGFACE = Layout(
         "class_token": "vision_model.embeddings.class_embedding",
         "patch": "vision_model.embeddings.patch_embedding.weight",
         "positions": "vision_model.embeddings.position_embedding.weight",
-        "norm_in": "vision_model.pre_layrnorm",  # spelt so there
+        "norm_in": "vision_model.pre_layrnorm",  # spelt like this in transformers
         "blocks": "vision_model.encoder.layers.{}",
         "norm_out": "vision_model.post_layernorm",
         "projection": "visual_projection.weight",

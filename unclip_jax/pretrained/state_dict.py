@@ -16,7 +16,7 @@ MAX_LISTED = 20  # tensors that an error names
 class StateDict:
     """Tensors by name, given out as float32 arrays; `finish` checks that all of them were taken.
 
-    tensors: name → NumPy array, PyTorch tensor or anything else with `shape` and PyTorch's way to NumPy.
+    tensors: name → NumPy array, PyTorch tensor or `_LazyTensor`.
     source: where they come from, for error messages.
     prefix: of the names of the tensors to read, which are asked for without it; other tensors are ignored.
     """
