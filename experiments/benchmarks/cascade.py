@@ -69,16 +69,16 @@ def stage_times(model: Model, clip: Model, flags) -> dict:
     if stage.config.stage == "clip":
         function, arguments = read_call(model, flags.batch, flags.seed)
         call = lambda: np.asarray(function(*arguments))  # noqa: E731
-        count = flops.executed(jax.make_jaxpr(clip.stage.embed_texts)(*arguments))
+        count = flops.executed_flops(jax.make_jaxpr(clip.stage.embed_texts)(*arguments))
     else:
         frozen = clip.params if stage.needs_clip else {}
         given = inputs(stage, flags.batch, flags.seed)
         call = lambda: model.draw(frozen, given, key)  # noqa: E731
-        count = flops.executed(jax.make_jaxpr(stage.sample)(model.params, frozen, given, key))
+        count = flops.executed_flops(jax.make_jaxpr(stage.sample)(model.params, frozen, given, key))
     found = measure.in_turns({"draw": call}, flags.repeats, stage.config.stage)
     seconds = measure.spread(found["draw"])
     chip = known_chip(jax.devices()[0].device_kind)
-    floor = count / flags.batch / chip.flops if chip else None
+    floor = count / flags.batch / chip.peak_flops if chip else None
     return {
         "steps": stage.config.get("sampling", {}).get("steps"),
         "seconds": seconds,
