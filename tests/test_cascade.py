@@ -167,6 +167,24 @@ def test_prompts_that_cannot_be_drawn(cascade, prompt, says):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda c: c.generate([], 0), "no captions"),
+        (lambda c: c.generate(TEXTS, 2**70), "expected a whole number from 0 to"),
+        (lambda c: c.generate(TEXTS, 0, float("nan")), "guidance_scale is nan"),
+        (lambda c: c.generate(TEXTS, 0, embeddings=np.eye(8, dtype=np.float32)[:3]), "give as many of each"),
+        (lambda c: c.decode(None, TEXTS, jax.random.key(0)), "no embeddings: this decoder draws"),
+        (lambda c: c.decode(np.eye(8, dtype=np.float32)[:2], TEXTS, 0), "key 0: expected a key of JAX"),
+        (lambda c: c.redraw(np.eye(8)[:2], np.zeros((2, 8, 8, 3)), 0, steps=1), "1 steps of DDIM: expected 3 to 1000"),
+    ],
+)
+def test_what_python_callers_get_wrong_is_named(small, call, says):
+    with pytest.raises(UserError, match=says) as caught:
+        call(small)
+    assert "\n" not in str(caught.value)
+
+
 def test_good_prompts_pass(cascade):
     cascade.check_prompts(["a red apple", "RED", "🍎", "un œuf"])
 

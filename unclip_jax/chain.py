@@ -147,6 +147,8 @@ class Chain:
 
         known: side of a picture → its fields `known_image` and `known` of `Conditions`, at that size.
         """
+        if not texts:
+            raise UserError("no captions: give at least one")
         if clip_guidance_scale and not self.noised_clip:
             raise UserError("CLIP guidance needs a noised CLIP: put its bundle into the cascade, as noised_clip/")
         keys = RowKeys.of(seed_key(seed), len(texts))
@@ -172,6 +174,9 @@ class Chain:
     ) -> np.ndarray:
         """Draws the decoder's pictures, float32. fields: more of its conditions."""
         model = decoder or self.decoder
+        if model.stage.needs_clip and embeddings is None:
+            raise UserError("no embeddings: this decoder draws pictures for CLIP embeddings, which a prior makes")
+        check_finite(clip_guidance_scale=clip_guidance_scale)
         conditions = self._captions(model, texts)._replace(image_embedding=embeddings, **(fields or {}))
         if not clip_guidance_scale:
             return self._draw(model, conditions, key, guidance_scale)
@@ -218,11 +223,22 @@ class Chain:
     ) -> np.ndarray:
         """Draws by a model, guided where it can be; guidance_scale None is its config's. Rest: of `Model.draw`."""
         sampling = model.stage.config.sampling
-        if "guidance_scale" in sampling:
+        check_finite(guidance_scale=guidance_scale)
+        if not model.stage.guided and guidance_scale not in (None, 1.0):
+            raise UserError(f"guidance {guidance_scale}: this model was never trained without captions, which guidance "
+                            "needs: fine-tune it with --config.diffusion.drop_caption=0.2")  # fmt: skip
+        if model.stage.guided and "guidance_scale" in sampling:
             scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
             conditions = conditions._replace(guidance_scale=np.float32(scale))
         frozen = self.clip.params if model.stage.needs_clip else {}
         return model.draw(frozen, conditions, key, noised_clip, noised_text)
+
+
+def check_finite(**numbers: float | None) -> None:
+    """Raises UserError for a number that is not finite."""
+    for name, value in numbers.items():
+        if value is not None and not np.isfinite(value):
+            raise UserError(f"{name} is {value}: expected a finite number")
 
 
 def _check_noised_clip(root: Path, noised_clip: Model, decoder: Model) -> None:

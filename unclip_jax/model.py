@@ -78,7 +78,11 @@ class Model:
         arrays = {name: value for name, value in given.items() if np.ndim(value)}
         if noised_clip:
             arrays["noised_text"] = noised_text
-        count = len(next(iter(arrays.values())))
+        counts = {name: len(value) for name, value in arrays.items()}
+        count = max(counts.values())
+        if min(counts.values()) != count:
+            found = ", ".join(f"{rows} of {name}" for name, rows in counts.items())
+            raise UserError(f"rows do not match ({found}): give as many of each")
         keys = RowKeys.of(key, count)
         drawn = []
         for rows, draws, *parts in chunks(keys.rows, keys.draws, *arrays.values()):

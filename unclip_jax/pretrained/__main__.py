@@ -9,6 +9,7 @@ vocabulary files beside them; docs/public_weights.md lists all files. DIR become
 single bundle.
 """
 
+import argparse
 import sys
 
 import jax
@@ -24,7 +25,7 @@ from unclip_jax.stages import make_stage
 FAMILIES = {"glide": glide, "openai_clip": openai_clip, "karlo": karlo}
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("pretrained", __doc__)
     parser.add_argument("family", choices=FAMILIES)

@@ -124,6 +124,11 @@ class Stage:
         return {}
 
     @property
+    def guided(self) -> bool:
+        """Tells whether the model knows what to draw without its condition, which classifier-free guidance needs."""
+        return True
+
+    @property
     def runs_clip(self) -> bool:
         """Tells whether the loss runs CLIP, on pictures or captions in the batch."""
         return "clip_image" in self.images or "clip_tokens" in self.texts
@@ -239,7 +244,7 @@ def draw(
     conditions: Conditions,
     key: Key,
     network_inpaints: bool = False,
-    C: Float[Array, " steps"] | None = None,
+    C: Float[Array, " timesteps"] | None = None,
 ) -> Float[Array, " B *shape"]:
     """Samples x0 of `shape` by `config.sampling`, as far as it does not depend on the network which conditions hold:
     guidance, x_T, sketch, eta, known pixels and CLIP guidance.
@@ -247,7 +252,7 @@ def draw(
     key: one for all rows, or keys (B,).
     network: answers for 2B rows where the conditions have a guidance scale, the conditional B first.
     network_inpaints: it takes the known pixels in, so that they are put into its x0; else into each step's x_t.
-    C: of the sampler "analytic", a number for each step (arXiv 2201.06503).
+    C: of the sampler "analytic" (arXiv 2201.06503), a number for each timestep of the whole chain.
     """
     s, d = config.sampling, config.diffusion
     schedule = respace(make_schedule(d.schedule, d.timesteps), s.steps)
@@ -276,7 +281,7 @@ def draw(
     if s.sampler == "ddim":
         step = ddim_step(s.eta if conditions.eta is None else conditions.eta)
     else:
-        step = analytic_dpm_step(C, 1.0) if s.sampler == "analytic" else ddpm_step
+        step = analytic_dpm_step(C[schedule.timesteps], 1.0) if s.sampler == "analytic" else ddpm_step
         step = step if gradient is None else condition_mean(step, gradient, scale)
     if conditions.known is not None:
         x0, known = conditions.known_image, conditions.known
