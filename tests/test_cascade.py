@@ -110,10 +110,11 @@ def test_seventeen_prompts_are_seventeen_pictures(small):
 def test_chunks_fill_up_the_last_and_stay_small(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ROWS", 16)
     numbers, squares = np.arange(17), np.arange(17) ** 2
-    chunks = list(module.chunks(numbers, squares))
+    chunks = list(module.chunks(numbers, squares, size=16))
     assert [[len(part) for part in chunk] for chunk in chunks] == [[16, 16], [16, 16]]
     np.testing.assert_array_equal(chunks[1][1], [256] * 16)
-    assert [len(part) for (part,) in module.chunks(numbers[:3])] == [3]
+    assert [module.chunk_rows(count) for count in (3, 16, 17)] == [3, 16, 16]
+    assert [module.chunk_rows(count, 8) for count in (3, 16, 17, 200)] == [8, 16, 24, 128]
 
 
 def test_without_upsamplers_the_decoders_picture_is_the_last(small):

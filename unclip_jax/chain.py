@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
+import jax
 import numpy as np
 
 from unclip_jax.arrays import Key
@@ -52,24 +53,25 @@ class Chain:
         self.noised_clip = noised_clip
 
     @classmethod
-    def load(cls, folder: str) -> Self:
+    def load(cls, folder: str, devices: Sequence[jax.Device] | None = None) -> Self:
         """Reads a folder of bundles, on a disk or gs://...
 
-        Raises UserError for what is missing or does not belong together.
+        devices: which of this process's rows are split over; None: all rows are on the first. Raises UserError for what
+        is missing or does not belong together.
         """
         root = to_path(folder)
         if not root.is_dir():
             raise UserError(f"no bundle at {root}: expected a folder with decoder/ and what it needs")
         clip = prior = noised_clip = None
         if load_description(root / "decoder")["stage"] == "decoder":
-            clip = Model.load(root / "clip", ("clip",))
-            prior = Model.load(root / "prior", PRIORS, clip) if (root / "prior").exists() else None
-        decoder = Model.load(root / "decoder", ("decoder", "glide"), clip)
+            clip = Model.load(root / "clip", ("clip",), devices=devices)
+            prior = Model.load(root / "prior", PRIORS, clip, devices) if (root / "prior").exists() else None
+        decoder = Model.load(root / "decoder", ("decoder", "glide"), clip, devices)
         if (root / "noised_clip").exists():
-            noised_clip = Model.load(root / "noised_clip", ("clip",))
+            noised_clip = Model.load(root / "noised_clip", ("clip",), devices=devices)
             _check_noised_clip(root, noised_clip, decoder)
         upsamplers = [root / name for name in UPSAMPLERS if (root / name).exists()]
-        upsamplers = [Model.load(path, ("upsampler", "glide"), clip) for path in upsamplers]
+        upsamplers = [Model.load(path, ("upsampler", "glide"), clip, devices) for path in upsamplers]
         return cls(clip, prior, decoder, upsamplers, noised_clip)
 
     def text_embeddings(self, texts: list[str]) -> np.ndarray:
