@@ -16,6 +16,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.model import Model
 from unclip_jax.stages import make_stage
 from unclip_jax.stages.base import draw
+from unclip_jax.stages.conditions import Conditions
 
 TEXTS = ["a red apple", "one blue whale"]
 
@@ -57,11 +58,11 @@ def test_each_row_follows_the_gradient_of_its_own_caption():
     text = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
     stage = SimpleNamespace(
         tpu_options=None,
-        sample=lambda params, frozen, c, key: c["clip_scale"] * c["clip_gradient"](c["x"], c["t"]),
+        sample=lambda params, frozen, c, key: c.clip_scale * c.clip_gradient(c.x_T, c.tokens_length),
     )
     model, noised = (Model(s, p, None, "") for s, p in ((stage, {}), (clip, params)))
-    conditions = {"x": x, "t": t, "noised_text": text, "clip_scale": np.float32(2)}
-    drawn = model.draw({}, conditions, jax.random.key(0), noised)
+    conditions = Conditions(x_T=x, tokens_length=t, clip_scale=np.float32(2))  # t where any row's number has a place
+    drawn = model.draw({}, conditions, jax.random.key(0), noised, text)
     expected = jax.jit(clip.similarity_gradient)(params, x, t, text)
     np.testing.assert_allclose(drawn, 2 * expected, rtol=1e-4, atol=1e-7)
 
@@ -86,9 +87,9 @@ def test_guided_samples_move_where_the_gradient_points(sampler):
         drawn = jax.jit(lambda key: draw(config, network, (40, 8, 8, 3), conditions, key))(jax.random.key(0))
         return float(jnp.mean(drawn)), float(jnp.var(drawn))
 
-    guided = {"clip_gradient": gradient, "clip_scale": jnp.float32(1)}
+    guided = Conditions(clip_gradient=gradient, clip_scale=jnp.float32(1))
     # The posterior's variance leaves chains of 250 steps 5 % too narrow.
-    assert samples({}) == (pytest.approx(0, abs=0.03), pytest.approx(1, rel=0.08))
+    assert samples(Conditions()) == (pytest.approx(0, abs=0.03), pytest.approx(1, rel=0.08))
     assert samples(guided) == (pytest.approx(y / 2, rel=0.04), pytest.approx(1 / 2, rel=0.08))
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from shrink import compilation_cache, save_cascade, save_pictures
 
-from unclip_jax import __version__, cli, model, plan, quickstart, sample, train
+from unclip_jax import __version__, cli, model, pictures, plan, quickstart, sample, train
 from unclip_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -138,17 +138,39 @@ def test_sample_writes_pictures_that_say_what_they_are(drawn):
     with Image.open(first / f"{names[2]}.png") as picture:
         assert picture.size == (128, 128)
         assert picture.text["prompt"] == "one blue fox & a tent/.."
-        assert (picture.text["seed"], picture.text["index"]) == ("7", "2")
+        assert [picture.text[name] for name in ("seed", "row", "draw")] == ["7", "1", "0"]
         settings = json.loads(picture.text["settings"])
     assert settings["version"] == __version__ and settings["n"] == 2
     assert (settings["guidance"], settings["prior_guidance"]) == (1.5, 1.0)  # the tiny configs'
-    assert len(settings["decoder"]) == len(settings["prior"]) == 64
+    assert settings["models"].keys() == {"clip", "prior", "decoder", "upsampler_256", "upsampler_1024"}
+    assert {len(identity) for identity in settings["models"].values()} == {64}
     grid = np.asarray(Image.open(first / "grid.png"))
     assert grid.shape[1] < 3 * 128 and grid.shape[0] > 2 * 128  # a row for each prompt
 
     with Image.open(second / "a_green_whale_0_3.png") as picture:
         settings = json.loads(picture.text["settings"])
     assert (settings["n"], settings["guidance"], settings["prior_guidance"]) == (4, 3.5, 2.0)
+
+
+def test_again_draws_the_very_picture_without_being_told_what(drawn, tmp_path):
+    name = "one_blue_fox_a_tent_7_3.png"
+    with pytest.MonkeyPatch.context() as patch, compilation_cache():
+        patch.setattr(model, "CHUNK_ROWS", 2)
+        assert sample.main(["sample", f"--again={drawn[0] / name}", f"--out={tmp_path}"]) == 0
+    before, after = (Image.open(folder / name) for folder in (drawn[0], tmp_path))
+    np.testing.assert_array_equal(np.asarray(after), np.asarray(before))
+    assert after.text == before.text
+
+
+@pytest.mark.parametrize("spoil", ["a photo", "another cascade"])
+def test_again_refuses_what_it_cannot_draw(drawn, tmp_path, spoil):
+    with Image.open(drawn[0] / "a_red_apple_7_0.png") as picture:
+        settings = json.loads(picture.text["settings"])
+        settings["models"]["prior"] = "f" * 64
+        metadata = dict(picture.text) | {"settings": settings}
+        pictures.save_png(tmp_path / "x.png", np.asarray(picture), {} if spoil == "a photo" else metadata)
+    with pytest.raises(UserError, match="does not hold what" if spoil == "a photo" else "holds another prior than"):
+        sample.main(["sample", f"--again={tmp_path / 'x.png'}", f"--out={tmp_path}"])
 
 
 def test_a_second_sample_compiles_nothing(drawn):
@@ -165,6 +187,4 @@ def test_rerank_keeps_each_prompts_nearest_best_first():
     brightness = np.array([10, 30, 20, 40, 60, 50], np.uint8)
     images = np.broadcast_to(brightness[:, None, None, None], (6, 2, 2, 3))
     args = argparse.Namespace(prompt=["light", "dark"], n=2, rerank=3)
-    kept, texts = sample._best(Likes(), images, args)
-    np.testing.assert_array_equal(kept[:, 0, 0, 0], [30, 20, 40, 50])
-    assert texts == ["light", "light", "dark", "dark"]
+    np.testing.assert_array_equal(brightness[sample._best(Likes(), images, args)], [30, 20, 40, 50])

@@ -1,11 +1,13 @@
 """`doctor`: what it advises for drivers, plugins and jaxlib, and that nothing that is broken ends it."""
 
 import json
+import os
 import re
+import sys
 
 import pytest
 
-from unclip_jax import doctor
+from unclip_jax import cli, doctor
 
 BOTH = "NVIDIA-SMI 1  {driver} Version: 550.54.15  CUDA{umd} Version: {cuda}"
 INSTALLED = dict.fromkeys(doctor.PACKAGES, "0.12.0")
@@ -62,7 +64,7 @@ def smi(cuda, new=False):
 def test_advice_fits_driver_plugin_and_jaxlib(machine, plugins, says, advice):
     found = machine(INSTALLED | plugins, says)
     if advice is None:
-        assert found["advice"] == [] and "none, all of it fits" in doctor._table(found)
+        assert found["advice"] == [] and "none, everything fits" in doctor._table(found)
     else:
         (line,) = found["advice"]
         assert re.search(advice, line)
@@ -117,6 +119,22 @@ def test_cache_is_looked_into(machine, monkeypatch, tmp_path):
     assert "JAX_COMPILATION_CACHE_DIR to a folder that can be written" in machine(INSTALLED)["advice"][0]
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
     assert machine(INSTALLED)["compilation cache"] == "gs://bucket/cache"
+
+
+@pytest.mark.parametrize("own", [None, "0.5", "0.9"])
+def test_environment_is_what_the_user_set(machine, monkeypatch, capsys, own):
+    """`cli.run` gives JAX nine tenths of a GPU where the user says nothing."""
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.setattr(cli, "SET_BY_US", set())
+    monkeypatch.setenv(name, own or "")  # which is undone afterwards, whatever the command sets
+    if own is None:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["doctor", "--json"])
+    machine(INSTALLED)
+    with pytest.raises(SystemExit):
+        cli.run(doctor.main)
+    assert os.environ[name] == (own or "0.9")
+    assert json.loads(capsys.readouterr().out)["environment"].get(name) == own
 
 
 def test_what_is_not_installed_is_named_with_its_extra(machine, monkeypatch):

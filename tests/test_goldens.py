@@ -15,9 +15,10 @@ from goldens import diffusion, golden
 
 from unclip_jax.diffusion.corruption import upsample
 from unclip_jax.models.unet import UNet
-from unclip_jax.pretrained import adm, glide, karlo
+from unclip_jax.pretrained import adm, glide, karlo_stages
 from unclip_jax.pretrained.state_dict import StateDict
 from unclip_jax.stages import make_stage
+from unclip_jax.stages.conditions import Conditions
 
 FOLDER = Path(os.environ.get("UNCLIP_GOLDENS") or Path(__file__).parent / "goldens")
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -57,14 +58,12 @@ def check_glide(meta, inputs, outputs):
     assert tuple(config.model.unet.channel_mult) == tuple(c["channel_mult"])
     assert set(config.model.unet.attention) == set(c["attention_resolutions"]) & {2**i for i in range(10)}
     stage = make_stage(config)
-    conditions = {}
+    conditions = Conditions()
     if "low_res" in inputs:
-        conditions["low_res"] = nhwc(inputs["low_res"])
+        conditions = conditions._replace(low_res=nhwc(inputs["low_res"]))
     if "inpaint_mask" in inputs:
-        conditions |= {
-            "known": nhwc(inputs["inpaint_mask"]) > 0.5,
-            "known_image": nhwc(inputs["inpaint_image"]),
-        }
+        known, image = nhwc(inputs["inpaint_mask"]) > 0.5, nhwc(inputs["inpaint_image"])
+        conditions = conditions._replace(known=known, known_image=image)
 
     @jax.jit
     def run(params, x, t, tokens, length):
@@ -106,7 +105,8 @@ def check_noised_clip(meta, inputs, outputs):
 def check_karlo_prior(meta, inputs, outputs):
     c = meta["config"]
     zero, one = np.zeros(c["clip_dim"], np.float32), np.ones(c["clip_dim"], np.float32)
-    config, params = karlo.convert_prior(StateDict(golden.weights(meta), meta["model"]), zero, one, heads=c["xf_heads"])
+    weights = StateDict(golden.weights(meta), meta["model"])
+    config, params = karlo_stages.convert_prior(weights, zero, one, heads=c["xf_heads"])
     stage = make_stage(config)
     network, mean, std = stage._whitening(params)
     np.testing.assert_array_equal(std - mean, 1)
@@ -119,7 +119,7 @@ def check_karlo_decoder(meta, inputs, outputs):
     c = meta["config"]
     head_channels, heads = attention_heads(c)
     weights = StateDict(golden.weights(meta), meta["model"])
-    config, params = karlo.convert_decoder(weights, inputs["x"].shape[-1], "float32", head_channels, heads)
+    config, params = karlo_stages.convert_decoder(weights, inputs["x"].shape[-1], "float32", head_channels, heads)
     stage = make_stage(config)
 
     @jax.jit

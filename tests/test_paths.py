@@ -13,13 +13,13 @@ import pytest
 from unclip_jax import paths
 from unclip_jax.errors import UserError
 from unclip_jax.paths import (
-    copy,
+    copy_files,
     copy_folder,
     files_below,
     local_copy,
     on_disk,
     output_folder,
-    same,
+    same_place,
     to_path,
     write_bytes,
 )
@@ -50,8 +50,8 @@ def test_a_path_in_a_bucket_keeps_its_name(bucket):
 
 def test_two_names_of_one_place(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert same("runs/a", tmp_path / "runs" / "a") and not same("runs/a", "runs/b")
-    assert same(f"{bucket}/a/", to_path(bucket) / "a") and not same(f"{bucket}/a", "a")
+    assert same_place("runs/a", tmp_path / "runs" / "a") and not same_place("runs/a", "runs/b")
+    assert same_place(f"{bucket}/a/", to_path(bucket) / "a") and not same_place(f"{bucket}/a", "a")
 
 
 def test_files_are_written_whole_listed_and_copied(root, tmp_path):
@@ -95,9 +95,9 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
 
 def test_long_copies_say_how_far_they_are(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paths, "SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr(paths, "CHUNK", 2**20)
+    monkeypatch.setattr(paths, "CHUNK_BYTES", 2**20)
     (tmp_path / "a").write_bytes(bytes(2**21))
-    copy([(tmp_path / "a", tmp_path / "b")], "copying a")
+    copy_files([(tmp_path / "a", tmp_path / "b")], "copying a")
     assert capsys.readouterr().err.splitlines()[-1] == "copying a: 0.00 of 0.00 GiB, left 0:00:00"
 
 
@@ -178,7 +178,7 @@ def test_copies_on_a_disk_are_made_once_for_each_object(bucket, tmp_path, monkey
 
 def test_a_disk_too_small_for_copies_is_refused(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(paths.shutil, "disk_usage", lambda _: SimpleNamespace(free=paths.SPARE))
+    monkeypatch.setattr(paths.shutil, "disk_usage", lambda _: SimpleNamespace(free=paths.SPARE_BYTES))
     write_bytes(to_path(bucket) / "a", bytes(2**20))
     with pytest.raises(UserError, match=r"needs 0.0 GiB more on the disk of .*cache, which has 0.0: set UNCLIP_CACHE"):
         on_disk([to_path(bucket) / "a"], "copying")

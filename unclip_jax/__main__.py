@@ -1,4 +1,4 @@
-"""Runs a command of the package: `unclip train …` is `python -m unclip_jax.train …`."""
+"""Runs the commands of this package: `unclip train …` is `python -m unclip_jax.train …`."""
 
 import ast
 import difflib
@@ -12,7 +12,7 @@ COMMANDS = ("quickstart", "train", "sample", "edit", "plan", "doctor", "data", "
 
 
 def main() -> None:
-    """Runs the console script `unclip`. Imports only the command that is asked for: they need seconds to import."""
+    """Runs the console script `unclip`. It imports only the command that is asked for, because each takes seconds."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("--help", "-h", "help"):
         print(_help())
@@ -30,17 +30,17 @@ def main() -> None:
 
 
 def _module(name: str) -> str:
-    """Names a command's module; a package's is its `__main__`."""
+    """Returns the name of a command's module, which for a package such as `data` is its `__main__`."""
     package = Path(__file__).with_name(name).is_dir()
     return f"unclip_jax.{name}.__main__" if package else f"unclip_jax.{name}"
 
 
 def _help() -> str:
     lines = ["usage: unclip COMMAND …      unclip COMMAND --help      unclip --version", ""]
-    return "\n".join(lines + [f"  {name:11} {_says(name)}" for name in COMMANDS])
+    return "\n".join(lines + [f"  {name:11} {_summary(name)}" for name in COMMANDS])
 
 
-def _says(name: str) -> str:
+def _summary(name: str) -> str:
     """Reads the first line of a command's docstring without importing it."""
     path = Path(__file__).parent.parent / f"{_module(name).replace('.', '/')}.py"
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0]

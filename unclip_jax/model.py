@@ -2,45 +2,68 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from unclip_jax.arrays import Key, Params
 from unclip_jax.bundle import check_params, load_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
+from unclip_jax.keys import RowKeys
 from unclip_jax.models.mesh import jit_on_mesh, one_device
-from unclip_jax.stages import Stage, make_stage
+from unclip_jax.stages import ClipTowers, Stage, make_stage
+from unclip_jax.stages.base import Inverter, Sampler
+from unclip_jax.stages.clip import Clip
+from unclip_jax.stages.conditions import Conditions
 
-CHUNK_ROWS = 16  # at most so many at once: bounds memory, and keeps the shapes few
+CHUNK_ROWS = 16  # rows of a device that go through at once, at most: bounds memory, and keeps the compiled shapes few
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """Rows go through in chunks; each kind of call compiles once."""
+    """A stage with its trained parameters and tokenizer, on one device or, row by row, on several. Each kind of call
+    compiles once.
+
+    identity: SHA-256 of the bundle that it was loaded from. mesh: has the parameters on every device.
+    """
 
     stage: Stage
-    params: Any
+    params: Params
     tokenizer: Tokenizer | None
     identity: str
+    mesh: Mesh = dataclasses.field(default_factory=one_device)
     _variants: dict[tuple, "Model"] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str | Path, stages: tuple[str, ...], clip: "Model | None" = None) -> "Model":
-        """Reads a bundle. Raises UserError where it is none of `stages` or was trained against another CLIP."""
+    def load(
+        cls,
+        folder: str | Path,
+        stages: tuple[str, ...],
+        clip: "Model | None" = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Model":
+        """Reads a bundle. Raises UserError where it is none of `stages` or was trained against another CLIP.
+
+        devices: which of this process's it runs on; None: the first.
+        """
         bundle = load_bundle(folder)
         if bundle.stage not in stages:
             raise UserError(f"{folder} holds a model of stage {bundle.stage!r}: expected {' or '.join(stages)}")
         if bundle.clip_identity and (clip is None or bundle.clip_identity != clip.identity):
             raise UserError(f"{folder} was trained against another CLIP than the one beside it: use the CLIP it knows")
-        stage = make_stage(bundle.config, clip.stage if clip else None)
+        stage = make_stage(bundle.config, cast(ClipTowers, clip.stage) if clip else None)
         check_params(bundle.params, jax.eval_shape(stage.init, jax.random.key(0)))
         tokenizer = Tokenizer(bundle.tokenizer_bytes) if bundle.tokenizer_bytes else None
-        return cls(stage, jax.device_put(bundle.params), tokenizer, bundle.identity)
+        mesh = Mesh(devices, ("device",)) if devices else one_device()
+        return cls(stage, jax.device_put(bundle.params, NamedSharding(mesh, P())), tokenizer, bundle.identity, mesh)
 
-    def sampled_by(self, **sampling) -> "Model":
+    def sampled_by(self, **sampling: Any) -> "Model":
         """The model with `config.sampling` changed; the same object every time, so that it compiles once."""
         key = tuple(sampling.items())
         if key not in self._variants:
@@ -50,72 +73,103 @@ class Model:
             self._variants[key] = dataclasses.replace(self, stage=stage, _variants={})
         return self._variants[key]
 
-    def draw(self, frozen: Any, conditions: dict[str, Any], key, noised_clip: "Model | None" = None) -> np.ndarray:
-        """Draws a row for each row of the conditions; single numbers among them go to all rows.
+    def draw(
+        self,
+        frozen: Params,
+        conditions: Conditions,
+        key: Key | RowKeys,
+        noised_clip: "Model | None" = None,
+        noised_text: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Draws a row for each row of the conditions; fields of no dimension, such as scales, go to all rows.
 
-        noised_clip: guides the drawing to the rows of the condition "noised_text", its embeddings of the captions.
+        key: one, whose rows are numbered from 0, or keys of rows: the same key draws the same row in any company.
+        noised_clip: guides the drawing to the rows of noised_text (N, dim), its embeddings of the captions, as far as
+        `conditions.clip_scale` says.
         """
-        scalars = {name: value for name, value in conditions.items() if not np.ndim(value)}
-        arrays = {name: value for name, value in conditions.items() if np.ndim(value)}
+        given = {name: value for name, value in conditions._asdict().items() if value is not None}
+        scalars = {name: value for name, value in given.items() if not np.ndim(value)}
+        arrays = {name: value for name, value in given.items() if np.ndim(value)}
+        if noised_clip:
+            arrays["noised_text"] = noised_text
+        counts = {name: len(value) for name, value in arrays.items()}
+        count = max(counts.values())
+        if min(counts.values()) != count:
+            found = ", ".join(f"{rows} of {name}" for name, rows in counts.items())
+            raise UserError(f"rows do not match ({found}): give as many of each")
+        keys = RowKeys.of(key, count)
         drawn = []
-        for i, rows in enumerate(chunks(*arrays.values())):
-            chunk = dict(zip(arrays, rows, strict=True)) | scalars
+        scalars, key = jax.device_put((scalars, keys.key), NamedSharding(self.mesh, P()))
+        for rows, draws, *parts in self._chunks(keys.rows, keys.draws, *arrays.values()):
+            chunk = dict(zip(arrays, parts, strict=True)) | scalars
             if noised_clip:
                 gradient, text = noised_clip._similarity_gradient, chunk.pop("noised_text")
                 chunk["clip_gradient"] = jax.tree_util.Partial(gradient, noised_clip.params, text)
-            drawn.append(np.asarray(self._sample(self.params, frozen, chunk, jax.random.fold_in(key, i))))
-        return np.concatenate(drawn)[: len(next(iter(arrays.values())))]
+            drawn.append(np.asarray(self._sample(self.params, frozen, Conditions(**chunk), RowKeys(key, rows, draws))))
+        return np.concatenate(drawn)[:count]
 
-    def invert(self, frozen: Any, conditions: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
-        """The noise that pictures (N, R, R, 3) are drawn from, without any other."""
+    def invert(self, frozen: Params, conditions: Conditions, images: np.ndarray) -> np.ndarray:
+        """DDIM-inverts pictures, float32 (N, R, R, 3) in [-1, 1], to their x_T."""
+        given = {name: value for name, value in conditions._asdict().items() if value is not None}
         parts = [
-            self._invert(self.params, frozen, dict(zip(conditions, rows, strict=True)), part)
-            for part, *rows in chunks(images, *conditions.values())
+            self._invert(self.params, frozen, Conditions(**dict(zip(given, rows, strict=True))), part)
+            for part, *rows in self._chunks(images, *given.values())
         ]
         return np.concatenate(parts)[: len(images)]
 
     def embed_texts(self, texts: list[str]) -> np.ndarray:
-        """A CLIP's embeddings of captions."""
+        """Embeds captions by a CLIP: float32 (N, dim)."""
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: it embeds no captions")
         arrays = self.tokenizer.encode(texts, self.stage.config.model.text.context, ends=True)
-        rows = [self._embed_texts(self.params, *chunk) for chunk in chunks(*arrays)]
+        rows = [self._embed_texts(self.params, *chunk) for chunk in self._chunks(*arrays)]
         return np.concatenate(rows)[: len(texts)]
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
-        """A CLIP's embeddings of pictures, uint8 (N, R, R, 3)."""
-        rows = [self._embed_images(self.params, *chunk) for chunk in chunks(images)]
+        """Embeds pictures, uint8 (N, R, R, 3), by a CLIP: float32 (N, dim)."""
+        rows = [self._embed_images(self.params, *chunk) for chunk in self._chunks(images)]
         return np.concatenate(rows)[: len(images)]
 
     @functools.cached_property
-    def _sample(self):
-        return self._jitted(self.stage.sample)
+    def _sample(self) -> Callable:
+        sample = cast(Sampler, self.stage).sample
+        return self._jitted(lambda params, frozen, conditions, keys: sample(params, frozen, conditions, keys.make()))
 
     @functools.cached_property
-    def _invert(self):
-        return self._jitted(self.stage.invert)
+    def _invert(self) -> Callable:
+        return self._jitted(cast(Inverter, self.stage).invert)
 
     @functools.cached_property
-    def _embed_texts(self):
-        return self._jitted(self.stage.embed_texts)
+    def _embed_texts(self) -> Callable:
+        return self._jitted(cast(Clip, self.stage).embed_texts)
 
     @functools.cached_property
-    def _embed_images(self):
-        return self._jitted(self.stage.embed_images)
+    def _embed_images(self) -> Callable:
+        return self._jitted(cast(Clip, self.stage).embed_images)
 
-    def _jitted(self, function):
-        """For the one device that a Model runs on."""
-        return jit_on_mesh(function, one_device(), self.stage.tpu_options)
+    def _jitted(self, function: Callable) -> Callable:
+        return jit_on_mesh(function, self.mesh, self.stage.tpu_options)
+
+    def _chunks(self, *arrays: np.ndarray) -> Iterator[list[jax.Array]]:
+        """Splits arrays into chunks, and the rows of each chunk over the devices."""
+        for parts in chunks(*arrays, size=chunk_rows(len(arrays[0]), self.mesh.size)):
+            yield jax.device_put(parts, NamedSharding(self.mesh, P("device")))
 
     @functools.cached_property
-    def _similarity_gradient(self):
+    def _similarity_gradient(self) -> Callable:
         """One object for all calls, by which jit knows it again."""
-        return lambda params, text, x_t, t: self.stage.similarity_gradient(params, x_t, t, text)
+        clip = cast(Clip, self.stage)
+        return lambda params, text, x_t, t: clip.similarity_gradient(params, x_t, t, text)
 
 
-def chunks(*arrays: np.ndarray):
-    """Rows in chunks of CHUNK_ROWS (fewer where there are fewer in all), the last filled up with its own first row."""
-    count = len(arrays[0])
-    size = min(count, CHUNK_ROWS)
-    for start in range(0, count, size):
+def chunk_rows(count: int, devices: int = 1) -> int:
+    """Number of rows that go through at once where there are `count`: as many on each device."""
+    return devices * min(-(-count // devices), CHUNK_ROWS)
+
+
+def chunks(*arrays: np.ndarray, size: int) -> Iterator[list[np.ndarray]]:
+    """Splits arrays into chunks of `size` rows, the last filled up with its own first row."""
+    for start in range(0, len(arrays[0]), size):
         parts = [np.asarray(a[start : start + size]) for a in arrays]
         fill = size - len(parts[0])
         yield [np.concatenate([p, np.repeat(p[:1], fill, axis=0)]) if fill else p for p in parts]

@@ -1,7 +1,8 @@
 """Decides what is a path: a place on a disk, or in a bucket of Google Cloud Storage, gs://BUCKET/FOLDER.
 
-Whatever a user names goes through `to_path`, and is from then on a `pathlib.Path` or, in a bucket, an `epath.Path`,
-which is used in the same way. Below, Path means either. Buckets need `pip install 'unclip_jax[gcs]'`.
+Every path that a user names goes through `to_path`, and is from then on a `pathlib.Path` or, in a bucket, an
+`epath.Path`, which is used in the same way. In this package Path means either. Buckets need
+`pip install 'unclip_jax[gcs]'`.
 """
 
 import contextlib
@@ -22,15 +23,16 @@ from pathlib import Path
 from unclip_jax.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
-CHUNK = 2**24  # bytes copied at once
-SPARE = 2**30  # bytes of a disk that copies leave free
+CHUNK_BYTES = 2**24  # copied at once
+SPARE_BYTES = 2**30  # of a disk, which copies leave free
 GIB = 2**30
 
 
-def to_path(text: str | os.PathLike) -> Path:
-    """The path that a user named; ~ is the home folder. Raises UserError for what is neither on a disk nor in a bucket.
+def to_path(text: str | os.PathLike[str]) -> Path:
+    """Makes the path that a user named; ~ is the home folder.
 
-    The first path in a bucket asks whether the bucket can be read at all, and raises UserError where it cannot.
+    Raises UserError for a name that is neither on a disk nor in a bucket and, at the first path in a bucket, where that
+    bucket cannot be read.
     """
     text = os.fspath(text)
     if in_bucket := re.match("gs://([^/]+)", text):
@@ -43,19 +45,22 @@ def to_path(text: str | os.PathLike) -> Path:
     return Path(text).expanduser()
 
 
-def is_remote(path: str | os.PathLike) -> bool:
+def is_remote(path: str | os.PathLike[str]) -> bool:
     """Tells whether a path is in a bucket."""
     return os.fspath(path).startswith("gs://")
 
 
-def same(one: str | Path, other: str | Path) -> bool:
+def same_place(one: str | Path, other: str | Path) -> bool:
     """Tells whether two names mean one place."""
     found = [path if is_remote(path) else path.resolve() for path in map(to_path, (one, other))]
     return found[0] == found[1]
 
 
 def output_folder(name: str, option: str = "--out") -> Path:
-    """The folder that `option` names, which need not exist. Raises UserError where it cannot be one, or be written."""
+    """Returns the path of the folder `name`, which a flag gave and which need not exist yet.
+
+    option: the flag, for error messages. Raises UserError where it cannot be a folder, or cannot be written.
+    """
     folder = to_path(name)
     if is_remote(folder):
         if folder.is_file():
@@ -75,9 +80,9 @@ def output_folder(name: str, option: str = "--out") -> Path:
 
 
 def write_bytes(path: Path, content: bytes, alone: bool = False) -> None:
-    """Writes a file and the folders it needs: all of it or nothing, also for whoever is killed meanwhile, or reads.
+    """Writes a file and the folders above it. The file appears as a whole, whoever reads it or is killed meanwhile.
 
-    alone: no other process writes this file; what was left half written is then overwritten by the next try.
+    alone: no other process writes this file. What a killed process left half written is then overwritten next time.
     """
     if is_remote(path):
         path.write_bytes(content)  # an object appears when its upload is complete
@@ -88,7 +93,7 @@ def write_bytes(path: Path, content: bytes, alone: bool = False) -> None:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Names of all files below a folder, as "sub/folder/name", folder by folder in order of their names."""
+    """Lists all files below a folder by name, as "sub/folder/name", sorted folder by folder."""
     if is_remote(folder):
         names = list(_listed(folder))
     else:
@@ -96,10 +101,10 @@ def files_below(folder: Path) -> list[str]:
     return sorted(names, key=lambda name: name.split("/"))
 
 
-def copy(files: Sequence[tuple[Path, Path]], label: str) -> None:
-    """Copies files, (source, target) each, one after another; a target appears whole or not at all.
+def copy_files(files: Sequence[tuple[Path, Path]], label: str) -> None:
+    """Copies files, each (source, target), one after another; a target appears as a whole or not at all.
 
-    What takes longer is said on stderr now and then, as `label`.
+    label: begins the lines on stderr that report progress every SECONDS_BETWEEN_LINES.
     """
     progress = _Progress(sum(_size(source) for source, _ in files), label)
     for source, target in files:
@@ -112,28 +117,32 @@ def copy(files: Sequence[tuple[Path, Path]], label: str) -> None:
 
 
 def copy_folder(source: Path, target: Path, last: str) -> None:
-    """Copies a folder's files into another. last: the file by which readers know that all others are there."""
+    """Copies a folder's files into another folder.
+
+    last: name of the file to copy last, by which readers know that all others are there.
+    """
     names = sorted(files_below(source), key=lambda name: name == last)
-    copy([(source / name, target / name) for name in names], f"copying {source}")
+    copy_files([(source / name, target / name) for name in names], f"copying {source}")
 
 
 @contextlib.contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """A file on a disk: itself or, of one in a bucket, a copy that is gone afterwards."""
+    """Yields a file on a disk: `path` itself or, if it is in a bucket, a copy that is deleted afterwards."""
     if not is_remote(path):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="unclip_jax_") as folder:
         copied = Path(folder) / path.name
-        copy([(path, copied)], f"reading {path}")
+        copy_files([(path, copied)], f"reading {path}")
         yield copied
 
 
 def on_disk(files: Sequence[Path], label: str) -> list[Path]:
-    """Files that can be mapped into memory: those given or, of files in one folder of a bucket, copies of them.
+    """Returns files on a disk, to be mapped into memory: those given or, if they are in a bucket, copies of them.
 
-    Copies are kept in UNCLIP_CACHE, by default ~/.cache/unclip_jax/files, and found there again as long as the bucket
-    holds the same objects; what is there may be deleted whenever nothing runs. Raises UserError where the disk is full.
+    files: of one folder. label: as in `copy_files`. Copies are kept in UNCLIP_CACHE, by default
+    ~/.cache/unclip_jax/files, and found there again as long as the bucket holds the same objects; they may be deleted
+    whenever nothing runs. Raises UserError where the disk has no room for them.
     """
     if not files or not is_remote(files[0]):
         return list(files)
@@ -148,17 +157,20 @@ def on_disk(files: Sequence[Path], label: str) -> list[Path]:
             size += int(info["size"])
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(cache).free - SPARE
+        free = shutil.disk_usage(cache).free - SPARE_BYTES
         if size > free:
             raise UserError(f"{files[0].parent} needs {size / GIB:.1f} GiB more on the disk of {cache}, which has "
                             f"{max(free, 0) / GIB:.1f}: set UNCLIP_CACHE to a folder on a larger one")  # fmt: skip
-        copy(missing, label)
+        copy_files(missing, label)
     return copies
 
 
 @contextlib.contextmanager
 def _beside(path: Path, alone: bool = False) -> Iterator[Path]:
-    """A name beside `path`, on the same file system; what is written there becomes `path` at the end."""
+    """Yields a path beside `path`, so on the same file system; the file written there is renamed to `path` at the end.
+
+    alone: as in `write_bytes`.
+    """
     beside = path.with_name(f"{path.name}.tmp" if alone else f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield beside
@@ -170,7 +182,7 @@ def _beside(path: Path, alone: bool = False) -> Iterator[Path]:
 
 def _copy(source: Path, target: Path, progress: "_Progress") -> None:
     with source.open("rb") as read, target.open("wb") as write:
-        while chunk := read.read(CHUNK):
+        while chunk := read.read(CHUNK_BYTES):
             write.write(chunk)
             progress.advance(len(chunk))
 
@@ -181,7 +193,7 @@ def _size(path: Path) -> int:
 
 
 class _Progress:
-    """Says on stderr how much is copied and how long the rest takes."""
+    """Reports on stderr how much has been copied and how long the rest will take. total: bytes."""
 
     def __init__(self, total: int, label: str):
         self._total, self._label, self._done = total, label, 0
@@ -198,7 +210,7 @@ class _Progress:
 
 
 def _listed(folder: Path) -> dict[str, dict]:
-    """Every object below a folder of a bucket, by its name from there, with what the bucket tells about it."""
+    """Lists every object below a folder of a bucket: its name from that folder on → facts from the bucket."""
     import fsspec
 
     start = f"{str(folder).removeprefix('gs://').rstrip('/')}/"
@@ -214,8 +226,8 @@ def _check_bucket(bucket: str) -> None:
         import gcsfs  # noqa: F401 - fsspec opens gs:// through it
     except ImportError as error:
         raise UserError(f"gs://{bucket} needs more packages: pip install 'unclip_jax[gcs]'") from error
-    # epath would go through TensorFlow where that is installed. Lists kept in memory would hide what other processes
-    # write, and what Orbax writes without gcsfs.
+    # epath would use TensorFlow where that is installed. Listings kept in memory would hide files that other processes
+    # write, or that Orbax writes without gcsfs.
     os.environ.setdefault("EPATH_USE_TF", "false")
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     with _bucket_errors(f"gs://{bucket} cannot be read"):
@@ -224,7 +236,7 @@ def _check_bucket(bucket: str) -> None:
 
 @contextlib.contextmanager
 def _bucket_errors(wrong: str) -> Iterator[None]:
-    """Turns whatever gcsfs raises inside into one line that begins with `wrong`."""
+    """Turns any error of gcsfs within the context into a UserError whose line begins with `wrong`."""
     log = logging.getLogger("gcsfs")  # it would print the traceback
     before = log.level
     log.setLevel(logging.CRITICAL)
@@ -233,9 +245,9 @@ def _bucket_errors(wrong: str) -> Iterator[None]:
     except Exception as error:  # of gcsfs, aiohttp, requests and google-auth, whose errors have no common type
         said = " ".join(str(error).split())[:200] or type(error).__name__
         if isinstance(error, FileNotFoundError):
-            advice = "there is no such bucket: correct its name, or make it by gcloud storage buckets create"
+            advice = "there is no such bucket: correct its name, or make it with gcloud storage buckets create"
         elif said.startswith("Forbidden") or getattr(error, "code", None) in (401, 403, "401", "403"):
-            advice = (f"this account may not ({said}): log in by gcloud auth application-default login, and give the "
+            advice = (f"this account may not ({said}): log in with gcloud auth application-default login, and give the "
                       "account the role Storage Object User")  # fmt: skip
         else:
             advice = f"{type(error).__name__}: {said}; is there a network, and are the credentials right?"

@@ -1,4 +1,4 @@
-"""PNG files that people look at: pictures with their prompt inside, grids, and grids with captions under them."""
+"""Makes files that people look at: PNG with the prompt inside, grids of pictures with captions, and animations."""
 
 import io
 import json
@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from unclip_jax.paths import to_path, write_bytes
 
 GAP = 4  # pixels between pictures of a grid
-INK, PAPER = (40, 40, 40), (255, 255, 255)
+INK, PAPER = (40, 40, 40), (255, 255, 255)  # colours of a grid, red, green, blue
 
 
-def png(image: np.ndarray, metadata: dict | None = None) -> bytes:
-    """A PNG file of uint8 (H, W, 3); `metadata` goes into text chunks (JSON unless str)."""
+def png(image: np.ndarray, metadata: dict[str, object] | None = None) -> bytes:
+    """Encodes a picture, uint8 (H, W, 3), as a PNG file. metadata: name → text, or a value to store as JSON."""
     info = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
         info.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
@@ -23,23 +23,29 @@ def png(image: np.ndarray, metadata: dict | None = None) -> bytes:
     return encoded.getvalue()
 
 
-def save_png(path: str | Path, image: np.ndarray, metadata: dict | None = None) -> None:
-    """Writes `png`, complete or not at all."""
+def save_png(path: str | Path, image: np.ndarray, metadata: dict[str, object] | None = None) -> None:
+    """Writes a picture as `png` encodes it; the file appears as a whole or not at all."""
     write_bytes(to_path(path), png(image, metadata))
 
 
 def save_gif(path: str | Path, frames: np.ndarray, seconds: float = 2.0) -> None:
-    """Writes uint8 (N, H, W, 3) as an animation that goes there and back again without end."""
-    there = [Image.fromarray(frame) for frame in np.asarray(frames)]
-    loop = there + there[-2:0:-1]
-    duration = max(20, int(1000 * seconds / len(there)))
+    """Writes pictures, uint8 (N, H, W, 3), as a GIF that runs through them forwards and backwards for ever.
+
+    seconds: for all pictures, one way.
+    """
+    forwards = [Image.fromarray(frame) for frame in np.asarray(frames)]
+    loop = forwards + forwards[-2:0:-1]
+    duration = max(20, int(1000 * seconds / len(forwards)))  # milliseconds of a picture
     encoded = io.BytesIO()
     loop[0].save(encoded, "GIF", save_all=True, append_images=loop[1:], duration=duration, loop=0)
     write_bytes(to_path(path), encoded.getvalue())
 
 
 def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | None = None) -> np.ndarray:
-    """uint8 (N, H, W, 3) → one uint8 picture, rows of `columns` (a square by default), each over its caption."""
+    """Arranges pictures, uint8 (N, H, W, 3), in one picture, uint8 (height, width, 3), each above its caption.
+
+    columns: pictures in a row; by default about as many as there are rows.
+    """
     images = np.asarray(images)
     count, height, width, _ = images.shape
     columns = columns or int(np.ceil(count**0.5))
@@ -61,6 +67,7 @@ def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | N
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels, but never within a word."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -69,3 +76,13 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
         else:
             lines[-1] = longer
     return lines
+
+
+def to_float(images: np.ndarray) -> np.ndarray:
+    """Maps uint8 pictures to float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Rounds pictures in [-1, 1] to uint8; clips what is outside."""
+    return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)

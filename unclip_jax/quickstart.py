@@ -3,10 +3,11 @@
     python -m unclip_jax.quickstart [--out quickstart]
 
 Five models (16 → 64 → 256 px instead of 64 → 256 → 1024) on emoji scenes, through the same `train.run` and configs as
-any other run. Writes OUT/grid.png (64 held-out prompts and their pictures), OUT/report.json, OUT/bundle (what `sample`
-reads) and OUT/runs (each training run). Run again, it goes on where it was stopped.
+any other run. It writes OUT/grid.png (64 held-out prompts and their pictures), OUT/report.json, OUT/bundle (for
+`sample`) and OUT/runs (each training run). Run again after it was stopped, it goes on from there.
 """
 
+import argparse
 import json
 import resource
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from unclip_jax import cli, pictures, train
 from unclip_jax.bundle import CONFIG
@@ -33,13 +35,18 @@ STAGES = {
 }
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("quickstart", __doc__)
     parser.add_argument("--out", default="quickstart", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="train each model so many steps only, to try the machinery")
-    args = parser.parse_args(argv[1:])
-    from unclip_jax.evaluation import alignment  # needs packages of [data], so it comes before any long work
+    parser.add_argument("--steps", type=int, help="train each model for this many steps only, to try everything out")
+    return parser.parse_args(argv[1:])
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    from unclip_jax.evaluation import alignment  # before any long work, because it needs the packages of [data]
 
     out = output_folder(args.out)
     cli.enable_compilation_cache()
@@ -48,11 +55,13 @@ def main(argv: list[str]) -> int:
     for config in configs.values():
         train.check_config(config, str(out))
 
+    # Every dataset is drawn before anything is trained.
     seconds, speeds, reports = {}, {}, {}
     with _Timer(seconds, "data"):
         for config in configs.values():
             d = config.data
             open_source(d.source, d.split, d.data_dir, d.image_feature, d.caption_feature)
+
     for i, (name, config) in enumerate(configs.items()):
         print(f"[{i + 1}/{len(configs)}] {name}", file=sys.stderr, flush=True)
         with _Timer(seconds, name):
@@ -61,7 +70,7 @@ def main(argv: list[str]) -> int:
             return train.exit_status(reports[name])
         copy_folder(out / "runs" / name / "bundle", out / "bundle" / name, CONFIG)
         speeds[name] = _images_per_second(out / "runs" / name / "metrics.jsonl")
-        jax.clear_caches()  # five models' programs would add up
+        jax.clear_caches()  # the programs of five models would fill the memory
 
     print("drawing held-out prompts", file=sys.stderr, flush=True)
     with _Timer(seconds, "sample"):
@@ -87,7 +96,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _config(spec: str, out: Path, args):
+def _config(spec: str, out: Path, args: argparse.Namespace) -> ConfigDict:
+    """Loads a stage's config, with its data, CLIP and seed from this run. out: the folder to write to."""
     config = cli.load_config(spec).unlock()
     config.data.data_dir = str(out / "data")
     config.train.seed = args.seed
@@ -98,8 +108,12 @@ def _config(spec: str, out: Path, args):
     return config.lock()
 
 
-def _draw_held_out(cascade: Cascade, seed: int):
-    """Alignment of the held-out prompts' pictures, as the decoder draws them, and a labelled grid of the upsampled."""
+def _draw_held_out(cascade: Cascade, seed: int) -> tuple[dict[str, dict], np.ndarray]:
+    """Draws every held-out prompt; returns alignment scores of the pictures, and a grid of them with captions.
+
+    The scores are of the decoder's pictures, of its pictures from true image embeddings instead of the prior's, and of
+    the upsampled pictures, which the grid shows.
+    """
     from unclip_jax.data import emoji_scenes
     from unclip_jax.evaluation import alignment
 
@@ -119,20 +133,21 @@ def _draw_held_out(cascade: Cascade, seed: int):
 
 
 def _images_per_second(metrics: Path) -> float:
+    """Reads the median speed of a training run from its metrics.jsonl."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return round(statistics.median(line["images_per_second"] for line in lines), 1)
 
 
 class _Timer:
-    """Adds the seconds of a block to a dict."""
+    """Context that stores its seconds in a dict under a name."""
 
     def __init__(self, seconds: dict[str, float], name: str):
         self._seconds, self._name = seconds, name
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._began = time.monotonic()
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._seconds[self._name] = time.monotonic() - self._began
 
 

@@ -1,26 +1,48 @@
 """Draws pictures for captions with a trained cascade.
 
     python -m unclip_jax.sample --bundle OUT/bundle --prompt "a red apple on a yellow background" -n 4
+    python -m unclip_jax.sample --bundle OUT/bundle --prompts captions.txt -n 1 --out drawn
+    python -m unclip_jax.sample --again samples/a_red_apple_on_a_yellow_background_0_2.png --out again
 
-Writes OUT/PROMPT_SEED_I.png, with prompt, seed and settings inside, and OUT/grid.png. The same seed draws the same
-pictures. A second run finds its programs compiled, whatever the prompt, seed and guidance scales.
+Writes OUT/PROMPT_SEED_I.png, with all that it takes to draw it again inside, and OUT/grid.png. A picture depends on its
+prompt and the prompt's place on the command line, the seed, its number among the prompt's pictures, and the scales; not
+on -n. A second run finds its programs compiled, whatever the prompt, seed and guidance scales.
+
+--prompts takes a file of captions (.txt, .jsonl or .csv), which all devices of all processes draw, into tars of
+WebDataset or, by --format png, a file each. Stopped, the same command draws what is missing.
 """
 
+import argparse
+import json
 import re
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from unclip_jax import __version__, cli, pictures
 from unclip_jax.errors import UserError
-from unclip_jax.paths import output_folder
+from unclip_jax.paths import output_folder, to_path
+
+if TYPE_CHECKING:
+    import jax
+
+    from unclip_jax.cascade import Cascade
+
+SCALES = ("guidance", "prior_guidance", "clip_guidance")
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("sample", __doc__)
-    parser.add_argument("--bundle", required=True, help="folder of a trained cascade")
-    parser.add_argument("--prompt", required=True, action="append", help="what to draw; may be repeated")
+    parser.add_argument("--bundle", help="folder of a trained cascade")
+    parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
+    parser.add_argument("--prompts", help="file of captions: a line each of .txt; field prompt of .jsonl or .csv")
+    parser.add_argument("--format", choices=("tar", "png"), default="tar", help="of what --prompts draws")
+    parser.add_argument("--again", help="a picture that this command drew: draws it again, by what is stored in it")
     parser.add_argument("-n", "--n", type=int, default=4, help="pictures per prompt")
     parser.add_argument("--rerank", type=int, default=0, help="draw so many a prompt, keep the n that CLIP likes best")
     parser.add_argument("--seed", type=int, default=0)
@@ -29,42 +51,50 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clip-guidance", type=float, default=0.0, help="of the decoder, by noised_clip/")
     parser.add_argument("--out", default="samples", help="folder to write to")
     args = parser.parse_args(argv[1:])
+    if sum(map(bool, (args.prompt, args.prompts, args.again))) != 1:
+        raise UserError("give one of --prompt, which may be repeated, --prompts and --again")
+    if not args.bundle and not args.again:
+        raise UserError("no --bundle: name the folder of a trained cascade, such as --bundle quickstart/bundle")
     if args.n < 1:
         raise UserError(f"--n {args.n}: expected at least 1 picture per prompt")
     if args.rerank and args.rerank < args.n:
         raise UserError(f"--rerank {args.rerank}: expected at least --n {args.n}, the pictures to be kept")
+    if args.rerank and args.prompts:
+        raise UserError("--rerank goes with --prompt alone: leave it out beside --prompts")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
     out = output_folder(args.out)
+    if args.again:
+        return _again(args, out)
+    if args.prompts:
+        return _bulk(args, out)
 
     began = time.monotonic()
-    cli.enable_compilation_cache()
-    compiles = cli.CompileCount()
-    from unclip_jax.cascade import Cascade
+    cascade, compiles = _load(args.bundle)
+    from unclip_jax.model import chunk_rows
 
-    cascade = Cascade.load(args.bundle)
     cascade.check_prompts(args.prompt)
     if args.rerank and not cascade.clip:
         raise UserError(f"--rerank needs a CLIP, and {args.bundle} has no clip/")
-    texts = [prompt for prompt in args.prompt for _ in range(args.rerank or args.n)]
-    scales = args.guidance, args.prior_guidance, args.clip_guidance
-    images = cascade.generate(texts, args.seed, *scales)["images"][-1]
+    count = args.rerank or args.n
+    places = [(row, draw) for row in range(len(args.prompt)) for draw in range(count)]
+    texts = [args.prompt[row] for row, _ in places]
+    rows, draws = zip(*places, strict=True)
+    scales = [getattr(args, name) for name in SCALES]
+    images = cascade.generate(texts, args.seed, *scales, rows=rows, draws=draws)["images"][-1]
     if args.rerank:
-        images, texts = _best(cascade, images, args)
-    models = {"decoder": cascade.decoder, "prior": cascade.prior} if cascade.prior else {"decoder": cascade.decoder}
-    settings = {
-        "n": args.n,
-        "rerank": args.rerank,
-        "guidance": args.guidance if args.guidance is not None else _trained_scale(cascade.decoder),
-        "prior_guidance": args.prior_guidance,
-        "clip_guidance": args.clip_guidance,
-        **{name: model.identity for name, model in models.items()},
-        "version": __version__,
-    }
-    if cascade.prior and args.prior_guidance is None:
-        settings["prior_guidance"] = _trained_scale(cascade.prior)
-    for i, (text, image) in enumerate(zip(texts, images, strict=True)):
+        kept = _best(cascade, images, args)
+        images, texts, places = images[kept], [texts[i] for i in kept], [places[i] for i in kept]
+
+    settings = _settings(cascade, args) | {"batch": chunk_rows(len(rows))}
+    for i, (text, image, (row, draw)) in enumerate(zip(texts, images, places, strict=True)):
         name = re.sub(r"\W+", "_", text).strip("_")[:60]
         path = out / f"{name}_{args.seed}_{i}.png"
-        pictures.save_png(path, image, {"prompt": text, "seed": str(args.seed), "index": str(i), "settings": settings})
+        place = {"seed": str(args.seed), "row": str(row), "draw": str(draw)}
+        pictures.save_png(path, image, {"prompt": text, **place, "settings": settings})
         print(path)
     pictures.save_png(out / "grid.png", pictures.grid(images, args.n, texts), {"seed": str(args.seed)})
     print(out / "grid.png")
@@ -72,19 +102,82 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _best(cascade, images, args):
-    """Picks each prompt's n pictures whose CLIP embedding is nearest the prompt's, best first, with their prompts."""
-    kept, texts = [], []
-    for k, prompt in enumerate(args.prompt):
-        drawn = images[k * args.rerank : (k + 1) * args.rerank]
-        order = np.argsort(-cascade.similarity(drawn, [prompt])[:, 0], kind="stable")[: args.n]
-        kept.append(drawn[order])
-        texts += [prompt] * args.n
-    return np.concatenate(kept), texts
+def _load(bundle: str, devices: "list[jax.Device] | None" = None) -> "tuple[Cascade, cli.CompileCount]":
+    cli.enable_compilation_cache()
+    compiles = cli.CompileCount()
+    from unclip_jax.cascade import Cascade
+
+    return Cascade.load(bundle, devices), compiles
 
 
-def _trained_scale(model) -> float:
-    return model.stage.config.sampling.guidance_scale
+def _bulk(args: argparse.Namespace, out: Path) -> int:
+    """Draws the captions of a file."""
+    from unclip_jax.drawing import draw_file, read_prompts
+    from unclip_jax.training import preflight
+
+    prompts = read_prompts(args.prompts)
+    preflight.join("", -1, -1, wait=300)
+    import jax
+
+    began = time.monotonic()
+    cascade, compiles = _load(args.bundle, jax.local_devices())
+    cascade.check_prompts(prompts)
+    scales = [getattr(args, name) for name in SCALES]
+    who = jax.process_index(), jax.process_count()
+    count = draw_file(cascade, prompts, out, args.n, args.seed, scales, _settings(cascade, args), args.format, *who)
+    print(f"{count} pictures in {time.monotonic() - began:.1f} s, {compiles}: {out}", file=sys.stderr)
+    return 0
+
+
+def _again(args: argparse.Namespace, out: Path) -> int:
+    """Draws the picture of a PNG file again. Raises UserError where the models are not those that drew it."""
+    path = to_path(args.again)
+    if not path.is_file():
+        raise UserError(f"no picture at {args.again}: there is no such file")
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            stored = image.text
+            prompt, seed, row, draw = stored["prompt"], *(int(stored[name]) for name in ("seed", "row", "draw"))
+            settings = json.loads(stored["settings"])
+            bundle, models, batch = args.bundle or settings["bundle"], settings["models"], int(settings["batch"])
+            scales = [settings[name] for name in SCALES]
+    except (OSError, AttributeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{args.again} is not a picture of this command, or of an older version: it does not hold what "
+                        f"drew it ({error})") from error  # fmt: skip
+    cascade, _ = _load(bundle)
+    if cascade.identities() != models:
+        changed = sorted(name for name in models if cascade.identities().get(name) != models[name])
+        raise UserError(f"{bundle} holds another {', '.join(changed) or 'set of models'} than drew {args.again}: name "
+                        "the cascade that drew it by --bundle")  # fmt: skip
+    # As many rows at once as then: another program may round otherwise.
+    numbers = {"rows": [row] * batch, "draws": [draw] * batch}
+    image = cascade.generate([prompt] * batch, seed, *scales, **numbers)["images"][-1][0]
+    place = {"seed": str(seed), "row": str(row), "draw": str(draw)}
+    target = out / path.name
+    pictures.save_png(target, image, {"prompt": prompt, **place, "settings": settings})
+    print(target)
+    return 0
+
+
+def _settings(cascade: "Cascade", args: argparse.Namespace) -> dict:
+    """Everything that a picture depends on besides its prompt, seed and numbers."""
+    settings = {name: getattr(args, name) for name in SCALES}
+    if args.guidance is None:
+        settings["guidance"] = cascade.decoder.stage.config.sampling.guidance_scale
+    if args.prior_guidance is None and cascade.prior:
+        settings["prior_guidance"] = cascade.prior.stage.config.sampling.guidance_scale
+    where = {"bundle": str(args.bundle), "models": cascade.identities(), "version": __version__}
+    return {"n": args.n, "rerank": args.rerank} | settings | where
+
+
+def _best(cascade: "Cascade", images: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+    """Numbers of each prompt's n pictures whose CLIP embedding is nearest to the prompt's, best first."""
+    kept = []
+    for row, prompt in enumerate(args.prompt):
+        first = row * args.rerank
+        likeness = cascade.similarity(images[first : first + args.rerank], [prompt])[:, 0]
+        kept.append(first + np.argsort(-likeness, kind="stable")[: args.n])
+    return np.concatenate(kept)
 
 
 if __name__ == "__main__":

@@ -15,33 +15,35 @@ import hashlib
 import json
 import signal
 import sys
-import time
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unclip_jax import cli, pictures
+from unclip_jax.arrays import Array, Batch, Params
 from unclip_jax.bundle import Bundle, check_params, load_bundle, save_bundle
 from unclip_jax.config_checks import check_config, embedded
-from unclip_jax.data.embeddings import EmbeddedSource, Provenance
-from unclip_jax.data.pipeline import batches, evaluation_batch
-from unclip_jax.data.sources import open_source
-from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
-from unclip_jax.data.transforms import ToExample
+from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
+from unclip_jax.inputs import Inputs, Upstream
 from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.paths import output_folder, to_path, write_bytes
 from unclip_jax.stages import Stage, make_stage
-from unclip_jax.stages.base import trained
+from unclip_jax.stages.base import ClipTowers, Metrics, trained
 from unclip_jax.training import preflight
 from unclip_jax.training.checkpoint import Checkpointer
-from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES, ExpectedLoss, MetricLogger, json_line
+from unclip_jax.training.metrics import ExpectedLoss, MetricLogger, json_line
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh, replicated
 from unclip_jax.training.state import (
+    Skips,
     TrainState,
     abstract_state,
     digest,
@@ -52,23 +54,33 @@ from unclip_jax.training.state import (
     to_host,
 )
 
-TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
+
+class Report(TypedDict):
+    """Outcome of a finished run."""
+
+    sha256: str  # of the final state
+    metrics: dict[str, float]  # of the last evaluation
+
+FLAGS = {
+    "workdir": (str, None, "folder of the run, local or gs://"),
+    "platform": (str, "", "tpu, gpu or cpu: run on nothing else; empty: on what is there"),
+    "coordinator": (str, "", "HOST:PORT of process 0, where no cluster tells it"),
+    "processes": (int, -1, "their number"),
+    "process": (int, -1, "which of them this is, from 0"),
+    "wait": (int, 300, "seconds in which all processes must have come"),
+}
+
+
+def parse(argv: list[str]) -> "cli.FlagValues":
+    """Reads the command line: FLAGS and `config`. Raises UserError for what is wrong with it."""
+    flags = cli.parse(argv, FLAGS)
+    if not flags.workdir:
+        raise UserError("no --workdir: give the folder that the run writes to, such as --workdir=runs/decoder")
+    return flags
 
 
 def main(argv: list[str]) -> int:
-    flags = cli.parse(
-        argv,
-        {
-            "workdir": (str, None, "folder of the run, local or gs://"),
-            "platform": (str, "", "tpu, gpu or cpu: run on nothing else; empty: on what is there"),
-            "coordinator": (str, "", "HOST:PORT of process 0, where no cluster tells it"),
-            "processes": (int, -1, "their number"),
-            "process": (int, -1, "which of them this is, from 0"),
-            "wait": (int, 300, "seconds in which all processes must have come"),
-        },
-    )
-    if not flags.workdir:
-        raise UserError("no --workdir: give the folder that the run writes to, such as --workdir=runs/decoder")
+    flags = parse(argv)
     preflight.join(flags.coordinator, flags.processes, flags.process, flags.wait)
     preflight.check_platform(flags.platform)
     cli.enable_compilation_cache()
@@ -85,15 +97,16 @@ def main(argv: list[str]) -> int:
 
 
 def exit_status(stopped_by: signal.Signals) -> int:
-    """0 after SIGTERM, which is how machines are taken away in good order; 130 after Ctrl-C, as shells expect."""
+    """Exit status of a stopped run: 0 after SIGTERM, by which machines are taken away in good order; 130 after Ctrl-C,
+    as shells expect."""
     return 0 if stopped_by == signal.SIGTERM else 130
 
 
-def run(config: ConfigDict, workdir: str) -> dict[str, Any] | signal.Signals:
+def run(config: ConfigDict, workdir: str) -> Report | signal.Signals:
     """Trains `config` to its last step and writes WORKDIR/bundle.
 
-    Returns {"sha256" of the final state, "metrics" of the last evaluation}, or the signal that stopped the run, whose
-    checkpoint is saved. Raises UserError, before any long work, where the config, the data or WORKDIR cannot work.
+    Returns the report, or the signal that stopped the run, whose checkpoint is saved. Raises UserError, before any long
+    work, where the config, the data or WORKDIR cannot work.
     """
     check_config(config, workdir)
     output_folder(workdir, "workdir")
@@ -107,22 +120,23 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any] | signal.Signals:
             return _run(config, workdir, mesh, upstream, stop, watchdog)
 
 
-def _run(config: ConfigDict, workdir: str, mesh, upstream: "Upstream", stop: "_Stop", watchdog: preflight.Watchdog):
+def _run(
+    config: ConfigDict, workdir: str, mesh: Mesh, upstream: Upstream, stop: "_Stop", watchdog: preflight.Watchdog
+) -> Report | signal.Signals:
+    # Everything that can be wrong is found here, before anything is computed.
     stage, optimizer, train_step = _assemble(config, upstream.stage, mesh)
     origin = _origin(config, stage)
-    source = _open(config, config.data.split, upstream.identity)
-    unseen = _open(config, config.data.eval_split, upstream.identity)
-    tokenizer = _tokenizer(config, stage, source, workdir, origin)
-    to_example = _to_example(config, stage, tokenizer, upstream.tokenizer)
-    held_out = evaluation_batch(unseen, to_example, config.train.eval_size, config.train.seed)
+    inputs = Inputs.open(config, stage, upstream, workdir, origin)
+    tokenizer_bytes = inputs.tokenizer.model_bytes if inputs.tokenizer else None
     checkpointer = Checkpointer(workdir, config.train.keep, config.train.keep_every)
     preflight.agree({
-        "newest checkpoint": checkpointer.latest_step(), "CLIP": upstream.identity, "examples": len(source),
-        "tokenizer": hashlib.sha256(tokenizer.model_bytes).hexdigest() if tokenizer else "",
+        "newest checkpoint": checkpointer.latest_step(), "CLIP": upstream.identity, "examples": len(inputs.source),
+        "tokenizer": hashlib.sha256(tokenizer_bytes or b"").hexdigest(),
         "init.bundle": origin.identity if origin else "",
     })  # fmt: skip
     _write_config(config, workdir)
 
+    # The state: of the newest checkpoint, or a fresh one.
     state = checkpointer.restore_latest(abstract_state(stage, optimizer, mesh))
     start = int(state.step) if state else 0
     if state and state.skips.in_a_row >= config.train.max_skips:  # it is tried again, perhaps with another config
@@ -132,34 +146,36 @@ def _run(config: ConfigDict, workdir: str, mesh, upstream: "Upstream", stop: "_S
     root = root_key(config.train.seed)
     evaluate = jit_on_mesh(stage.evaluate, mesh, stage.tpu_options, out_shardings=replicated(mesh))
 
-    def look(step, params, raw=None):
-        """Scalars of the held-out batch; its pictures go to WORKDIR/samples, those of the raw weights beside them."""
-        key = jax.random.fold_in(root, 2**31 - 1)
-        scalars, images = evaluate(params, frozen, held_out, key)
-        scalars = {name: float(value) for name, value in scalars.items()}
-        _record(workdir, step, scalars, {"": images, "_raw": evaluate(raw, frozen, held_out, key)[1] if raw else None})
+    def measure(step: int, params: Params, raw: Params | None = None) -> dict[str, float]:
+        """Evaluates the held-out batch and records it, with pictures by the raw weights beside those by `params`."""
+        given = frozen, inputs.held_out, jax.random.fold_in(root, 2**31 - 1)
+        found, images = evaluate(params, *given)
+        scalars = {name: float(value) for name, value in found.items()}
+        _record(workdir, step, scalars, {"": images, "_raw": evaluate(raw, *given)[1] if raw else None})
         return scalars
 
+    # Before step 1: another model's parameters, and what the stage finds in training batches.
     size = sum(leaf.size for leaf in jax.tree.leaves(trained(state.params)))
     _say(f"{config.stage}: {size:,} parameters on {mesh.size} {jax.default_backend()} device(s), from step {start}")
     if start == 0:
         if origin:
             _say(f"{config.stage}: starting from {config.init.bundle}")
             state = _with_params(state, origin.params)
-        state = _prepared(state, stage, frozen, _first_batches(config, source, to_example, mesh))
+        state = _prepared(state, stage, frozen, inputs.first_batches(mesh))
     del origin  # its parameters need as much memory again
-    steps, data = config.train.steps, _batches(config, source, to_example, start)
+    steps, data = config.train.steps, inputs.batches(start)
     expected = ExpectedLoss(config.train.expected_loss)
     with MetricLogger(workdir, steps, config.train.batch_size, start, to_path(workdir).name) as log:
 
-        def tell(k, skips, metrics):
-            """Logs step k, and says what is not as it should be."""
+        def log_step(k: int, skips: Skips, metrics: Metrics) -> None:
+            """Logs step k; warns of skipped updates and of a loss outside of what is expected."""
             expected.look(k, log.log(k, metrics)["loss"])
-            told = skipped(skips, state.params, config.train.max_skips)
-            if told:
-                _say(f"warning: {told}")
+            warning = skipped(skips, state.params, config.train.max_skips)
+            if warning:
+                _say(f"warning: {warning}")
 
-        waiting = None  # of an earlier step, told once the next one is under way
+        # Metrics are read one step late, once the next step is dispatched: reading them would wait for their own.
+        waiting = None
         for k in range(start + 1, steps + 1):
             batch = global_batch(next(data), mesh)
             if k == start + 1:
@@ -169,56 +185,55 @@ def _run(config: ConfigDict, workdir: str, mesh, upstream: "Upstream", stop: "_S
                 state, metrics = train_step(state, frozen, batch, root)
             watchdog.beat()
             if waiting:
-                tell(*waiting)
+                log_step(*waiting)
                 waiting = None
+
+            # What is due after this step. A stop is a checkpoint too.
             stopping = k == steps or stop.asked or checkpointer.preempted(k)
             if stopping or k % config.train.log_every == 0:
                 # Copied, since the next step takes the state's own.
                 waiting = (k, jax.tree.map(jnp.copy, state.skips), metrics)
             if k % config.train.sample_every == 0 and k < steps:
                 with log.pause(metrics):
-                    look(k, state.ema, state.params)
+                    measure(k, state.ema, state.params)
             if stopping or k % config.train.checkpoint_every == 0:
                 with log.pause(metrics):
                     checkpointer.save(state, {"config": config.to_dict()})
             checkpointer.check()
             if stopping:
-                tell(*waiting)
+                log_step(*waiting)
                 break
+
+    # The end: the stage completes its averaged parameters, which become the bundle.
     checkpointer.close()
     if int(state.step) < steps:
         _say(f"stopped at step {int(state.step)} of {steps}, saved: the same command goes on from there")
         return stop.asked or signal.SIGTERM
-    finished, found = stage.finish(state.ema, frozen, held_out, jax.random.fold_in(root, 2**31 - 2))
+    finished, found = stage.finish(state.ema, frozen, inputs.held_out, jax.random.fold_in(root, 2**31 - 2))
     if found:
         _say("finished: " + ", ".join(f"{name} {float(value):.4g}" for name, value in found.items()))
-    scalars = look(steps, finished)
+    scalars = measure(steps, finished)
     average = jax.tree.map(to_host, finished)
     if jax.process_index() == 0:
-        model = tokenizer.model_bytes if tokenizer else None
-        save_bundle(to_path(workdir) / "bundle", config.stage, config, average, model, upstream.identity, {})
+        folder = to_path(workdir) / "bundle"
+        save_bundle(folder, config.stage, config, average, tokenizer_bytes, upstream.identity, {})
     return {"sha256": digest(state), "metrics": scalars}
 
 
-def _assemble(config: ConfigDict, clip: Stage | None, mesh):
-    """The stage, its optimizer and its train step, from shapes alone. Raises UserError where they cannot fit."""
+def _assemble(
+    config: ConfigDict, clip: ClipTowers | None, mesh: Mesh
+) -> tuple[Stage, optax.GradientTransformation, Callable]:
+    """Builds the stage, its optimizer and its train step, from shapes alone. Raises UserError where they do not fit
+    each other."""
     stage = make_stage(config, clip, embedded(config))
     optimizer = make_optimizer(config.optim, config.train.steps)
     rate = learning_rate(config.optim, config.train.steps)
     return stage, optimizer, make_train_step(stage, optimizer, rate, config, mesh)
 
 
-class Upstream(NamedTuple):
-    """The CLIP that a stage is trained against; all empty for a stage that needs none."""
-
-    stage: Stage | None
-    params: Any
-    tokenizer: Tokenizer | None
-    identity: str
-
-
-def _upstream(config: ConfigDict, workdir: str, mesh) -> Upstream | signal.Signals:
-    """Loads `config.clip.bundle`, or trains `config.clip.config` first where no bundle is named; what stopped that."""
+def _upstream(config: ConfigDict, workdir: str, mesh: Mesh) -> Upstream | signal.Signals:
+    """Loads `config.clip.bundle`, or trains `config.clip.config` first where no bundle is named. Returns the signal if
+    one stopped that training."""
     if "clip" not in config:
         return Upstream(None, {}, None, "")
     folder = config.clip.bundle
@@ -245,7 +260,8 @@ def _upstream(config: ConfigDict, workdir: str, mesh) -> Upstream | signal.Signa
 
 
 def _origin(config: ConfigDict, stage: Stage) -> Bundle | None:
-    """The trained model that `config.init.bundle` names, its parameters made the stage's own; None: from scratch."""
+    """Loads the trained model that `config.init.bundle` names, its parameters adapted to the stage; None: from
+    scratch."""
     if "init" not in config or not config.init.bundle:
         return None
     folder = config.init.bundle
@@ -257,63 +273,8 @@ def _origin(config: ConfigDict, stage: Stage) -> Bundle | None:
     return bundle._replace(params=params)
 
 
-def _open(config: ConfigDict, split: str, clip_identity: str):
-    d = config.data
-    source = open_source(d.source, split, d.data_dir, d.image_feature, d.caption_feature)
-    if not embedded(config):
-        return source
-    provenance = Provenance(clip_identity, d.source, d.image_feature, d.caption_feature)
-    return EmbeddedSource(source, to_path(d.embeddings), provenance, split)
-
-
-def _tokenizer(config: ConfigDict, stage: Stage, source, workdir: str, origin: Bundle | None) -> Tokenizer | None:
-    """The stage's own tokenizer: that of the model it starts from, the file named, the one an earlier run left in
-    WORKDIR, or a new one."""
-    if "own" not in {owner for owner, _, _ in stage.texts.values()}:
-        return None
-    vocab_size = (config.model if "vocab_size" in config.model else config.model.text).vocab_size
-    stored = to_path(workdir) / "tokenizer.model"
-    named = to_path(config.data.tokenizer) if config.data.tokenizer else stored
-    if origin:
-        if stored.exists() and stored.read_bytes() != origin.tokenizer_bytes:
-            raise UserError(f"{workdir} holds a run with another tokenizer than init.bundle's: give a new one")
-        tokenizer = Tokenizer(origin.tokenizer_bytes)
-    elif named.exists():
-        tokenizer = Tokenizer(named.read_bytes())
-    else:
-        count = min(len(source), TOKENIZER_CAPTIONS)
-        tokenizer = train_tokenizer((source[i]["caption"] for i in range(count)), vocab_size)
-    if not named.exists() and jax.process_index() == 0:
-        write_bytes(stored, tokenizer.model_bytes, alone=True)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"{named} has {tokenizer.vocab_size} pieces, more than the model's vocab_size={vocab_size}")
-    return tokenizer
-
-
-def _to_example(config: ConfigDict, stage: Stage, own: Tokenizer | None, clip: Tokenizer | None) -> ToExample:
-    tokenizers = {"own": own, "clip": clip}
-    texts = {name: (tokenizers[owner], context, ends) for name, (owner, context, ends) in stage.texts.items()}
-    return ToExample(stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors)
-
-
-def _batches(config: ConfigDict, source, to_example: ToExample, start: int):
-    t = config.train
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return batches(source, to_example, t.batch_size, t.seed, start, threads=config.data.threads, **processes)
-
-
-def _first_batches(config: ConfigDict, source, to_example: ToExample, mesh):
-    """Yields the first training batches for `Stage.prepare`; reads them when asked, and tells progress."""
-    said = time.monotonic()
-    for k, rows in enumerate(_batches(config, source, to_example, 0)):
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            _say(f"{config.stage}: preparing, {k} training batches read")
-        yield global_batch(rows, mesh)
-
-
-def _prepared(state: TrainState, stage: Stage, frozen, batches) -> TrainState:
-    """The state before step 1, with what the stage finds in training batches in its parameters and their average."""
+def _prepared(state: TrainState, stage: Stage, frozen: Params, batches: Iterator[Batch]) -> TrainState:
+    """Completes the state before step 1 by what the stage finds in training batches, in parameters and average."""
     params, scalars = stage.prepare(state.params, frozen, batches)
     if params is state.params:
         return state
@@ -321,17 +282,15 @@ def _prepared(state: TrainState, stage: Stage, frozen, batches) -> TrainState:
     return _with_params(state, params)
 
 
-def _with_params(state: TrainState, params) -> TrainState:
-    """The state before step 1 with other parameters, which are their average too."""
+def _with_params(state: TrainState, params: Params) -> TrainState:
+    """Replaces the parameters of the state before step 1, and their average."""
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, state.params))
     return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-def _record(workdir: str, step: int, scalars: dict[str, float], images: dict[str, Any]) -> None:
-    """Writes to WORKDIR/evaluation.jsonl, says it, and draws. images: end of a file's name → pictures, or None.
-
-    A line of an earlier try at this step, or at a later one, gives way.
-    """
+def _record(workdir: str, step: int, scalars: dict[str, float], images: dict[str, Array | None]) -> None:
+    """Records scalars in WORKDIR/evaluation.jsonl and saves grids of pictures under samples/; replaces lines at or
+    after `step`. images: end of the file's name → pictures."""
     if jax.process_index() != 0:
         return
     folder = to_path(workdir)
@@ -360,21 +319,21 @@ class _Stop:
 
     asked: signal.Signals | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "_Stop":
         names = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
         self._handlers = {name: signal.signal(name, self._note) for name in names}
         return self
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number)
         self._restore()
         _say("stopping after this step, to save it (once more: at once, without saving)")
 
-    def _restore(self):
+    def _restore(self) -> None:
         for name, handler in self._handlers.items():
             signal.signal(name, handler)
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._restore()
 
 

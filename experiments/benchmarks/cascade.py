@@ -18,12 +18,13 @@ import numpy as np
 from networks import loaded
 
 from unclip_jax import cli
-from unclip_jax.model import ROWS, Model
+from unclip_jax.model import CHUNK_ROWS, Model
 from unclip_jax.models.mesh import jit_on_mesh, one_device
 from unclip_jax.planning import flops
 from unclip_jax.planning.chips import known_chip
 from unclip_jax.planning.programs import conditions
 from unclip_jax.stages import make_stage
+from unclip_jax.stages.conditions import Conditions
 
 MODELS = ("clip", "prior_diffusion", "decoder", "upsampler_256", "upsampler_1024")
 
@@ -38,19 +39,19 @@ def random_model(name: str, flags, clip: Model | None) -> Model:
     return Model(stage, jax.jit(fresh)(jax.random.key(flags.seed)), None, name)
 
 
-def inputs(stage, rows: int, seed: int) -> dict:
-    """What it draws from: captions of random tokens, random embeddings and small pictures."""
+def inputs(stage, rows: int, seed: int) -> Conditions:
+    """Makes conditions to draw from: captions of random tokens, random embeddings and small pictures."""
     rng = np.random.default_rng(seed)
     scale = stage.config.sampling.get("guidance_scale")
-    found = {}
-    for name, spec in conditions(stage, rows).items():
+
+    def draw(spec):
         if not spec.shape:
-            found[name] = np.float32(scale)
-        elif spec.dtype == jnp.int32:
-            found[name] = rng.integers(1, 8, spec.shape, np.int32)
-        else:
-            found[name] = np.clip(rng.standard_normal(spec.shape, np.float32), -1, 1)
-    return found
+            return np.float32(scale)
+        if spec.dtype == jnp.int32:
+            return rng.integers(1, 8, spec.shape, np.int32)
+        return np.clip(rng.standard_normal(spec.shape, np.float32), -1, 1)
+
+    return jax.tree.map(draw, conditions(stage, rows))
 
 
 def read_call(clip: Model, rows: int, seed: int):
@@ -68,16 +69,16 @@ def stage_times(model: Model, clip: Model, flags) -> dict:
     if stage.config.stage == "clip":
         function, arguments = read_call(model, flags.batch, flags.seed)
         call = lambda: np.asarray(function(*arguments))  # noqa: E731
-        count = flops.executed(jax.make_jaxpr(clip.stage.embed_texts)(*arguments))
+        count = flops.executed_flops(jax.make_jaxpr(clip.stage.embed_texts)(*arguments))
     else:
         frozen = clip.params if stage.needs_clip else {}
         given = inputs(stage, flags.batch, flags.seed)
         call = lambda: model.draw(frozen, given, key)  # noqa: E731
-        count = flops.executed(jax.make_jaxpr(stage.sample)(model.params, frozen, given, key))
+        count = flops.executed_flops(jax.make_jaxpr(stage.sample)(model.params, frozen, given, key))
     found = measure.in_turns({"draw": call}, flags.repeats, stage.config.stage)
     seconds = measure.spread(found["draw"])
     chip = known_chip(jax.devices()[0].device_kind)
-    floor = count / flags.batch / chip.flops if chip else None
+    floor = count / flags.batch / chip.peak_flops if chip else None
     return {
         "steps": stage.config.get("sampling", {}).get("steps"),
         "seconds": seconds,
@@ -92,13 +93,13 @@ def stage_times(model: Model, clip: Model, flags) -> dict:
 def main() -> None:
     parser = measure.parser(__doc__, "cascade.json")
     parser.add_argument("--size", default="tiny", choices=("paper", "small", "tiny"))
-    parser.add_argument("--batch", type=int, default=4, help=f"pictures at once, at most {ROWS}")
+    parser.add_argument("--batch", type=int, default=4, help=f"pictures at once, at most {CHUNK_ROWS}")
     parser.add_argument("--dtype", help="of matrix products and convolutions, instead of the configs'")
     parser.add_argument("--weights", default="float32", choices=("float32", "bfloat16"), help="as they are kept")
     parser.add_argument("--one-at-a-time", action="store_true", help="drop each model before the next is made")
     flags = parser.parse_args()
-    if not 0 < flags.batch <= ROWS:
-        sys.exit(f"--batch {flags.batch}: expected 1 to {ROWS}")
+    if not 0 < flags.batch <= CHUNK_ROWS:
+        sys.exit(f"--batch {flags.batch}: expected 1 to {CHUNK_ROWS}")
     report = {"command": " ".join(sys.argv), "environment": measure.environment()}
     report |= {name: getattr(flags, name) for name in ("size", "batch", "weights", "seed")} | {"stages": {}}
     clip, models, rows, start = None, [], [], time.monotonic()

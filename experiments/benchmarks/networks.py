@@ -24,7 +24,7 @@ from unclip_jax.planning.programs import (
     random_arguments,
     sample_program,
     train_program,
-    trained_flops,
+    train_step_flops,
 )
 from unclip_jax.stages import make_stage
 
@@ -75,7 +75,7 @@ def training(config, flags) -> dict:
 
     found = measure.in_turns({"step": call}, flags.repeats, f"{config.stage}, train")["step"]
     shapes = jax.eval_shape(program.stage.init, jax.random.key(0))
-    count = trained_flops(config, shapes)
+    count = train_step_flops(config, shapes)
     batch = config.train.batch_size
     return {"batch": batch, "compile_seconds": round(seconds, 1)} | rates(found, count, batch, jax.device_count())
 
@@ -91,7 +91,7 @@ def drawing(model: str, config, flags) -> dict:
         executable, taken = compiled(program)
         arguments = jax.block_until_ready(random_arguments(program))  # a prior's depend on the steps
         calls[steps] = lambda run=executable, given=arguments: jax.block_until_ready(run(*given))
-        counts[steps], seconds = flops.executed(program.traced.jaxpr), seconds + taken
+        counts[steps], seconds = flops.executed_flops(program.traced.jaxpr), seconds + taken
     found = measure.in_turns(calls, flags.repeats, f"{model}, sampling step")
     if counted:
         times = [(b - a) / (LONG - SHORT) for a, b in zip(found[names[0]], found[names[1]], strict=True)]
@@ -112,7 +112,7 @@ def rates(times: list[float], count: float, examples: int, devices: int) -> dict
         "examples_per_second": measure.significant(examples / middle["median"]),
         "gflops_per_example": measure.significant(count / examples / 1e9),
         "gflops_per_second": measure.significant(per_second / 1e9),
-        "mfu": measure.significant(per_second / devices / chip.flops) if chip else None,
+        "mfu": measure.significant(per_second / devices / chip.peak_flops) if chip else None,
     }
 
 

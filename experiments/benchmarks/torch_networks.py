@@ -12,9 +12,9 @@ from transformers import CLIPConfig, CLIPModel
 
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.unet import UNet
-from unclip_jax.pretrained import karlo, openai_clip
+from unclip_jax.pretrained import karlo_stages, openai_clip
 from unclip_jax.pretrained.adm import unet_config, unet_params
-from unclip_jax.pretrained.diffusers_names import Renamed, prior_names, unet_names
+from unclip_jax.pretrained.diffusers_names import RenamedStateDict, prior_names, unet_names
 from unclip_jax.pretrained.state_dict import StateDict
 from unclip_jax.stages import make_stage
 
@@ -89,9 +89,9 @@ def _prior(s, dtype, rng):
     module = _randomized(PriorTransformer(
         num_attention_heads=s["heads"], attention_head_dim=head_channels, num_layers=s["layers"],
         embedding_dim=s["dim"], num_embeddings=s["context"]))  # fmt: skip
-    weights = Renamed(module.state_dict(), "PriorTransformer", prior_names, head_channels)
+    weights = RenamedStateDict(module.state_dict(), "PriorTransformer", prior_names, head_channels)
     mean, std = (weights.take(name, 1, s["dim"])[0] for name in ("clip_mean", "clip_std"))
-    config, params = karlo.convert_prior(weights, mean, std, dtype, s["heads"])
+    config, params = karlo_stages.convert_prior(weights, mean, std, dtype, s["heads"])
     params = {name: value for name, value in params.items() if not name.startswith("embedding_")}
     network = DiffusionPrior(**config.model, dtype=jnp.dtype(dtype))
     rows = s["batch"]
@@ -117,7 +117,7 @@ def _unet(module, s, attends, channels, dtype, head_channels=1, context_width=0)
     """Ours, and its parameters."""
     conditional = context_width > 0
     names = unet_names(s["layers"], attends, conditional)
-    weights = Renamed(module.state_dict(), type(module).__name__, names, head_channels)
+    weights = RenamedStateDict(module.state_dict(), type(module).__name__, names, head_channels)
     config = unet_config(weights, head_channels, (1, 1), norm_groups=32)
     params = unet_params(weights, config, channels, module.config.out_channels, context_width)
     weights.finish()

@@ -119,6 +119,7 @@ def draw(bundle: str, clip_bundle: str) -> None:
     import numpy as np
 
     from unclip_jax.bundle import load_bundle
+    from unclip_jax.planning.programs import conditions
     from unclip_jax.stages import make_stage
 
     clip = load_bundle(clip_bundle) if clip_bundle else None
@@ -126,27 +127,20 @@ def draw(bundle: str, clip_bundle: str) -> None:
     loaded = load_bundle(bundle)
     config = loaded.config.copy_and_resolve_references().unlock()
     stage = make_stage(config, clip_stage)
-    tokens = {}
-    for name, (_, context, _) in stage.texts.items():
-        tokens |= {name: np.ones((1, context), np.int32), f"{name}_length": np.full(1, 5, np.int32)}
     params = loaded.params
     if config.stage == "clip":
-        out = jax.jit(stage.embed_texts)(params, tokens["tokens"], tokens["tokens_length"])
+        context, size = config.model.text.context, config.model.image_size
+        out = jax.jit(stage.embed_texts)(params, np.ones((1, context), np.int32), np.full(1, 5, np.int32))
         if config.model.image:
-            size = config.model.image_size
             out = jnp.concatenate([out, jax.jit(stage.embed_images)(params, np.zeros((1, size, size, 3), np.uint8))])
     else:
         config.sampling.steps = "1"
-        conditions = dict(tokens)
-        if "embedding_dim" in config.model:
-            z = np.ones((1, config.model.embedding_dim), np.float32)
-            conditions |= {"text_embedding": z} if config.stage == "prior_diffusion" else {"image_embedding": z}
-        if "guidance_scale" in config.sampling:
-            conditions["guidance_scale"] = np.float32(2)
-        if "factor" in config.model and config.model.factor:
-            side = config.model.image_size // config.model.factor
-            conditions["low_res"] = np.zeros((1, side, side, 3), np.float32)
-        out = jax.jit(stage.sample)(params, clip.params if clip else {}, conditions, jax.random.key(0))
+
+        def fill(spec):
+            return np.full(spec.shape, 2 if spec.dtype == jnp.int32 or not spec.shape else 0.5, spec.dtype)
+
+        given = jax.tree.map(fill, conditions(stage, 1))
+        out = jax.jit(stage.sample)(params, clip.params if clip else {}, given, jax.random.key(0))
     assert np.isfinite(np.asarray(out)).all()
     print(sum(leaf.size for leaf in jax.tree.leaves(params)))
 

@@ -205,7 +205,7 @@ def test_blur_is_scipys_convolution_with_the_kernel(spied):
 def test_shrink_resizes_four_of_five_to_a_uniform_fraction(spied):
     calls, n, side = spied("resize", lambda image, size, method: image), 2000, 840
     generator, image = rng(5), np.zeros((side, side, 3), np.float32)
-    spied("separable", lambda image, *_: image)
+    spied("apply_separable", lambda image, *_: image)
     for _ in range(n):
         shrink(image, 4, generator)
     assert near_share(len(calls), 0.8, n)

@@ -5,7 +5,7 @@ import pytest
 import scipy.ndimage
 from PIL import Image
 
-from unclip_jax.data.resampling import METHODS, blur_matrix, resize_matrix, separable
+from unclip_jax.data.resampling import METHODS, apply_separable, blur_matrix, resize_matrix
 
 RNG = np.random.default_rng(0)
 ROW = [0, 10, 50, 200, 120, 30, 90, 255]
@@ -45,7 +45,7 @@ def test_antialiased_inside_as_pillow(size):
     picture = RNG.random((40, 40)).astype(np.float32)
     expected = np.asarray(Image.fromarray(picture, "F").resize((size, size), Image.Resampling.BICUBIC))
     matrix = resize_matrix(40, size, "antialiased_bicubic")
-    result = separable(np.stack([picture] * 3, axis=-1), matrix, matrix)
+    result = apply_separable(np.stack([picture] * 3, axis=-1), matrix, matrix)
     border = 2 * max(size, 40) // 40 + 3  # there, Pillow cuts its kernel off
     inside = (slice(border, -border),) * 2
     np.testing.assert_allclose(result[inside][..., 1], expected[inside], atol=1e-5)
@@ -65,7 +65,7 @@ def test_rows_and_columns():
     picture = RNG.integers(0, 256, (20, 31, 3), dtype=np.uint8)
     rows, columns = resize_matrix(20, 7, "area"), resize_matrix(31, 45, "bicubic")
     expected = np.einsum("ai,bj,ijc->abc", rows.toarray(), columns.toarray(), picture)
-    result = separable(picture, rows, columns)
+    result = apply_separable(picture, rows, columns)
     assert result.dtype == np.float32 and result.flags.c_contiguous
     np.testing.assert_allclose(result, expected, atol=1e-3)
 

@@ -10,7 +10,7 @@ from shrink import CONFIGS
 from unclip_jax import cli
 from unclip_jax.models import layers
 from unclip_jax.planning import flops, traffic
-from unclip_jax.planning.compiling import compiled
+from unclip_jax.planning.compiling import compile_program
 from unclip_jax.planning.gpus import GPU_OPTIONS, gpu_devices
 from unclip_jax.planning.hlo import parse
 from unclip_jax.planning.programs import sample_program, train_program
@@ -62,8 +62,8 @@ def traced(config, call, devices):
 @pytest.mark.parametrize(("name", "call"), PROGRAMS, ids=[f"{name}-{call}" for name, call in PROGRAMS])
 def test_every_program_compiles_with_cudnns_attention(name, call, size, gpu, dtype, plainly):
     program = traced(load(name, size, dtype), call, gpu_devices(gpu, 1))
-    done = compiled(program.traced, f"{name}:{size} {call} for {gpu}", tpu=False, options=GPU_OPTIONS)
-    assert done.memory["arguments"] > 0 and done.moved > 0 and not done.collectives
+    done = compile_program(program.traced, f"{name}:{size} {call} for {gpu}", tpu=False, options=GPU_OPTIONS)
+    assert done.memory["arguments"] > 0 and done.moved_bytes > 0 and not done.collectives
     text = done.executable.as_text()
     assert (ATTENTIONS in text) == (dtype == "bfloat16" and name not in WITHOUT)
     if call == "train":
@@ -76,7 +76,7 @@ def test_every_program_compiles_with_cudnns_attention(name, call, size, gpu, dty
 def test_cudnns_products_are_counted(name):
     config = load(name, "tiny", "bfloat16")
     here, there = (train_program(config, devices) for devices in (jax.devices()[:1], gpu_devices("h100", 1)))
-    here, there = flops.executed(here.traced.jaxpr), flops.executed(there.traced.jaxpr)
+    here, there = flops.executed_flops(here.traced.jaxpr), flops.executed_flops(there.traced.jaxpr)
     assert here < there < 1.05 * here  # a kernel's gradient makes the logits again
 
 

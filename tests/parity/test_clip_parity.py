@@ -17,7 +17,7 @@ from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import center_square
 from unclip_jax.pretrained import __main__ as command
 from unclip_jax.pretrained import openai_clip
-from unclip_jax.pretrained.state_dict import StateDict, read
+from unclip_jax.pretrained.state_dict import StateDict, read_tensors
 from unclip_jax.stages import make_stage
 from unclip_jax.training.leaves import named_leaves
 
@@ -109,7 +109,7 @@ def test_embeddings_and_gradients(style, tmp_path, seen):
     def convert(tensors):
         return openai_clip.convert_huggingface(StateDict(tensors, style), hf_config, {}, unit_norm=False)
 
-    config, params = convert(read(tmp_path / "model.safetensors"))
+    config, params = convert(read_tensors(tmp_path / "model.safetensors"))
     images, tokens, lengths = inputs(style)
     model.zero_grad()
     ids, seen_pixels = torch.tensor(tokens, dtype=torch.long), pixels(images)
@@ -207,7 +207,7 @@ def test_openai_form(kind, tmp_path, seen):
         torch.jit.script(Node(tensors)).save(str(path))
     else:
         torch.save(tensors, path)
-    config, params = openai_clip.convert(StateDict(read(path), str(path)), head_channels=8, unit_norm=False)
+    config, params = openai_clip.convert(StateDict(read_tensors(path), str(path)), head_channels=8, unit_norm=False)
     images, tokens, lengths = inputs("B/32")
     z_i, z_t, states = forward(config, params, images, tokens, lengths)
     text = model.text_model(input_ids=torch.tensor(tokens, dtype=torch.long))
@@ -222,7 +222,7 @@ def test_half_precision_files(tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         tensors = {name: tensor.to(dtype) for name, tensor in openai_names(model).items()}
         torch.save(tensors, tmp_path / "ViT.pt")
-        _, params = openai_clip.convert(StateDict(read(tmp_path / "ViT.pt"), "ViT.pt"), head_channels=8)
+        _, params = openai_clip.convert(StateDict(read_tensors(tmp_path / "ViT.pt"), "ViT.pt"), head_channels=8)
         expected = tensors["visual.proj"].float().numpy()
         np.testing.assert_array_equal(params["image"]["projection"]["kernel"], expected)
 
@@ -240,7 +240,7 @@ def test_two_halves(tmp_path, seen):
     for name, half in halves.items():
         half.load_state_dict({k: v for k, v in model.state_dict().items() if k in half.state_dict()})
         half.save_pretrained(tmp_path / name)
-    weights = {name: StateDict(read(tmp_path / name / "model.safetensors"), name) for name in halves}
+    weights = {name: StateDict(read_tensors(tmp_path / name / "model.safetensors"), name) for name in halves}
     configs = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in halves}
     config, params = openai_clip.convert_towers(
         weights["text"], configs["text"], weights["image"], configs["image"], {}, unit_norm=False
@@ -252,7 +252,7 @@ def test_two_halves(tmp_path, seen):
     compare(seen, "two halves", z_t, model.get_text_features(input_ids=ids).pooler_output)
     np.testing.assert_allclose(np.exp(params["logit_scale"]), 100, rtol=1e-6)
 
-    text = StateDict(read(tmp_path / "text" / "model.safetensors"), "text")
+    text = StateDict(read_tensors(tmp_path / "text" / "model.safetensors"), "text")
     config, params = openai_clip.convert_towers(text, configs["text"], None, {}, {}, unit_norm=False)
     assert config.model.image is None and params.keys() == {"text", "logit_scale"}
     alone, _ = jax.jit(make_stage(config).read_texts)(params, tokens, lengths)

@@ -29,7 +29,7 @@ def clip(tmp_path_factory):
     """(ours, transformers', the merges), of one vocabulary in the two forms."""
     folder, merges = tmp_path_factory.mktemp("clip"), vocabularies.clip_merges()
     vocabularies.save_clip(folder, merges)
-    ours = Tokenizer(tokenizers.clip(folder))
+    ours = Tokenizer(tokenizers.read_clip(folder))
     vocabularies.save_huggingface(folder, vocabularies.clip_vocabulary(merges), merges)
     return ours, transformers.CLIPTokenizer.from_pretrained(folder), merges
 
@@ -90,7 +90,7 @@ def test_gpt2(tmp_path):
     """Ids of lower-cased text as it is, padded with the end token; no marks are added, and a written one is text."""
     merges = vocabularies.gpt2_merges()
     vocabularies.save_gpt2(tmp_path, merges)
-    ours = Tokenizer(tokenizers.gpt2(tmp_path))
+    ours = Tokenizer(tokenizers.read_gpt2(tmp_path))
     theirs = transformers.GPT2Tokenizer(vocab=vocabularies.gpt2_vocabulary(merges), merges=merges)
     ids, lengths = ours.encode(TEXTS, 128, ends=False)
     expected = theirs([text.lower() for text in TEXTS], truncation=True, max_length=128)["input_ids"]

@@ -15,6 +15,7 @@ from PIL import Image
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.errors import UserError
+from unclip_jax.keys import RowKeys, draw_rows, fold_in, seed_key, split
 from unclip_jax.pretrained.__main__ import main
 
 # Commas, an accent, capitals; more tokens than either variant reads.
@@ -24,10 +25,10 @@ LIMITS = {"exact": 1e-5, "its own": 1e-3}
 
 
 def noises(key, shape, steps):
-    """(x_T, the noise of every step but the last, as it is taken) of a stage that is given `key`."""
-    key_start, key_steps = jax.random.split(key)
-    later = [np.asarray(jax.random.normal(jax.random.fold_in(key_steps, i), shape)) for i in range(steps)]
-    return np.asarray(jax.random.normal(key_start, shape)), later[:0:-1]
+    """(x_T, the noise of every step but the last, as it is taken) of a stage that is given a key for each row."""
+    key_start, key_steps = split(key)
+    later = [np.asarray(draw_rows(jax.random.normal, fold_in(key_steps, i), shape)) for i in range(steps)]
+    return np.asarray(draw_rows(jax.random.normal, key_start, shape)), later[:0:-1]
 
 
 def torch_noises(keys, shapes, steps):
@@ -92,9 +93,9 @@ def from_captions(place):
     """(noise for diffusers, our pictures as floats, and as `generate` gives them): drawn once for all tables."""
     name, _, folder = place
     cascade = Cascade.load(str(folder / "ours_text"))
-    keys = jax.random.split(jax.random.key(SEED), 3)
-    chunks = [jax.random.fold_in(key, 0) for key in (keys[0], keys[1], jax.random.fold_in(keys[2], 0))]
-    noise = torch_noises(chunks, shapes(name, len(CAPTIONS)), (25, 25, 7))
+    keys = RowKeys.of(seed_key(SEED), len(CAPTIONS)).split(3)
+    rows = [fold_in(keys[0].make(), 0), keys[1].make(), keys[2].split(1)[0].make()]  # of the prior's only draw, first
+    noise = torch_noises(rows, shapes(name, len(CAPTIONS)), (25, 25, 7))
     embeddings = cascade.embeddings(CAPTIONS, keys[0])
     images = cascade._upsample(cascade._decode(embeddings, CAPTIONS, keys[1], None), CAPTIONS, keys[2])[0]
     return noise, as_shares(images), cascade.generate(CAPTIONS, SEED)["images"][1]
@@ -126,9 +127,9 @@ def test_pictures_to_variations(place, tables, seen, monkeypatch):
     seen("CLIP embeddings of pictures", error)
     assert error < 1e-4
 
-    keys = jax.random.split(jax.random.key(SEED))
-    chunks = [jax.random.fold_in(key, 0) for key in (keys[0], jax.random.fold_in(keys[1], 0))]
-    (decoder, super_res), later = torch_noises(chunks, shapes(name, 2)[1:], (25, 7))
+    keys = RowKeys.of(seed_key(SEED), 2).split(2)
+    rows = [keys[0].make(), keys[1].split(1)[0].make()]
+    (decoder, super_res), later = torch_noises(rows, shapes(name, 2)[1:], (25, 7))
     later = iter(later)
     monkeypatch.setattr(scheduling_unclip, "randn_tensor", lambda *args, **rest: next(later))
     theirs = pipeline(

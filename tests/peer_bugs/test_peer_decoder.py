@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from shrink import random_batch, small_config, small_stage
 
+from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.stages.decoder import Decoder
 
 ROWS = 2
@@ -33,12 +34,13 @@ def test_unconditional_decoder_is_told_nothing_of_the_embedding():
     stage = Listener(config.lock(), SimpleNamespace(config=small_config("clip"), embed_images=embed))
     params = {"conditioner": small_stage("decoder")[2]["conditioner"], "unet": {}}
     batch = random_batch(stage, ROWS)
-    captions = {name: value for name, value in batch.items() if "tokens" in name}
+    conditions = Conditions(**captions(batch))
     z, other = jax.random.normal(jax.random.key(0), (2, ROWS, dim))
 
     @jax.jit
     def draw(scale, z):
-        return stage.sample(params, {}, captions | {"image_embedding": z, "guidance_scale": scale}, jax.random.key(1))
+        given = conditions._replace(image_embedding=z, guidance_scale=scale)
+        return stage.sample(params, {}, given, jax.random.key(1))
 
     null, conditional = jnp.float32(0.0), jnp.float32(1.0)
     np.testing.assert_array_equal(draw(null, z), draw(null, other))

@@ -7,6 +7,7 @@ from shrink import small_config
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.stages.base import draw
+from unclip_jax.stages.conditions import Conditions
 
 RNG = np.random.default_rng(0)
 
@@ -48,11 +49,11 @@ def test_known_pixels_stay_and_the_others_are_made_anew():
     config.diffusion.update(dict(predicts="x0", learned_variance=False))
     known = np.zeros((1, 4, 4, 1), bool)
     known[:, :2] = True
-    conditions = {"known": known, "known_image": np.full((1, 4, 4, 3), -0.7, np.float32)}
-    for told_known in (False, True):
+    conditions = Conditions(known=known, known_image=np.full((1, 4, 4, 3), -0.7, np.float32))
+    for inpaints in (False, True):
         paint = jax.jit(
-            lambda key, told=told_known: draw(
-                config, lambda x_t, t: jnp.full_like(x_t, 0.3), (1, 4, 4, 3), conditions, key, told_known=told
+            lambda key, inpaints=inpaints: draw(
+                config, lambda x_t, t: jnp.full_like(x_t, 0.3), (1, 4, 4, 3), conditions, key, network_inpaints=inpaints
             )
         )
         drawn = np.asarray(paint(jax.random.key(0)))

@@ -45,7 +45,7 @@ class CoarseUpsampler(Upsampler):
         return jnp.float32(0), {}
 
     def sample(self, params, frozen, conditions, key):
-        return self._enlarged(conditions["low_res"]) - 0.1
+        return self._enlarged(conditions.low_res) - 0.1
 
 
 def test_reported_metrics_are_means_over_rows():

@@ -16,7 +16,7 @@ from unclip_jax.models.layers import GroupNorm, LayerNorm, timestep_embedding
 from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.models.transformer import TextTransformer, activated
 from unclip_jax.models.unet import AttentionBlock, UNet
-from unclip_jax.pretrained.layers import interleaved
+from unclip_jax.pretrained.layers import deinterleaved
 from unclip_jax.stages import make_stage
 
 F32 = jnp.float32
@@ -73,7 +73,7 @@ def test_heads_of_public_weights_are_read_in_their_own_order():
 
     params = {
         "norm": {"scale": np.ones(width), "bias": np.zeros(width)},
-        "qkv": interleaved({"kernel": kernel, "bias": bias}, heads, 3),
+        "qkv": deinterleaved({"kernel": kernel, "bias": bias}, heads, 3),
         "out": {"kernel": np.eye(width), "bias": np.zeros(width)},
     }
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, F32), params)

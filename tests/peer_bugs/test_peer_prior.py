@@ -12,6 +12,7 @@ from shrink import random_batch, random_params, small_config, small_stage
 from unclip_jax import cli
 from unclip_jax.models.clip import normalize
 from unclip_jax.stages import make_stage
+from unclip_jax.stages.conditions import Conditions
 from unclip_jax.stages.prior_diffusion import PriorDiffusion
 
 ROWS = 3
@@ -37,7 +38,7 @@ def drawer():
     stage, frozen, params = prior()
 
     def draw(scale, x_T, captions, z_t):
-        conditions = captions | {"text_embedding": z_t, "guidance_scale": scale, "x_T": x_T}
+        conditions = Conditions(**captions, text_embedding=z_t, guidance_scale=scale, x_T=x_T)
         return stage.sample(params, frozen, conditions, jax.random.key(0))
 
     return jax.jit(draw)

@@ -14,6 +14,7 @@ from unclip_jax.diffusion.process import Prediction, make_denoiser, predict, q_s
 from unclip_jax.diffusion.samplers import ddim_step, ddpm_step, sample
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.stages.base import draw
+from unclip_jax.stages.conditions import Conditions
 
 T = 1000
 KEY = jax.random.key(0)
@@ -41,7 +42,7 @@ def told(steps, sampler="ddpm", x0=lambda t: jnp.float32(0)):
         jax.debug.callback(lambda t: seen.append(int(t)), t[0], ordered=True)
         return jnp.full_like(x_t, x0(t[0]))
 
-    drawn = jax.jit(lambda key: draw(config, network, (1, 1), {}, key))(KEY)
+    drawn = jax.jit(lambda key: draw(config, network, (1, 1), Conditions(), key))(KEY)
     jax.effects_barrier()
     return seen, float(drawn[0, 0])
 

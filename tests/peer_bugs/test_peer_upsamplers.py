@@ -10,6 +10,7 @@ from shrink import small_config
 
 from unclip_jax.diffusion.corruption import area_downsample, upsample
 from unclip_jax.stages import make_stage
+from unclip_jax.stages.conditions import Conditions
 from unclip_jax.stages.upsampler import Upsampler
 
 SIDE = 16
@@ -38,7 +39,7 @@ def echoing(monkeypatch):
 
 
 def sample(stage, low_res):
-    return jax.jit(stage.sample)({}, {}, {"low_res": low_res}, jax.random.key(0))
+    return jax.jit(stage.sample)({}, {}, Conditions(low_res=low_res), jax.random.key(0))
 
 
 @pytest.mark.parametrize("degradation", ["blur", "bsr"])

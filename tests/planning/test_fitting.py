@@ -3,7 +3,7 @@
 import pytest
 
 from unclip_jax import cli
-from unclip_jax.planning.fitting import Setting, search, settings
+from unclip_jax.planning.fitting import Setting, find_setting, possible_settings
 
 GIB = 2**30
 PARTS = {"parameters": 10 * GIB, "moving average": 10 * GIB, "optimizer": 20 * GIB, "frozen CLIP": 2 * GIB, "batch": 0}
@@ -31,7 +31,7 @@ def run(config, activations, limit):
         return needed(setting, activations)
 
     base = Setting(False, config.optim.accumulate, config.mesh.fsdp)
-    return search(settings(config, 16), PARTS, needed(base, activations), limit * GIB, attempt), tried
+    return find_setting(possible_settings(config, 16), PARTS, needed(base, activations), limit * GIB, attempt), tried
 
 
 @pytest.mark.parametrize(
@@ -56,22 +56,22 @@ def test_the_least_costly_that_fits_is_found(remat, activations, limit, expected
 
 
 def test_settings_are_those_that_batch_and_chips_allow():
-    found = settings(config(), 16)
+    found = possible_settings(config(), 16)
     assert found[0] == (False, 1, 1)
     assert {s.accumulate for s in found} == {1, 2, 4, 8} and {s.fsdp for s in found} == {1, 2, 4, 8, 16}
-    assert not any(s.remat for s in found) and any(s.remat for s in settings(config(False), 16))
-    own = settings(config(**{"optim.accumulate": 2, "mesh.fsdp": 4}), 16)
+    assert not any(s.remat for s in found) and any(s.remat for s in possible_settings(config(False), 16))
+    own = possible_settings(config(**{"optim.accumulate": 2, "mesh.fsdp": 4}), 16)
     assert own[0] == (False, 2, 4) and {s.fsdp for s in own} == {4, 8, 16} and {s.accumulate for s in own} == {2, 4, 8}
     clip = cli.load_config("configs/clip.py:paper")
-    assert {s.accumulate for s in settings(clip, 64)} == {1}  # its loss wants the whole batch at once
+    assert {s.accumulate for s in possible_settings(clip, 64)} == {1}  # its loss wants the whole batch at once
 
 
 def test_a_setting_is_keys_and_a_config():
     before = config(False)
     setting = Setting(True, 4, 8)
-    assert setting.changed(before) == {
+    assert setting.overrides(before) == {
         "model.unet.remat": True, "optim.accumulate": 4, "mesh.fsdp": 8, "mesh.data": -1,
     }  # fmt: skip
-    after = setting.of(before)
+    after = setting.applied_to(before)
     assert (after.model.unet.remat, after.optim.accumulate, after.mesh.fsdp, after.mesh.data) == (True, 4, 8, -1)
-    assert Setting(False, 1, 1).changed(before) == {} and not before.model.unet.remat
+    assert Setting(False, 1, 1).overrides(before) == {} and not before.model.unet.remat

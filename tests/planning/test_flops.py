@@ -18,7 +18,7 @@ def shape(*lengths):
 
 
 def count(function, *arguments):
-    return flops.executed(jax.make_jaxpr(function)(*arguments))
+    return flops.executed_flops(jax.make_jaxpr(function)(*arguments))
 
 
 def convolution(x, kernel, strides=(1, 1), groups=1):

@@ -79,14 +79,14 @@ ENTRY %main (p: f32[8,100], q: bf16[24,128,128]) -> f32[8,128] {
 def test_a_loop_runs_as_often_as_its_condition_says():
     program = hlo.parse(TEXT)
     assert list(program.computations) == ["sum", "inner", "fused", "stored", "body", "condition", "main"]
-    assert program.times == {"main": 1, "body": 24, "condition": 24}
-    assert program.fused["fused"] == program.fused["inner"] == program.fused["sum"] == 24
-    assert sum(times * operation.cycles for operation, times, _ in program.running()) == 24 * 1000 + 7
+    assert program.runs == {"main": 1, "body": 24, "condition": 24}
+    assert program.fused_runs["fused"] == program.fused_runs["inner"] == program.fused_runs["sum"] == 24
+    assert sum(runs * operation.cycles for operation, runs, _ in program.launched()) == 24 * 1000 + 7
 
 
 def test_a_known_trip_count_is_believed():
     known = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
-    assert hlo.parse(known).times["body"] == 5
+    assert hlo.parse(known).runs["body"] == 5
 
 
 def test_a_kernel_says_what_it_takes():
@@ -97,7 +97,7 @@ def test_a_kernel_says_what_it_takes():
         '},"needs_layout_passes":true},"flag_configs":[]}'
     )
     program = hlo.parse("ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {\n" + line + "\n}\n")
-    assert [operation.kernel_flops for operation, _, _ in program.running()] == [708]
+    assert [operation.kernel_flops for operation, _, _ in program.launched()] == [708]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_kernel_says_what_it_takes():
     ],
 )
 def test_sizes(shape, expected):
-    assert hlo.size(shape) == expected
+    assert hlo.shape_bytes(shape) == expected
 
 
 def test_memory_traffic_counts_what_is_taken_and_given():
@@ -124,7 +124,7 @@ def test_memory_traffic_counts_what_is_taken_and_given():
     keep = tile + index + 2 * tile  # of the array written into, what is written
     condition = 1 + 2 * index
     prefetch, pad = tile, tile  # to memory on the chip, which costs nothing there
-    assert traffic.moved(hlo.parse(TEXT)) == 24 * (product + keep + condition) + prefetch + pad
+    assert traffic.moved_bytes(hlo.parse(TEXT)) == 24 * (product + keep + condition) + prefetch + pad
 
 
 def test_collectives_send_what_a_ring_sends():
@@ -139,7 +139,7 @@ def test_groups_are_read_in_every_notation():
     for groups, count in (("{{0,1,2,3},{4,5,6,7}}", 4), ("[4,2]<=[8]", 2), ("mesh['a'=2,'b'=4] {'a','b'}", 8),
                           ("mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}", 2)):  # fmt: skip
         text = TEXT.replace("[2,4]<=[8]", groups)
-        sent = {each.kind: each.sent for each in traffic.collectives(hlo.parse(text))}
+        sent = {each.kind: each.sent_bytes for each in traffic.collectives(hlo.parse(text))}
         assert sent["all-gather"] == (count - 1) * 8 * 128 * 4
 
 
@@ -160,7 +160,7 @@ def test_programs_compiled_here_are_read():
     found = traffic.collectives(
         compiled(step, argument(64, 32, by=P("fsdp")), argument(16, 64, by=P(("data", "fsdp"))))
     )
-    sent = {each.kind: each.sent for each in found}
+    sent = {each.kind: each.sent_bytes for each in found}
     assert sent == {"all-gather": 64 * 32 * 4 * 3 / 4, "all-reduce": 2 * 4 * 7 / 8}
 
 
@@ -168,9 +168,9 @@ def test_a_loop_compiled_here_is_counted_as_often_as_it_runs():
     x, w = jax.ShapeDtypeStruct((8, 64), jnp.float32), jax.ShapeDtypeStruct((30, 64, 64), jnp.float32)
     once = compiled(lambda x, w: jnp.tanh(x @ w[0]), x, w)
     loop = compiled(lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], x, w)
-    assert 30 in loop.times.values()
+    assert 30 in loop.runs.values()
     # Each turn takes its own weights, not all thirty.
-    assert 1.0 <= traffic.moved(loop) / (30 * traffic.moved(once)) < 2.0
+    assert 1.0 <= traffic.moved_bytes(loop) / (30 * traffic.moved_bytes(once)) < 2.0
 
 
 def test_cycles_that_the_compiler_cannot_tell_are_none():

@@ -22,7 +22,7 @@ START, END = 512 + len(FEW), 513 + len(FEW)
 
 def clip(folder, merges=FEW, **options):
     v.save_clip(folder, merges, **options)
-    return Tokenizer(tokenizers.clip(folder))
+    return Tokenizer(tokenizers.read_clip(folder))
 
 
 def ids(tokenizer, text):
@@ -89,7 +89,7 @@ def test_all_forms_of_a_vocabulary_are_one(tmp_path):
             pairs = [" ".join(pair) for pair in merges] if form == "old json" else merges
             content = {"added_tokens": added, "model": {"vocab": vocabulary, "merges": pairs}}
             (folder / "tokenizer.json").write_text(json.dumps(content))
-        found.append(Tokenizer(tokenizers.clip(folder)).encode(v.odd_texts(60), 77, ends=True)[0])
+        found.append(Tokenizer(tokenizers.read_clip(folder)).encode(v.odd_texts(60), 77, ends=True)[0])
     for rows in found[1:]:
         np.testing.assert_array_equal(rows, found[0])
     assert len(np.unique(found[0])) > 300
@@ -143,7 +143,7 @@ def test_gpt2(tmp_path, compressed):
     """Blanks belong to the next word, marks are text, and only the end token, which pads, has an id of its own."""
     merges = [("Ġ", "l"), ("Ġl", "o"), ("Ġlo", "w"), ("l", "o"), ("lo", "w")]
     v.save_gpt2(tmp_path, merges, compressed)
-    tokenizer = Tokenizer(tokenizers.gpt2(tmp_path))
+    tokenizer = Tokenizer(tokenizers.read_gpt2(tmp_path))
     assert tokenizer.vocab_size == 262
     assert ids(tokenizer, "LOW low  low") == [260, 258, v.SYMBOLS.index("Ġ"), 258]
     assert ids(tokenizer, "&amp;") == [letter(c) for c in "&amp;"]
@@ -156,7 +156,8 @@ def test_gpt2(tmp_path, compressed):
 
 
 def test_missing_files(tmp_path):
-    for make, wanted in ((tokenizers.clip, "bpe_simple_vocab_16e6.txt.gz"), (tokenizers.gpt2, "encoder.json with")):
+    clip, gpt2 = "bpe_simple_vocab_16e6.txt.gz", "encoder.json with"
+    for make, wanted in ((tokenizers.read_clip, clip), (tokenizers.read_gpt2, gpt2)):
         with pytest.raises(UserError, match=f"no vocabulary in {tmp_path}: expected {wanted}.*tokenizer.json"):
             make(tmp_path)
         (tmp_path / "vocab.json").write_text(json.dumps(v.gpt2_vocabulary(FEW)))
@@ -171,7 +172,7 @@ def test_damaged_files(tmp_path):
     def fails(content, message):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message) as caught:
-            tokenizers.clip(tmp_path)
+            tokenizers.read_clip(tmp_path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
     v.save_clip(tmp_path, v.clip_merges())
@@ -185,7 +186,7 @@ def test_damaged_files(tmp_path):
 
 
 def test_wrong_json(tmp_path):
-    def fails(message, make=tokenizers.clip):
+    def fails(message, make=tokenizers.read_clip):
         with pytest.raises(UserError, match=message):
             make(tmp_path)
 
@@ -198,14 +199,14 @@ def test_wrong_json(tmp_path):
         vocabulary.write_text(content)
         fails(r"vocab\.json is not a vocabulary")
     vocabulary.write_text(json.dumps(v.gpt2_vocabulary(FEW)))
-    fails(r"another model's vocabulary: 257 tokens lack, '!</w>' first")
+    fails(r"another model's vocabulary: it lacks 257 tokens, such as '!</w>'")
     vocabulary.write_text(json.dumps(v.clip_vocabulary(FEW[:-1])))
     fails("do not agree")
     vocabulary.unlink()
     tokenizer = tmp_path / "tokenizer.json"
     for content in ("[]", "{}", '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}, "added_tokens": []}'):
         tokenizer.write_text(content)
-        fails(r"tokenizer\.json is not a tokenizer\.json of byte pairs", tokenizers.gpt2)
+        fails(r"tokenizer\.json is not a tokenizer\.json of byte pairs", tokenizers.read_gpt2)
     with pytest.raises(UserError, match="names no padding"):
         Tokenizer(json.dumps(json.loads(clip(tmp_path).model_bytes) | {"padding": None}).encode())
     with pytest.raises(UserError, match=r"not a tokenizer\.json"):
@@ -215,6 +216,6 @@ def test_wrong_json(tmp_path):
 def test_compressed_or_not_is_told_by_the_content(tmp_path):
     path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
     v.save_clip(tmp_path, FEW)
-    expected = tokenizers.clip(tmp_path)
+    expected = tokenizers.read_clip(tmp_path)
     path.write_bytes(gzip.decompress(path.read_bytes()))
-    assert tokenizers.clip(tmp_path) == expected
+    assert tokenizers.read_clip(tmp_path) == expected

@@ -11,6 +11,7 @@ from shrink import random_batch, small_config, small_stage
 
 from unclip_jax.errors import UserError
 from unclip_jax.stages import codes, make_stage
+from unclip_jax.stages.conditions import Conditions
 from unclip_jax.stages.prior_ar import PriorAR
 from unclip_jax.training.leaves import named_leaves
 
@@ -156,8 +157,9 @@ def batch_of(stage, z_i, z_t):
 
 
 def conditions(stage, rows, scale=1.0, seed=0):
-    captions = {name: value for name, value in random_batch(stage, rows, seed).items() if name.startswith("tokens")}
-    return captions | {"text_embedding": unit(rows, seed), "guidance_scale": jnp.float32(scale)}
+    batch = random_batch(stage, rows, seed)
+    tokens = {name: batch[name] for name in ("tokens", "tokens_length")}
+    return Conditions(**tokens, text_embedding=unit(rows, seed), guidance_scale=jnp.float32(scale))
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_codes(monkeypatch):
@@ -296,7 +298,7 @@ def test_codes_one_by_one_are_the_likeliest_of_all_at_once(scale):
 
     @jax.jit
     def logits(keep):
-        captions = given["tokens"], given["tokens_length"], given["text_embedding"]
+        captions = given.tokens, given.tokens_length, given.text_embedding
         dot = jnp.full((5,), DOTS - 1)
         return stage._model().apply({"params": network}, *captions, jnp.full((5,), keep), dot, drawn)
 
@@ -313,7 +315,8 @@ def test_without_guidance_to_the_caption_it_is_not_heard():
     key = jax.random.key(0)
     for scale, heard in ((0.0, False), (1.0, True)):
         one, other = conditions(stage, 5, scale), conditions(stage, 5, scale, seed=1)
-        for changed in (other, one | {"text_embedding": other["text_embedding"]}, one | {"tokens": one["tokens"] + 1}):
+        embedding, tokens = one._replace(text_embedding=other.text_embedding), one._replace(tokens=one.tokens + 1)
+        for changed in (other, embedding, tokens):
             assert np.array_equal(draw(params, one, key), draw(params, changed, key)) != heard
 
 

@@ -11,6 +11,7 @@ from unclip_jax.bundle import check_params
 from unclip_jax.stages import glide as glide_module
 from unclip_jax.stages import make_stage
 from unclip_jax.stages.base import empty_caption
+from unclip_jax.stages.conditions import Conditions, captions
 
 UNET = dict(channels=8, channel_mult=(1, 2), res_blocks=1, attention=(2,), middle_attention=True, head_channels=8)
 UNET |= dict(heads=(0, 0), norm_groups=4, scale_shift=True, resample_blocks=True, dropout=0.0, remat=False)
@@ -69,10 +70,10 @@ def test_dropped_caption_reaches_glide_on_no_path():
 
 def test_guidance_scale_one_is_plain_glide():
     stage, params = glide()
-    conditions = {name: value for name, value in random_batch(stage, 3).items() if "tokens" in name}
+    conditions = Conditions(**captions(random_batch(stage, 3)))
     draw = jax.jit(stage.sample)
     plain = draw(params, {}, conditions, jax.random.key(0))
-    guided = (conditions | {"guidance_scale": jnp.float32(scale)} for scale in (1, 3000))
+    guided = (conditions._replace(guidance_scale=jnp.float32(scale)) for scale in (1, 3000))
     one, many = (draw(params, {}, c, jax.random.key(0)) for c in guided)
     np.testing.assert_allclose(one, plain, atol=2e-5)
     assert not np.allclose(many, plain, atol=1e-2)
@@ -82,12 +83,12 @@ def test_guidance_scale_one_is_plain_glide():
 def test_glide_keeps_known_pixels_and_draws_the_others(factor):
     stage, params = glide(factor, inpaint=True)
     rng = np.random.default_rng(0)
-    conditions = {name: value for name, value in random_batch(stage, 2).items() if "tokens" in name}
+    conditions = Conditions(**captions(random_batch(stage, 2)))
     if factor:
-        conditions["low_res"] = rng.uniform(-1, 1, (2, 2, 2, 3)).astype(np.float32)
+        conditions = conditions._replace(low_res=rng.uniform(-1, 1, (2, 2, 2, 3)).astype(np.float32))
     known = rng.random((2, 8, 8, 1)) < 0.5
     image = rng.uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
-    conditions |= {"known": known, "known_image": image}
+    conditions = conditions._replace(known=known, known_image=image)
     drawn = np.asarray(jax.jit(stage.sample)(params, {}, conditions, jax.random.key(0)))
     known = np.broadcast_to(known, image.shape)
     np.testing.assert_allclose(drawn[known], image[known], atol=1e-6)
@@ -119,15 +120,15 @@ def test_model_adopted_for_inpainting_draws_as_before_whatever_is_known(factor):
     check_params(adopted, jax.eval_shape(inpainting.init, jax.random.key(0)))
     batch, rng = random_batch(plain, 3), np.random.default_rng(0)
     x_t, image = rng.normal(size=(2, 3, 8, 8, 3)).astype(np.float32)
-    conditions = {"low_res": rng.uniform(-1, 1, (3, 2, 2, 3)).astype(np.float32)} if factor else {}
-    known = {"known": rng.random((3, 8, 8, 1)) < 0.5, "known_image": image}
+    conditions = Conditions(low_res=rng.uniform(-1, 1, (3, 2, 2, 3)).astype(np.float32))
+    known = conditions._replace(known=rng.random((3, 8, 8, 1)) < 0.5, known_image=image)
 
     def output(stage, params, conditions):
-        told = stage.condition(params, batch["tokens"], batch["tokens_length"])
-        return stage.apply(params, told, stage._extra_channels(conditions, x_t.shape), x_t, jnp.full((3,), 300))
+        conditioning = stage.condition(params, batch["tokens"], batch["tokens_length"])
+        return stage.apply(params, conditioning, stage._extra_channels(conditions, x_t.shape), x_t, jnp.full((3,), 300))
 
     before = jax.jit(lambda: output(plain, params, conditions))()
-    after = jax.jit(lambda: output(inpainting, adopted, conditions | known))()
+    after = jax.jit(lambda: output(inpainting, adopted, known))()
     np.testing.assert_allclose(after, before, atol=1e-5)
     assert inpainting.adapt_params(adopted, inpainting.config) is adopted, "only once"
     assert plain.adapt_params(params, plain.config) is params
@@ -165,8 +166,8 @@ def test_evaluation_guides_only_a_model_that_knows_empty_captions():
 
 def test_glide_hears_the_small_picture():
     stage, params = glide(4)
-    conditions = {name: value for name, value in random_batch(stage, 2).items() if "tokens" in name}
-    dark, light = (conditions | {"low_res": np.full((2, 2, 2, 3), v, np.float32)} for v in (-1, 1))
+    conditions = Conditions(**captions(random_batch(stage, 2)))
+    dark, light = (conditions._replace(low_res=np.full((2, 2, 2, 3), v, np.float32)) for v in (-1, 1))
     draw = jax.jit(stage.sample)
     assert not np.allclose(*(draw(params, {}, c, jax.random.key(0)) for c in (dark, light)), atol=1e-3)
 
@@ -195,13 +196,13 @@ def test_dropped_caption_reaches_karlos_decoder_on_no_path():
     z, yes = jax.random.normal(jax.random.key(1), (4, 8)), jnp.ones(4, bool)
 
     @jax.jit
-    def told(tokens, has_caption):
+    def conditioning(tokens, has_caption):
         captions = {"clip_tokens": tokens, "clip_tokens_length": length}
         return stage.condition(params, frozen, captions, has_caption, z, yes)
 
-    for a, b in zip(told(tokens, ~yes), told(other, ~yes), strict=True):
+    for a, b in zip(conditioning(tokens, ~yes), conditioning(other, ~yes), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not np.allclose(told(tokens, yes).emb, told(other, yes).emb)
+    assert not np.allclose(conditioning(tokens, yes).emb, conditioning(other, yes).emb)
 
 
 def test_positions_behind_the_caption_are_masked_in_karlos_decoder():
@@ -213,8 +214,8 @@ def test_positions_behind_the_caption_are_masked_in_karlos_decoder():
 
     @jax.jit
     def output(states):
-        told = stage._conditioner().apply({"params": params["conditioner"]}, states, length, z_t, z_i, yes)
-        return stage._unet().apply({"params": params["unet"]}, x, jnp.full((2,), 500), *told)
+        conditioning = stage._conditioner().apply({"params": params["conditioner"]}, states, length, z_t, z_i, yes)
+        return stage._unet().apply({"params": params["unet"]}, x, jnp.full((2,), 500), *conditioning)
 
     gradient = jax.grad(lambda s: jnp.sum(output(s) ** 2))(states)
     reached = np.abs(np.asarray(gradient)).max(axis=-1) > 0
@@ -223,8 +224,8 @@ def test_positions_behind_the_caption_are_masked_in_karlos_decoder():
 
 def test_whitened_prior_draws_in_the_space_of_the_embeddings():
     stage, frozen, params = karlo("prior_diffusion")
-    conditions = {name: value for name, value in random_batch(stage, 3).items() if "tokens" in name}
-    conditions |= {"text_embedding": jnp.ones((3, 8)), "guidance_scale": jnp.float32(1)}
+    conditions = Conditions(**captions(random_batch(stage, 3)))
+    conditions = conditions._replace(text_embedding=jnp.ones((3, 8)), guidance_scale=jnp.float32(1))
     with stage.clip.config.unlocked():
         raw = stage.clip.config.copy_and_resolve_references()
     raw.model.unit_norm = False
@@ -244,7 +245,7 @@ def test_second_network_takes_the_last_step_alone():
     stage = make_stage(config.lock())
     plain, _, first = small_stage("upsampler_256")
     second = random_params(plain, 5)
-    low = {"low_res": np.random.default_rng(0).uniform(-1, 1, (1, 4, 4, 3)).astype(np.float32)}
+    low = Conditions(low_res=np.random.default_rng(0).uniform(-1, 1, (1, 4, 4, 3)).astype(np.float32))
     draw = jax.jit(stage.sample)
     pairs = (first, first), (first, second), (second, first)
     one, both, swapped = (draw({"first": a, "last": b}, {}, low, jax.random.key(0)) for a, b in pairs)

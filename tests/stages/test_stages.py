@@ -10,6 +10,7 @@ from shrink import CONFIGS, random_batch, small_stage
 
 from unclip_jax.models.unet import read_context
 from unclip_jax.stages.base import diffusion_loss
+from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.sharding import batch_sharding, gather_params, make_mesh, param_shardings, replicated
 
@@ -178,10 +179,14 @@ def test_guidance_scale_one_is_the_conditional_prior_and_traced_scales_compile_o
     batch = random_batch(stage, 4)
     z_t = jax.random.normal(jax.random.key(2), (4, stage.config.model.embedding_dim))
     z_t = z_t / jnp.linalg.norm(z_t, axis=-1, keepdims=True)
-    draw = jax.jit(lambda scale, key: stage.sample(params, {}, conditions | {"guidance_scale": scale}, key))
-    conditions = {"tokens": batch["tokens"], "tokens_length": batch["tokens_length"], "text_embedding": z_t}
+    conditions = Conditions(tokens=batch["tokens"], tokens_length=batch["tokens_length"], text_embedding=z_t)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def draw(scale, key):
+        return stage.sample(params, {}, conditions._replace(guidance_scale=scale), key)
+
     outputs = [draw(jnp.float32(scale), jax.random.key(seed)) for scale in (0.0, 1.0, 3.0) for seed in (0, 1)]
-    assert draw._cache_size() == 1
     np.testing.assert_allclose(np.linalg.norm(outputs[0], axis=-1), 1, rtol=1e-5)
     assert not np.allclose(outputs[0], outputs[4])
     assert not np.allclose(outputs[0], outputs[1])
@@ -191,7 +196,7 @@ def test_upsampler_trained_on_patches_takes_whole_pictures_of_any_size():
     stage, _, params = small_stage("upsampler_256")
     for shape in ((1, 8, 8, 3), (1, 6, 10, 3)):
         low = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-        high = jax.eval_shape(stage.sample, params, {}, {"low_res": low}, jax.random.key(0))
+        high = jax.eval_shape(stage.sample, params, {}, Conditions(low_res=low), jax.random.key(0))
         assert high.shape == (1, 4 * shape[1], 4 * shape[2], 3)
 
 
@@ -220,16 +225,15 @@ def test_a_context_read_beforehand_draws_the_same_and_is_read_once():
     stage, frozen, params = small_stage("decoder")
     batch = random_batch(stage, 2)
     yes = jnp.ones(2, bool)
-    told = stage.condition(params, frozen, batch, yes, jnp.ones((2, 8)), yes)
+    conditioning = stage.condition(params, frozen, batch, yes, jnp.ones((2, 8)), yes)
     x, t = jnp.ones((2, 8, 8, 3)), jnp.array([1, 5])
-    read = read_context(params["unet"], told, jnp.float32).context
+    read = read_context(params["unet"], conditioning, jnp.float32).context
     assert read.keys() == {name for name in params["unet"] if name.endswith("attention")}
-    apply = jax.jit(lambda context: stage._unet().apply({"params": params["unet"]}, x, t, told.emb, context))
-    np.testing.assert_allclose(apply(read), apply(told.context), rtol=1e-5, atol=1e-5)
+    apply = jax.jit(lambda context: stage._unet().apply({"params": params["unet"]}, x, t, conditioning.emb, context))
+    np.testing.assert_allclose(apply(read), apply(conditioning.context), rtol=1e-5, atol=1e-5)
 
-    conditions = {k: v for k, v in batch.items() if "tokens" in k} | {"image_embedding": jnp.ones((2, 8))}
-    conditions["guidance_scale"] = jnp.float32(2)
+    conditions = Conditions(**captions(batch), image_embedding=jnp.ones((2, 8)), guidance_scale=jnp.float32(2))
     jaxpr = jax.make_jaxpr(stage.sample)(params, frozen, conditions, jax.random.key(0))
     steps = next(e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 3)
     shapes = {v.aval.shape for e in steps.params["jaxpr"].eqns for v in e.invars}
-    assert (4, *told.context.shape[1:]) not in shapes
+    assert (4, *conditioning.context.shape[1:]) not in shapes

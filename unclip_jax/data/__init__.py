@@ -1,1 +1,1 @@
-"""From records on disk to this process's rows of global batch k."""
+"""Reads datasets: from records on a disk to this process's rows of a global batch."""

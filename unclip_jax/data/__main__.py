@@ -4,201 +4,34 @@
         --out=embeddings
 
 embeds every picture and every caption of the training and the held-out split. Priors and decoders are then trained with
---config.data.embeddings=embeddings, and have the same loss. Stopped, the same command goes on; files that are finished
-are not made again. Where several processes run, each makes files of its own.
+--config.data.embeddings=embeddings, and have the same loss as with CLIP in the step. After a stop the same command goes
+on: files that are finished are not made again. Where several processes run, each makes files of its own.
 """
 
-import itertools
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
-from pathlib import Path
-from typing import NamedTuple
-
 import jax
-import numpy as np
-from absl import logging
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from unclip_jax import cli
-from unclip_jax.data import embeddings
-from unclip_jax.data.pipeline import MAX_NAMED
-from unclip_jax.data.sources import Source, open_source
-from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.data.transforms import ToExample, UnreadableRecord, captions_of
+from unclip_jax.data.embeddings import COMMAND
+from unclip_jax.embed import embed_dataset
 from unclip_jax.errors import UserError
-from unclip_jax.model import Model
-from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.paths import output_folder
-from unclip_jax.stages import Stage
-from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
-from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> "cli.FlagValues":
+    """Reads the command line: `out` and `config`. Raises UserError for what is wrong with it."""
     if argv[1:2] != ["embed"]:
-        raise UserError(f"expected {embeddings.COMMAND} --config=configs/prior_diffusion.py:tiny --out=DIR")
+        raise UserError(f"expected {COMMAND} --config=configs/prior_diffusion.py:tiny --out=DIR")
     flags = cli.parse([argv[0], *argv[2:]], {"out": (str, None, "folder to write to")})
     if not flags.out:
         raise UserError(f"--out is {flags.out!r}: expected a folder, such as --out=embeddings")
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(argv)
     cli.enable_compilation_cache()
-    embed(flags.config, output_folder(flags.out), jax.process_index(), jax.process_count())
+    embed_dataset(flags.config, output_folder(flags.out), jax.process_index(), jax.process_count())
     return 0
-
-
-def embed(config: ConfigDict, folder: Path, process_index: int, process_count: int) -> None:
-    """Writes those of the folder's files that are this process's and not there yet.
-
-    Raises UserError where `config` trains nothing on CLIP's embeddings, where its pictures are cropped at random, and
-    where the folder holds other embeddings.
-    """
-    if "embeddings" not in config.data:
-        raise UserError(f"{config.stage} is not trained on CLIP's embeddings: give a config of a prior or the decoder")
-    d = config.data
-    if d.crop != "center":
-        raise UserError(f"data.crop is {d.crop!r}, which has no one embedding a picture: add --config.data.crop=center")
-    for name, value in (("data.source", d.source), ("clip.bundle", config.clip.bundle)):
-        if not value:
-            raise UserError(f"{name} is empty: name the dataset and a trained CLIP, as training itself needs them")
-    clip = Model.load(config.clip.bundle, ("clip",))
-    if not clip.stage.images:
-        raise UserError(f"clip.bundle {config.clip.bundle} reads captions alone: expected a CLIP that sees pictures")
-    sources = {
-        split: open_source(d.source, split, d.data_dir, d.image_feature, d.caption_feature)
-        for split in (d.split, d.eval_split)
-    }
-    provenance = embeddings.Provenance(clip.identity, d.source, d.image_feature, d.caption_feature)
-    sizes = {split: len(source) for split, source in sources.items()}
-    mine = embeddings.begin(folder, provenance, sizes)[process_index::process_count]
-    done = embeddings.finished(folder, mine)
-    waiting = [shard for shard in mine if shard not in done]
-
-    mesh = make_mesh(ConfigDict(dict(data=-1, fsdp=1)), jax.local_devices())
-    towers = _Towers(clip.stage, clip.params, mesh, config.train.batch_size // process_count)
-    read = _Reader(clip.stage, clip.tokenizer)
-    del clip  # its parameters lie on the mesh now
-    progress = _Progress(sum(shard.stop - shard.start for shard in mine), process_index == 0)
-    progress.skip(sum(shard.stop - shard.start for shard in done))
-    for shard in waiting:
-        records = read(sources[shard.labels["split"]], shard.start, shard.stop, d.threads)
-        embeddings.write(shard, *_embedded(records, towers, progress.advance))
-    lost = sum(map(embeddings.unreadable, mine))
-    progress.say(f"embed: {progress.total:,} records are in {folder}, of which {lost:,} could not be read")
-
-
-class _Read(NamedTuple):
-    """A record as CLIP takes it."""
-
-    image: np.ndarray  # uint8 (R, R, 3); black where the record could not be read
-    tokens: np.ndarray  # int32 (captions, context); no captions where it could not be read
-    lengths: np.ndarray  # int32 (captions,)
-    checksum: int
-
-
-class _Reader:
-    """Reads records one after another, some ahead; those that cannot be read are named in the log."""
-
-    def __init__(self, stage: Stage, tokenizer: Tokenizer):
-        self._size, self._context = stage.images["image"], stage.config.model.text.context
-        self._tokenizer = tokenizer
-        self._to_example = ToExample({"image": self._size}, {}, "center", None)
-        self._skipped = itertools.count()
-
-    def __call__(self, source: Source, start: int, stop: int, threads: int) -> Iterator[_Read]:
-        import grain
-
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
-        records = grain.MapDataset.range(start, stop).map(lambda index: self._read(source, int(index)))
-        return iter(records.to_iter_dataset(options))
-
-    def _read(self, source: Source, index: int) -> _Read:
-        key = f"number {index}"
-        try:
-            record = source[index]
-            key = record["key"]
-            image = self._to_example(record, np.random.default_rng(0))["image"]
-        except (UnreadableRecord, OSError) as error:
-            if next(self._skipped) < MAX_NAMED:
-                logging.warning("skipped unreadable record %s: %s", key, error)
-            nothing = np.zeros((0, self._context), np.int32)
-            return _Read(np.zeros((self._size, self._size, 3), np.uint8), nothing, nothing[:, 0], 0)
-        tokens = self._tokenizer.encode(captions_of(record), self._context, ends=True)
-        return _Read(image, *tokens, embeddings.checksum(record))
-
-
-class _Towers:
-    """CLIP on this process's devices, always given the same number of rows."""
-
-    def __init__(self, stage: Stage, params, mesh: Mesh, rows: int):
-        self.rows = max(1, -(-rows // mesh.size)) * mesh.size
-        self._params, self._rows_over_mesh = jax.device_put(params, replicated(mesh)), batch_sharding(mesh)
-        towers = stage.embed_images, stage.embed_texts
-        self._look, self._read = (jit_on_mesh(tower, mesh, stage.tpu_options) for tower in towers)
-
-    def embed_images(self, images: np.ndarray) -> jax.Array:
-        """At most `rows` pictures → their embeddings, and others that fill up `rows`."""
-        return self._call(self._look, images)
-
-    def embed_texts(self, tokens: np.ndarray, lengths: np.ndarray) -> jax.Array:
-        """Embeds at most `rows` captions → their embeddings, and others that fill up `rows`."""
-        return self._call(self._read, tokens, lengths)
-
-    def _call(self, tower: Callable, *arrays: np.ndarray) -> jax.Array:
-        full = [np.concatenate([a, np.repeat(a[:1], self.rows - len(a), axis=0)]) for a in arrays]
-        return tower(self._params, *jax.device_put(full, self._rows_over_mesh))
-
-
-def _embedded(records: Iterable[_Read], towers: _Towers, advance: Callable[[int], None]):
-    """A shard's "image", "text" and "records"."""
-    table, images, texts, captions = [], [], [], []
-    for chunk in _chunks(records, towers.rows):
-        images.append(towers.embed_images(np.stack([record.image for record in chunk])))
-        jax.block_until_ready(images[-2:-1])  # one chunk is read while another is embedded, and no more
-        for record in chunk:
-            table.append((len(captions), len(record.lengths), record.checksum))
-            captions.extend(zip(record.tokens, record.lengths, strict=True))
-        advance(len(chunk))
-    for chunk in _chunks(captions, towers.rows):
-        texts.append(towers.embed_texts(*(np.stack(part) for part in zip(*chunk, strict=True))))
-    image = np.concatenate([np.asarray(part, np.float32) for part in images])[: len(table)]
-    text = np.concatenate([image[:0], *(np.asarray(part, np.float32) for part in texts)])[: len(captions)]
-    return image, text, np.array(table, np.int64)
-
-
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
-
-
-class _Progress:
-    """Says on stderr how many records are done and how long the others take."""
-
-    def __init__(self, total: int, speaks: bool):
-        self.total, self._speaks = total, speaks
-        self._done = self._skipped = 0
-        self._began = self._said = time.monotonic()
-
-    def skip(self, records: int) -> None:
-        """Done by an earlier run."""
-        self._done = self._skipped = records
-        if records:
-            self.say(f"embed: {records:,} of {self.total:,} records were done before")
-
-    def advance(self, records: int) -> None:
-        self._done += records
-        now = time.monotonic()
-        if now - self._said > SECONDS_BETWEEN_LINES:
-            self._said = now
-            speed = (self._done - self._skipped) / (now - self._began)
-            left = timedelta(seconds=round((self.total - self._done) / speed))
-            self.say(f"embed: {self._done:,} of {self.total:,} records, {speed:.4g} records/s, left {left}")
-
-    def say(self, line: str) -> None:
-        if self._speaks:
-            print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,36 @@
-"""BSR degradation: pictures made small as cameras, resizing programs and JPEG files do it, not plainly averaged.
+"""BSR degradation: makes pictures small with the flaws of cameras, resizing programs and JPEG files.
 
-What unCLIP's second upsampler is trained on (arXiv 2204.06125, section 2.1), so that it forgives what the first one
-leaves behind. The operations are BSRGAN's (2103.14006), the strengths those of latent diffusion (2112.10752; its
-`bsrgan_light`, which leaves out BSRGAN's second blur and sensor noise):
+unCLIP's second upsampler is trained on such pictures (arXiv 2204.06125, section 2.1), so that it is robust to flaws
+of the first one. The operations are BSRGAN's (arXiv 2103.14006), the strengths those of latent diffusion (arXiv
+2112.10752, its `bsrgan_light`, which leaves out BSRGAN's second blur and sensor noise):
 
 1. With factor 4, a quarter of the pictures are halved first; the factor is 2 from there on.
 2. In random order: `blur`, `shrink` to a random size, `resize` to the final size (never before `shrink`), `noise`,
    and, for nine of ten, `jpeg`.
 3. `jpeg`.
 
-Made on the host, one picture at a time. One core (of a 2-core cloud machine) makes 330 patches of 256 pixels a second;
-experiments/bsr_speed says what that means for training.
-Inside, pictures are float32 (H, W, 3) in [0, 1].
+It runs on the host, one picture at a time. One core of a 2-core cloud machine makes 330 patches of 256 pixels a second;
+experiments/bsr_speed tells what that means for training. Within this module pictures are float32 (H, W, 3) in [0, 1].
 """
 
 import io
 
 import numpy as np
 
-from unclip_jax.data.resampling import blur_matrix, resize_matrix, separable
+from unclip_jax.data.resampling import apply_separable, blur_matrix, resize_matrix
 
-HALVED, RESIZED, COMPRESSED = 0.25, 0.8, 0.9  # shares of the pictures that get a step, or its first variant
-QUALITY = (80, 95)  # of JPEG
-NOISE_LEVELS = (1, 2)  # standard deviations, in 255ths
-NEGLIGIBLE = 1e-5  # weight of a kernel's border
+# Shares of the pictures that are halved first, resized in `shrink` (the others are subsampled), compressed in step 2.
+HALVED, RESIZED, COMPRESSED = 0.25, 0.8, 0.9
+QUALITY = (80, 95)  # least and highest of JPEG
+NOISE_LEVELS = (1, 2)  # least and highest standard deviation, in 255ths
+NEGLIGIBLE = 1e-5  # sum of weights of a kernel's border that may be cut off
 INTERPOLATIONS = ("bilinear", "bicubic", "area")
 
 
 def degrade(image: np.ndarray, factor: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 (H, W, 3) → uint8 (H // factor, W // factor, 3); rows and columns that fill no whole pixel are cut off.
+    """Degrades a picture, uint8 (H, W, 3), to uint8 (H // factor, W // factor, 3).
 
-    All randomness is `rng`'s. Raises ValueError when nothing is left.
+    Rows and columns that fill no whole pixel are cut off. Raises ValueError where nothing is left.
     """
     height, width = (side // factor for side in image.shape[:2])
     if not (height and width):
@@ -40,6 +40,7 @@ def degrade(image: np.ndarray, factor: int, rng: np.random.Generator) -> np.ndar
         method = "antialiased_bicubic" if rng.random() < 0.5 else _interpolation(rng)
         image, factor = resize(image, (2 * height, 2 * width), method), 2
 
+    # All steps in random order, but `shrink` (0) before `resize` (1).
     steps = [
         lambda image: shrink(image, factor, rng),
         lambda image: resize(image, (height, width), _interpolation(rng)),
@@ -56,7 +57,10 @@ def degrade(image: np.ndarray, factor: int, rng: np.random.Generator) -> np.ndar
 
 
 def blur(image: np.ndarray, factor: int, rng: np.random.Generator) -> np.ndarray:
-    """Convolved with a random Gaussian: half of them elongated in a random direction, half round and smaller."""
+    """Convolves a picture with a random Gaussian: half of them elongated in a random direction, half round and smaller.
+
+    Kernels grow with `factor`, by which the picture will be divided.
+    """
     height, width = image.shape[:2]
     if rng.random() < 0.5:
         size = rng.integers(5, 15)
@@ -66,11 +70,14 @@ def blur(image: np.ndarray, factor: int, rng: np.random.Generator) -> np.ndarray
     size = rng.integers(5, 8)
     std = (2 + 0.2 * factor) / 4 * (1 - rng.random())
     weights = _normalized(-0.5 * ((np.arange(size) - (size - 1) / 2) / std) ** 2)
-    return separable(image, blur_matrix(height, weights), blur_matrix(width, weights))
+    return apply_separable(image, blur_matrix(height, weights), blur_matrix(width, weights))
 
 
 def gaussian_kernel(size: int, angle: float, along: float, across: float) -> np.ndarray:
-    """Gaussian of (size, size) pixels [y, x] around their middle, of sum 1; variances along and across `angle`."""
+    """Makes a Gaussian kernel, (size, size) [y, x], around its middle, of sum 1.
+
+    angle: direction in radians. along, across: variances in that direction and across it, in square pixels.
+    """
     x = np.arange(size) - (size - 1) / 2
     y = x[:, None]
     u, v = x * np.cos(angle) + y * np.sin(angle), x * np.sin(angle) - y * np.cos(angle)
@@ -78,19 +85,20 @@ def gaussian_kernel(size: int, angle: float, along: float, across: float) -> np.
 
 
 def shrink(image: np.ndarray, factor: int, rng: np.random.Generator) -> np.ndarray:
-    """To a random size, up to twice as small as `factor` makes it; or blurred, and every factor-th pixel taken."""
+    """Makes a picture smaller: to a random size, down to 1 / (2 factor), or blurred and every factor-th pixel taken."""
     height, width = image.shape[:2]
     if rng.random() < RESIZED:
         scale = 1 / rng.uniform(1, 2 * factor)
         return resize(image, (max(1, int(scale * height)), max(1, int(scale * width))), _interpolation(rng))
     weights = sampling_kernel(factor, rng.uniform(0.1, 0.6 * factor))
-    return np.clip(separable(image, *(blur_matrix(n, weights, factor) for n in (height, width))), 0, 1)
+    return np.clip(apply_separable(image, *(blur_matrix(n, weights, factor) for n in (height, width))), 0, 1)
 
 
 def sampling_kernel(factor: int, std: float) -> np.ndarray:
-    """Gaussian of 25 pixels, of sum 1, moved by (factor - 1) / 2 to the middle of the `factor` pixels that become one.
+    """Makes a Gaussian of 25 pixels, of sum 1, around the middle of the `factor` pixels that become one.
 
-    Moved by linear interpolation, which makes it a little wider where the middle lies between two pixels.
+    It is moved there, by (factor - 1) / 2, with linear interpolation, which makes it a little wider where the middle
+    lies between two pixels. std: in pixels.
     """
     places = np.arange(25) - 12
     weights = np.interp(places - (factor - 1) / 2, places, np.exp(-0.5 * (places / std) ** 2))
@@ -98,13 +106,16 @@ def sampling_kernel(factor: int, std: float) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
-    """To `size` (height, width) by a method of `resize_matrix`, clipped to [0, 1]."""
+    """Resizes a picture to `size` (height, width) by a method of `resize_matrix`, and clips it to [0, 1]."""
     rows, columns = (resize_matrix(n, m, method) for n, m in zip(image.shape, size, strict=False))
-    return np.clip(separable(image, rows, columns), 0, 1)
+    return np.clip(apply_separable(image, rows, columns), 0, 1)
 
 
 def noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """With Gaussian noise: 40 % grey, 40 % of independent colours, 20 % of correlated ones; clipped to [0, 1]."""
+    """Adds Gaussian noise: to 40 % of pictures grey, to 40 % of independent colours, to 20 % of correlated colours.
+
+    The result is clipped to [0, 1].
+    """
     level, kind = rng.integers(NOISE_LEVELS[0], NOISE_LEVELS[1] + 1) / 255, rng.random()
     planes = 1 if kind < 0.4 else 3
     drawn = rng.standard_normal((*image.shape[:2], planes), dtype=np.float32)
@@ -116,7 +127,10 @@ def noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def noise_root(rng: np.random.Generator) -> np.ndarray:
-    """A random R (3, 3): R Rᵀ is the covariance |L² Uᵀ D U| of correlated colours, L the highest noise level."""
+    """Draws a matrix R (3, 3), where R Rᵀ is the covariance |L² Uᵀ D U| of correlated colours.
+
+    L is the highest noise level, U a random orthogonal matrix, D a random diagonal one with entries in [0, 1).
+    """
     basis = np.linalg.svd(rng.random((3, 3)))[0]
     covariance = np.abs((NOISE_LEVELS[1] / 255) ** 2 * basis.T @ np.diag(rng.random(3)) @ basis)
     variances, directions = np.linalg.eigh(covariance)
@@ -124,7 +138,7 @@ def noise_root(rng: np.random.Generator) -> np.ndarray:
 
 
 def jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Degrades a picture by a JPEG file of random quality."""
+    """Compresses a picture as a JPEG file of random quality, and decodes it."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -134,6 +148,7 @@ def jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _interpolation(rng: np.random.Generator) -> str:
+    """Draws one of INTERPOLATIONS."""
     return INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))]
 
 
@@ -142,12 +157,13 @@ def _to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def _normalized(exponents: np.ndarray) -> np.ndarray:
-    weights = np.exp(exponents - exponents.max())  # the narrowest Gaussians would be zero at every pixel
+    """Returns exp(exponents), divided by their sum."""
+    weights = np.exp(exponents - exponents.max())  # else the narrowest Gaussians would be zero everywhere
     return weights / weights.sum()
 
 
 def _convolve(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Convolution with a symmetric kernel of sum 1, the border mirrored: one column of the kernel at a time."""
+    """Convolves a picture with a symmetric kernel of sum 1, the border mirrored, one column of the kernel at a time."""
     height, width = image.shape[:2]
     cut_y, cut_x = (np.searchsorted(np.cumsum(kernel.sum(axis)), NEGLIGIBLE) for axis in (1, 0))
     kernel = kernel[cut_y : len(kernel) - cut_y, cut_x : len(kernel) - cut_x]

@@ -1,22 +1,22 @@
-"""CLIP's embeddings of a dataset on disk: what `python -m unclip_jax.data embed` writes and training reads.
+"""Stores CLIP's embeddings of a dataset, which `python -m unclip_jax.data embed` writes and training reads.
 
-    DIR/embeddings.json                     which CLIP, which data, how many records of each split
-    DIR/train-00000-of-00012.safetensors    SHARD records, and all of the above again
+    DIR/embeddings.json                     names the CLIP and the data, with the number of records of each split
+    DIR/train-00000-of-00012.safetensors    a shard: embeddings of SHARD_RECORDS records, and the same facts again
 
-A shard holds "image" (records, dim) and "text" (captions, dim), float32, and "records" (records, 3), int64: where in
-"text" a record's captions begin, how many they are (0: the record could not be read), and a checksum of the record, by
-which data that changed is noticed. Shards appear whole or not at all.
+A shard holds "image" (records, dim) and "text" (captions, dim), float32, and "records" (records, 3), int64: for each
+record, where its captions begin in "text", how many they are (0: the record could not be read), and a checksum of the
+record, by which changed data is noticed. Shards appear as a whole or not at all.
 
-DIR may be in a bucket. Training reads rows at random, and a request for each would be too slow: it first copies the
-shards of its splits to a disk, 8 KiB a record at the papers' size with one caption each, where a later run finds them
-again (`paths.on_disk` says where). They are mapped, so that they fill only memory that nothing else needs. Every host
-needs all of them.
+DIR may be in a bucket. Training reads rows at random, and a request for each would be too slow. So it first copies the
+shards of its splits to a disk, 8 KiB for a record at the papers' size with one caption, where a later run finds them
+again (`paths.on_disk` says where). They are mapped into memory, so that they fill only memory that nothing else needs.
+Every host needs all of them.
 """
 
 import json
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -27,9 +27,12 @@ from unclip_jax.data.transforms import captions_of
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, on_disk, write_bytes
 
-FORMAT = 1  # goes up when an older reader would misread the folder
+if TYPE_CHECKING:
+    from safetensors import safe_open
+
+FORMAT = 1  # raised when an older reader would misread the folder
 DESCRIPTION = "embeddings.json"
-SHARD = 2**14  # records; 128 MiB at the papers' size with one caption each
+SHARD_RECORDS = 2**14  # of one shard; 128 MiB at the papers' size with one caption each
 COMMAND = f"{cli.command('data')} embed"
 
 
@@ -37,28 +40,29 @@ class Provenance(NamedTuple):
     """Origin of embeddings: the CLIP that made them, and the data."""
 
     clip: str  # identity of the CLIP's bundle
-    source: str  # this and the following as in config.data
+    source: str  # as in config.data, like the two below
     image_feature: str
     caption_feature: str
 
 
 class Shard(NamedTuple):
-    """One file: records start … stop - 1 of a split."""
+    """One file of embeddings, of the records start … stop - 1 of a split."""
 
     path: Path
     start: int
     stop: int
-    labels: dict[str, str]  # what the file says about itself
+    labels: dict[str, str]  # metadata of the file: provenance, split, start and stop
 
 
 def begin(folder: Path, provenance: Provenance, splits: dict[str, int]) -> list[Shard]:
-    """The shards that `folder` is to have, which need not exist yet. Any number of processes may begin at once.
+    """Describes a folder of embeddings and lists its shards, of which none need exist yet.
 
-    splits: name → number of records. Raises UserError where embeddings of something else are there.
+    Any number of processes may begin at once. splits: name → number of records. Raises UserError where the folder holds
+    embeddings by another CLIP or of other data.
     """
     if not (folder / DESCRIPTION).exists():
-        description = {"format": FORMAT} | provenance._asdict() | {"shard": SHARD, "splits": splits}
-        write_bytes(folder / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")  # the others: the same
+        description = {"format": FORMAT} | provenance._asdict() | {"shard": SHARD_RECORDS, "splits": splits}
+        write_bytes(folder / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")  # alike in all processes
     description = _description(folder, provenance)
     if description["splits"] != splits:
         found, now = (", ".join(f"{n} of {name}" for name, n in s.items()) for s in (description["splits"], splits))
@@ -67,7 +71,7 @@ def begin(folder: Path, provenance: Provenance, splits: dict[str, int]) -> list[
 
 
 def write(shard: Shard, image: np.ndarray, text: np.ndarray, records: np.ndarray) -> None:
-    """Arrays as this module's docstring has them."""
+    """Writes the file of a shard, whose arrays the module's docstring describes."""
     from safetensors.numpy import save
 
     unreadable = {"unreadable": str(int(np.sum(records[:, 1] == 0)))}
@@ -76,16 +80,16 @@ def write(shard: Shard, image: np.ndarray, text: np.ndarray, records: np.ndarray
 
 
 def finished(folder: Path, shards: list[Shard]) -> list[Shard]:
-    """Returns the shards whose files are in the folder."""
+    """Returns those of the shards whose files are in the folder."""
     names = {path.name for path in folder.iterdir()}
     return [shard for shard in shards if shard.path.name in names]
 
 
 def unreadable(shard: Shard) -> int:
-    """Number of a finished shard's records that could not be read."""
+    """Returns how many records of a finished shard could not be read when it was made."""
     if not is_remote(shard.path):
         return int(_opened(shard, shard.path).metadata()["unreadable"])
-    with shard.path.open("rb") as file:  # its first bytes, of an object that is there as a whole
+    with shard.path.open("rb") as file:  # only its header, which begins with its own length
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return int(_checked(shard, header["__metadata__"])["unreadable"])
 
@@ -96,13 +100,15 @@ def checksum(record: dict) -> int:
 
 
 class EmbeddedSource:
-    """A source whose records hold "image_embedding" (dim,) and "text_embeddings" (captions, dim) too, float32.
+    """Source whose records also hold "image_embedding" (dim,) and "text_embeddings" (captions, dim), float32.
 
-    They are missing from records that could not be read when the embeddings were made.
+    Records that could not be read when the embeddings were made have neither.
+
+    source: the plain records of `split`. folder: of the embeddings. provenance: that the embeddings must have. Raises
+    UserError where the folder does not hold such embeddings of all records of the split.
     """
 
     def __init__(self, source: Source, folder: Path, provenance: Provenance, split: str):
-        """Raises UserError where these are not the embeddings of all records of this split, by this CLIP."""
         description = _description(folder, provenance)
         if split not in description["splits"]:
             there = ", ".join(description["splits"])
@@ -110,13 +116,13 @@ class EmbeddedSource:
         if description["splits"][split] != len(source):
             raise UserError(
                 f"data.embeddings {folder} is of {description['splits'][split]} records of split {split!r}, now there "
-                f"are {len(source)}: make it anew by {COMMAND}"
+                f"are {len(source)}: make it anew with {COMMAND}"
             )
         shards = _shards(folder, description, split)
         missing = len(shards) - len(finished(folder, shards))
         if missing:
             raise UserError(f"data.embeddings {folder} lacks {missing} of {len(shards)} files of split {split!r}: run "
-                            f"{COMMAND} again, it goes on where it was")  # fmt: skip
+                            f"{COMMAND} again, it goes on where it stopped")  # fmt: skip
         self._source, self._folder, self._size = source, folder, description["shard"]
         files = on_disk([shard.path for shard in shards], f"copying {folder}")
         self._shards = [_opened(shard, file) for shard, file in zip(shards, files, strict=True)]
@@ -125,7 +131,7 @@ class EmbeddedSource:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
-        """Raises UserError where the record is not the one that was embedded."""
+        """Reads a record with its embeddings. Raises UserError where the record has changed since it was embedded."""
         record = self._source[index]
         number, row = divmod(int(index), self._size)
         shard = self._shards[number]
@@ -134,7 +140,7 @@ class EmbeddedSource:
             return record
         if stored != checksum(record):
             raise UserError(f"record {record['key']} changed since data.embeddings {self._folder} was made: make it "
-                            f"anew by {COMMAND}")  # fmt: skip
+                            f"anew with {COMMAND}")  # fmt: skip
         return record | {
             "image_embedding": shard.get_slice("image")[row : row + 1][0],
             "text_embeddings": shard.get_slice("text")[first : first + count],
@@ -142,22 +148,24 @@ class EmbeddedSource:
 
 
 def _description(folder: Path, provenance: Provenance) -> dict[str, Any]:
+    """Reads embeddings.json. Raises UserError where it is missing, damaged or of another provenance."""
     if not (folder / DESCRIPTION).exists():
-        raise UserError(f"no embeddings at {folder}: it has no {DESCRIPTION}; make them by {COMMAND} --out={folder}")
+        raise UserError(f"no embeddings at {folder}: it has no {DESCRIPTION}; make them with {COMMAND} --out={folder}")
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         if description["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer version of this library: upgrade unclip_jax")
         found = {name: description[name] for name in (*Provenance._fields, "shard", "splits")}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / DESCRIPTION} cannot be read ({error!r}): make it anew by {COMMAND}") from error
+        raise UserError(f"{folder / DESCRIPTION} cannot be read ({error!r}): make it anew with {COMMAND}") from error
     for name, ours in provenance._asdict().items():
         if found[name] != ours:
-            raise UserError(f"{folder} holds embeddings of {name} {found[name]}, not {ours}: make others by {COMMAND}")
+            raise UserError(f"{folder} holds embeddings of {name} {found[name]}, not {ours}: give others, by {COMMAND}")
     return found
 
 
 def _shards(folder: Path, description: dict[str, Any], split: str) -> list[Shard]:
+    """Lists the shards of a split, whether they exist or not."""
     size, total = description["shard"], description["splits"][split]
     count = -(-total // size)
     found = []
@@ -170,10 +178,10 @@ def _shards(folder: Path, description: dict[str, Any], split: str) -> list[Shard
     return found
 
 
-def _opened(shard: Shard, file: Path):
-    """A reader that keeps no file open: there may be thousands. Raises UserError for what is not this shard.
+def _opened(shard: Shard, file: Path) -> "safe_open":
+    """Opens a shard, mapped into memory; no file is kept open, as there may be thousands.
 
-    file: the shard's, or a copy of it.
+    file: the shard's own, or a copy of it. Raises UserError for a damaged file and for one of another shard.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -186,6 +194,7 @@ def _opened(shard: Shard, file: Path):
 
 
 def _checked(shard: Shard, labels: dict[str, str]) -> dict[str, str]:
+    """Returns the labels of a shard's file. Raises UserError where they are another shard's."""
     if {name: labels.get(name) for name in shard.labels} != shard.labels:
         raise UserError(f"{shard.path} belongs to other embeddings: delete it and run {COMMAND} again")
     return labels

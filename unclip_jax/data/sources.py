@@ -1,7 +1,7 @@
-"""Sources of records: a TFDS dataset, or a folder of pictures with captions. One record type for all.
+"""Opens sources of records: a TFDS dataset, or a folder of pictures with captions.
 
-A record is {"image": bytes of a picture file, "caption": str or list of str, "key": its name}. Sources are random
-access: `len(source)`, `source[i]`.
+A record of any source is {"image": bytes of a picture file, "caption": str or list of str, "key": name of the record}.
+Sources have random access: `len(source)` and `source[i]`.
 """
 
 import contextlib
@@ -10,30 +10,37 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from unclip_jax.errors import UserError
 from unclip_jax.paths import copy_folder, files_below, is_remote, to_path
 
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 DESCRIPTION = "dataset_info.json"  # of a TFDS dataset
-TEST_SHARE = 50  # one picture of a folder in so many is held out
+ONE_HELD_OUT_IN = 50  # pictures of a folder
 
 
 class Source(Protocol):
+    """Records with random access."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict: ...
 
 
 def open_source(spec: str, split: str, data_dir: str, image_feature: str, caption_feature: str) -> Source:
-    """Opens "tfds:NAME[/CONFIG]" or "folder:PATH" for reading.
+    """Opens one split of a dataset.
 
-    Raises UserError, naming what is there instead, for an unknown dataset, split or feature, a folder without
-    pictures, and pictures without captions. Emoji scenes are drawn into `data_dir` on first use.
+    spec: "tfds:NAME[/CONFIG]" or "folder:PATH". data_dir: folder of TFDS datasets, into which emoji scenes are drawn on
+    first use. image_feature, caption_feature: names in a TFDS dataset. Raises UserError for an unknown dataset, split
+    or feature, which names what there is, for a folder without pictures and for pictures without captions.
     """
     kind, _, name = spec.partition(":")
     if kind == "folder":
@@ -44,10 +51,11 @@ def open_source(spec: str, split: str, data_dir: str, image_feature: str, captio
 
 
 class FolderSource:
-    """Pictures, each with a caption in a .txt of the same name beside it, anywhere below a folder.
+    """Pictures anywhere below a folder, each with its caption beside it, in a .txt of the same name.
 
-    In a bucket each record takes several requests: many pictures are read faster from a TFDS dataset there.
-    Splits "train" and "test" go by a hash of the name, so that they do not change when pictures are added.
+    Whether a picture is in the split "train" or "test" depends on a hash of its name, so that this does not change when
+    pictures are added. In a bucket each record takes several requests: a TFDS dataset is faster there. Raises UserError
+    for another split and for a folder with fewer than two captioned pictures.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -81,23 +89,23 @@ class FolderSource:
 
 
 def _caption_of(name: str) -> str:
-    """The file that a picture's caption is in."""
+    """Returns the name of the file that a picture's caption is in."""
     return str(PurePosixPath(name).with_suffix(".txt"))
 
 
 def _held_out(names: list[str]) -> set[str]:
-    """About one in TEST_SHARE, each by its own name alone; at least one of them is in, and one is out."""
+    """Chooses about one picture in ONE_HELD_OUT_IN by its name alone, at least one, and never all of them."""
 
     def draw(name: str) -> float:
-        # Without the ending: two pictures with one caption are on one side.
+        # Without the ending, so that two pictures with one caption are in one split.
         return int.from_bytes(hashlib.sha256(os.path.splitext(name)[0].encode()).digest()[:8]) / 2**64
 
-    chosen = {name for name in names if draw(name) < 1 / TEST_SHARE} or {min(names, key=draw)}
+    chosen = {name for name in names if draw(name) < 1 / ONE_HELD_OUT_IN} or {min(names, key=draw)}
     return chosen if len(chosen) < len(names) else chosen - {max(names, key=draw)}
 
 
 class TfdsSource:
-    """A prepared TFDS dataset in a random-access format (ArrayRecord), pictures left encoded."""
+    """A prepared TFDS dataset in a format with random access (ArrayRecord). Raises UserError as `open_source` says."""
 
     def __init__(self, name: str, split: str, data_dir: str, image_feature: str, caption_feature: str):
         builder = _builder(name, data_dir)
@@ -137,18 +145,20 @@ class TfdsSource:
         }
 
 
-def _is_text(value) -> bool:
+def _is_text(value: object) -> bool:
+    """Tells whether a feature's value is a caption or a list of captions."""
     return isinstance(value, str | bytes) or (not isinstance(value, dict) and np.ndim(value) == 1)
 
 
-def _text(value):
-    """TFDS gives text as bytes, and several captions as a sequence of them."""
+def _text(value: Any) -> str | list[str]:
+    """Decodes a caption that TFDS returns as bytes, or several in a sequence."""
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     return value if isinstance(value, str) else [_text(v) for v in value]
 
 
-def _builder(name: str, data_dir: str):
+def _builder(name: str, data_dir: str) -> "tfds.core.DatasetBuilder":
+    """Finds a prepared TFDS dataset, or draws emoji scenes. Raises UserError, with advice, where there is none."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -180,10 +190,11 @@ def _builder(name: str, data_dir: str):
         raise UserError(f"no dataset {name!r} in {data_dir}, where there are: {there}; {advice}") from error
 
 
-def _draw(builder) -> None:
+def _draw(builder: "tfds.core.DatasetBuilder") -> None:
+    """Draws emoji scenes into the builder's folder."""
     import tensorflow_datasets as tfds
 
-    if is_remote(builder.data_path):  # ArrayRecord reads from a bucket, and writes to a disk alone
+    if is_remote(builder.data_path):  # ArrayRecord can read from a bucket, but write only to a disk
         with tempfile.TemporaryDirectory() as folder:
             local = type(builder)(config=builder.builder_config.name, data_dir=folder, file_format="array_record")
             _draw(local)
@@ -195,14 +206,14 @@ def _draw(builder) -> None:
         with _quiet():
             builder.download_and_prepare()
     except OSError:
-        # Several processes may start at once: TFDS renames a finished folder into place, and the first one wins.
+        # Several processes may draw at once: TFDS renames a finished folder into place, where only the first one fits.
         if not builder.data_path.exists():
             raise
 
 
 @contextlib.contextmanager
-def _quiet():
-    """TFDS logs every step of what takes seconds."""
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from logging every step."""
     from absl import logging
 
     before = logging.get_verbosity()

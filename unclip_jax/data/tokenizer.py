@@ -1,8 +1,8 @@
-"""Text → ids: a sentencepiece tokenizer trained on a dataset's own captions, or the byte-pair encoding that came with
-public weights.
+"""Turns text into token ids and back.
 
-Two conventions: CLIP's, start + tokens + end (arXiv 2103.00020), and GLIDE's, the bare tokens (arXiv 2112.10741).
-Padding is never told by its id: lengths say what is real.
+A tokenizer is a sentencepiece model trained on a dataset's own captions, or the byte-pair encoding that came with
+public weights. CLIP reads start + tokens + end (arXiv 2103.00020), GLIDE the bare tokens (arXiv 2112.10741). Lengths,
+not the padding's id, tell real tokens from padding.
 """
 
 import html
@@ -20,16 +20,17 @@ WRITTEN_MARKS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>")
 
 
 class Tokenizer:
-    """Text → ids and back, of lower-cased text, as in the papers. Picklable.
+    """Tokenizer of lower-cased text, as in the papers. It can be pickled.
 
-    model_bytes: a sentencepiece model or, of imported models, a tokenizer.json of the `tokenizers` library.
+    model_bytes: a sentencepiece model or, with public weights, a tokenizer.json of the `tokenizers` library. Raises
+    UserError for anything else.
     """
 
     def __init__(self, model_bytes: bytes):
         self.model_bytes = model_bytes
         self._model = _BytePairs(model_bytes) if is_json(model_bytes) else _SentencePieces(model_bytes)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return Tokenizer, (self.model_bytes,)
 
     @property
@@ -37,15 +38,16 @@ class Tokenizer:
         return self._model.vocab_size
 
     def count(self, text: str) -> int:
-        """Number of tokens, start and end not counted."""
+        """Counts the tokens of a text, without start and end."""
         return len(self._model.encode(text))
 
     def encode(self, texts: list[str], context: int, ends: bool) -> tuple[np.ndarray, np.ndarray]:
-        """ids int32 (N, context) padded on the right, real lengths int32 (N,).
+        """Encodes texts; returns ids, int32 (N, context), padded on the right, and real lengths, int32 (N,).
 
-        ends: start and end tokens are added, and a text that is too long is cut before its end token; else the bare
-        tokens are cut. Only CLIP's own tokenizer reads an end token that is written out in a text; the length is then
-        up to there, where CLIP looks. Raises UserError for a tokenizer that knows no ends.
+        ends: add start and end tokens, and cut a text that is too long before its end token; else cut the bare tokens.
+        Only CLIP's own tokenizer recognises an end token that is written out in a text; the length then ends there,
+        because CLIP takes the embedding from the first end token. Raises UserError for ends from a tokenizer without
+        start and end tokens.
         """
         if ends and self._model.start is None:
             raise UserError("this tokenizer has no start token, and CLIP's captions need one: give CLIP's vocabulary")
@@ -60,18 +62,18 @@ class Tokenizer:
         return ids, lengths
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The (lower-cased) text of real ids."""
+        """Returns the lower-cased text of ids without padding."""
         marks = (self._model.start, self._model.end)
         return self._model.decode([int(i) for i in ids if i not in marks])
 
 
 def is_json(model_bytes: bytes) -> bool:
-    """Tells whether a tokenizer's bytes are a tokenizer.json; else they are a sentencepiece model."""
+    """Tells whether a tokenizer's bytes are a tokenizer.json instead of a sentencepiece model."""
     return model_bytes.lstrip()[:1] == b"{"
 
 
 class _SentencePieces:
-    """Ours: falls back to bytes, so that no text is unknown."""
+    """This library's own tokenizer. It falls back to bytes, so that no text is unknown."""
 
     pad, start, end = PAD, START, END
 
@@ -81,16 +83,16 @@ class _SentencePieces:
         try:
             self._processor = SentencePieceProcessor(model_proto=model_bytes)
         except RuntimeError as error:
-            raise UserError("the tokenizer is not a sentencepiece model: give a .model file of it") from error
+            raise UserError("the tokenizer is not a sentencepiece model: give sentencepiece's .model file") from error
         self.vocab_size = self._processor.vocab_size()
         self.encode = self._processor.encode
         self.decode = self._processor.decode
 
 
 class _BytePairs:
-    """Byte-level byte-pair encoding: CLIP's, which knows a start and an end token, or GPT-2's, as GLIDE uses it.
+    """Byte-pair encoding of bytes: CLIP's, which has start and end tokens, or GPT-2's, as GLIDE uses it.
 
-    The padding id is the one stored in the file.
+    It pads with the id that the file names.
     """
 
     def __init__(self, model_bytes: bytes):
@@ -111,14 +113,14 @@ class _BytePairs:
         return self._ids(text.lower()) if self.start is None else self._clip_ids(text)
 
     def _clip_ids(self, text: str) -> list[int]:
-        """CLIP cleans a text, which GPT-2 does not, and knows its marks where they are written out as words."""
+        """Encodes a text as CLIP does: cleaned first, and with start and end tokens where they are written out."""
         import ftfy
 
         text = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
         ids, done = [], 0
         for mark in WRITTEN_MARKS.finditer(text):
             before = text[done : mark.start()]
-            # Neighbouring symbols are one word, and so swallow a mark's first two.
+            # Symbols side by side are one word, so that a symbol before a mark swallows the mark's first two.
             if before and not (before[-1].isspace() or unicodedata.category(before[-1])[0] in "LN"):
                 continue
             ids += [*self._ids(before), self._model.token_to_id(mark.group())]
@@ -134,9 +136,9 @@ class _BytePairs:
 
 
 def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int) -> Tokenizer:
-    """Byte-pair encoding of at most `vocab_size` pieces; the same captions give the same pieces.
+    """Trains a byte-pair encoding of at most `vocab_size` pieces; the same captions give the same pieces.
 
-    captions: of each record, one or several. Raises UserError where there are none, and where `vocab_size` has no room
+    captions: one or several of each record. Raises UserError where there are none, and where `vocab_size` has no room
     for 256 bytes, 4 marks and the captions' letters.
     """
     from sentencepiece import SentencePieceTrainer

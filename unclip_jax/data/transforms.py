@@ -1,32 +1,41 @@
-"""One record → the arrays of one training example. Pictures stay uint8 until they are on the device."""
+"""Makes the arrays of a training example from a record. Pictures stay uint8 until they are on the device."""
 
 import io
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from unclip_jax.data.bsr import degrade
-from unclip_jax.data.resampling import resize_matrix, separable
+from unclip_jax.data.resampling import apply_separable, resize_matrix
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
 CROPS = ("center", "dalle")
-WHOLE = (slice(None), slice(None))
-ALIGNMENT = 4  # corners of patches are multiples of this, so that low-resolution pixels are whole
+WHOLE = (slice(None), slice(None))  # window of all rows and columns
+ALIGNMENT = 4  # pixels; corners of patches are multiples of it, so that no low-resolution pixel is cut
 
 
 class UnreadableRecord(Exception):
-    """The record's picture or caption cannot be used: says why."""
+    """Record whose picture or caption cannot be used. Its message says why."""
 
 
 class ToExample:
-    """(record, rng) → {picture name: uint8 (size, size, 3), text name: int32 (context,), NAME_length: int32 ()}.
+    """Transform (record, rng) → arrays of one example, by name.
 
-    And "low_res", where there is a `bsr_factor`: "image" BSR-degraded to so many times less. And `vectors`, float32
-    (dim,): "image_embedding", "text_embedding", of records that come with embeddings, of the caption drawn.
+    images: name → side in pixels. Each gives a picture, uint8 (side, side, 3); all show the same square crop.
+    texts: name → (tokenizer, context, ends), as in `Tokenizer.encode`. Each gives int32 (context,) and "NAME_length",
+        int32 (). Of several captions one is drawn at random, the same for all texts.
+    crop: "center" or "dalle", as in `square_crop`.
+    patch: side in pixels of the random window that "image" is cut to; None for the whole.
+    bsr_factor: adds "low_res", the picture "image" BSR-degraded to 1 / bsr_factor of its side.
+    vectors: which of "image_embedding" and "text_embedding" (of the caption drawn) to pass on, float32 (dim,), from
+        records of an `EmbeddedSource`.
 
-    images: name → side; all are cut from the same square crop. texts: name → (tokenizer, context, ends).
-    crop: "center", or "dalle" (see `square_crop`). patch: side of a random window of the picture named "image".
+    Raises UserError for an unknown crop and a patch that does not fit.
     """
 
     def __init__(
@@ -46,11 +55,11 @@ class ToExample:
         self.vectors = tuple(vectors)
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Raises UnreadableRecord."""
+        """Makes one example. Raises UnreadableRecord where picture or caption cannot be used."""
         if self.vectors and "image_embedding" not in record:
             raise UnreadableRecord("it could not be read when the embeddings were made")
         example = self._pictures(record["image"], rng) if self.images else {}
-        drawn = _one_of(record["caption"], rng)
+        drawn = _draw_caption(record["caption"], rng)
         for name, (tokenizer, context, ends) in self.texts.items():
             ids, lengths = tokenizer.encode([captions_of(record)[drawn]], context, ends)
             example[name], example[f"{name}_length"] = ids[0], lengths[0]
@@ -67,12 +76,12 @@ class ToExample:
 
 
 def captions_of(record: dict) -> list[str]:
-    """All captions of a record."""
+    """Lists all captions of a record."""
     return [record["caption"]] if isinstance(record["caption"], str) else list(record["caption"])
 
 
-def _one_of(captions: str | list[str], rng: np.random.Generator) -> int:
-    """Place of one of a record's captions, drawn where there are several."""
+def _draw_caption(captions: str | list[str], rng: np.random.Generator) -> int:
+    """Draws the index of one of a record's captions. Raises UnreadableRecord where there is none."""
     if isinstance(captions, str):
         return 0
     if not captions:
@@ -81,13 +90,16 @@ def _one_of(captions: str | list[str], rng: np.random.Generator) -> int:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """A picture file's bytes → uint8 RGB (H, W, 3), upright, transparency on white. Raises UnreadableRecord."""
+    """Decodes a picture file to uint8 RGB (H, W, 3), turned upright, on white where it is transparent.
+
+    Raises UnreadableRecord for a damaged file.
+    """
     from PIL import Image, ImageOps
 
     try:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         if picture.mode.startswith("I;16"):
-            # Pillow would clip 16 bits to the lowest 8 instead of scaling them.
+            # Pillow would clip 16-bit values at 255 instead of scaling them.
             return np.stack([np.asarray(picture) >> 8] * 3, axis=-1).astype(np.uint8)
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
@@ -99,11 +111,12 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def square_crop(image: np.ndarray, size: int, crop: str, rng: np.random.Generator) -> np.ndarray:
-    """A square of the picture.
+    """Cuts a square out of a picture (H, W, 3). There are no flips, because pictures contain text.
 
-    "center": the largest one in the middle. "dalle" (arXiv 2102.12092, its data processing): a square of the shorter
-    side, off the middle by up to an eighth of the slack either way; then a window of size/t of it, t drawn uniformly
-    from [size, min(side, 9/8 size)], at a random place. No flips: pictures contain text.
+    crop: "center" is the largest square in the middle. "dalle" (arXiv 2102.12092, its data processing) takes a square
+    of the shorter side, off the middle by up to an eighth of the slack either way, and of it a window of size / t of
+    the side, at a random place, with t drawn uniformly from [size, min(side, 9/8 size)].
+    size: side in pixels that the square will be resized to.
     """
     height, width = image.shape[:2]
     side = min(height, width)
@@ -119,9 +132,10 @@ def square_crop(image: np.ndarray, size: int, crop: str, rng: np.random.Generato
 
 
 def area_resize(image: np.ndarray, size: int, window: tuple[slice, slice] = WHOLE) -> np.ndarray:
-    """uint8 square → uint8 (size, size, 3), each pixel the mean of what it covers (enlarging: bicubic).
+    """Resizes a square picture to uint8 (size, size, 3): each pixel is the mean of the area that it covers.
 
-    window: the rows and columns of the result that are wanted; no more than these is computed.
+    A smaller picture is enlarged by bicubic interpolation. window: rows and columns of the result to return; only these
+    are computed.
     """
     if image.shape[0] == size:
         return np.ascontiguousarray(image[window])
@@ -130,18 +144,18 @@ def area_resize(image: np.ndarray, size: int, window: tuple[slice, slice] = WHOL
 
         larger = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(larger)[window])
-    # (Pillow's box filter takes each row as wholly in or out.)
+    # Pillow's box filter is not used: it counts each row as wholly inside or outside of the area.
     matrix = resize_matrix(image.shape[0], size, "area")
     (top, rows), (left, columns) = (_within(matrix[wanted]) for wanted in window)
     part = image[top : top + rows.shape[1], left : left + columns.shape[1]]
-    return np.rint(separable(part, rows, columns)).astype(np.uint8)
+    return np.rint(apply_separable(part, rows, columns)).astype(np.uint8)
 
 
 def center_square(image: np.ndarray, size: int, kernel: str) -> np.ndarray:
-    """uint8 (H, W, 3) → the square in its middle, uint8 (size, size, 3).
+    """Resizes the square in the middle of a picture, uint8 (H, W, 3), to uint8 (size, size, 3).
 
-    "area": crop, then average, as in training. "bicubic": the shorter side is first brought to `size` by Pillow's
-    antialiased cubic kernel, as OpenAI's CLIP does.
+    kernel: "area" crops and then averages, as in training; "bicubic" first brings the shorter side to `size` with
+    Pillow's antialiased cubic kernel, as OpenAI's CLIP does.
     """
     if kernel == "area":
         return area_resize(square_crop(image, size, "center", np.random.default_rng(0)), size)
@@ -155,14 +169,14 @@ def center_square(image: np.ndarray, size: int, kernel: str) -> np.ndarray:
     return resized[top : top + size, left : left + size]
 
 
-def _within(matrix):
-    """First of the pixels that a sparse (size, length) matrix weighs, and the matrix of these pixels alone."""
+def _within(matrix: "csr_array") -> tuple[int, "csr_array"]:
+    """Returns the first pixel that a sparse matrix (size, length) weighs, and the matrix of weighed pixels alone."""
     first, last = matrix.indices.min(), matrix.indices.max()
     return first, matrix[:, first : last + 1]
 
 
 def _window(size: int, side: int, rng: np.random.Generator) -> tuple[slice, slice]:
-    """Rows and columns of a random square of `side` pixels in one of `size`."""
+    """Draws rows and columns of a square of `side` pixels within one of `size` pixels."""
     places = (size - side) // ALIGNMENT + 1
     top, left = ALIGNMENT * rng.integers(places, size=2)
     return slice(top, top + side), slice(left, left + side)

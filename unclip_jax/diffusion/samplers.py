@@ -14,6 +14,7 @@ from unclip_jax.arrays import Array, Key, Scalar
 from unclip_jax.diffusion.analytic import analytic_variance, reverse_weights
 from unclip_jax.diffusion.process import Denoiser, Prediction, posterior_mean_variance
 from unclip_jax.diffusion.schedule import NoiseSchedule, Rows, StepIndex, Table, table_at
+from unclip_jax.keys import draw_rows, fold_in
 
 Step = Callable[[Rows, StepIndex, Prediction, NoiseSchedule, Rows], Rows]
 
@@ -67,8 +68,10 @@ def sample(
 ) -> Rows:
     """Samples x_0 from x_T, the state at the schedule's last step.
 
-    The noise of step i is drawn from fold_in(key, i). Where `noise` is given, noise[k] goes to the k-th step taken, and
-    `key` is not used. Raises ValueError when `noise` does not have one x_T per step.
+    key: one for all rows, or keys (B,), one for each. The noise of step i is drawn from fold_in(key, i).
+    noise: in place of it; noise[k] goes to the k-th step taken, and `key` is then not used.
+
+    Raises ValueError when `noise` does not have one x_T per step.
     """
     if noise is not None and noise.shape != (schedule.num_steps, *x_T.shape):
         raise ValueError(f"noise of shape {noise.shape}: expected one x_T per step, {(schedule.num_steps, *x_T.shape)}")
@@ -77,7 +80,7 @@ def sample(
         i, step_noise = i_and_noise
         if step_noise is None:
             assert key is not None, "a key, or the noise of every step"
-            step_noise = jax.random.normal(jax.random.fold_in(key, i), x_t.shape, x_t.dtype)
+            step_noise = draw_rows(jax.random.normal, fold_in(key, i), x_t.shape)
         return step(x_t, i, denoiser(x_t, i), schedule, step_noise), None
 
     indices = jnp.arange(schedule.num_steps - 1, -1, -1, dtype=jnp.int32)

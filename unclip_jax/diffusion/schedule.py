@@ -81,6 +81,7 @@ def respace(schedule: NoiseSchedule, spec: str) -> NoiseSchedule:
     `spec` is one of
       "n1,n2,...": the chain cut into equal sections, n1 steps spread evenly over the first (least noisy), and so on;
       "n": n steps spread evenly over the whole chain, both ends included (n = 1 keeps the noisiest step alone);
+      "k/n": the k least noisy of those n, such as "249/250", by which DDIM runs to and fro (arXiv 2105.05233, app. F);
       "ddimN": N steps with a constant integer stride from step 0 (which stops short of the noisiest step);
       "fast27": GLIDE's "10,10,3,2,2" with the noisiest step replaced by the one two before it.
     New betas are 1 - alpha_bar_k / alpha_bar_{k-1} over the kept steps, and every other table follows from them
@@ -135,9 +136,14 @@ def _kept_steps(length: int, spec: str) -> list[int]:
         return [*_kept_steps(length, "10,10,3,2,2")[:-1], length - 3]
     if re.fullmatch(r"ddim\d+", spec):
         return _strided_steps(length, int(spec.removeprefix("ddim")))
+    if re.fullmatch(r"\d+/\d+", spec):
+        first, count = map(int, spec.split("/"))
+        if not 1 <= first <= count:
+            raise ValueError(f"respacing {spec!r}: expected at least 1 step and at most the {count} there are")
+        return _kept_steps(length, str(count))[:first]
     if not re.fullmatch(r"\d+(,\d+)*", spec):
         raise ValueError(f"respacing {spec!r}: expected a number of steps like '64', numbers per section like "
-                         "'10,10,3,2,2', 'ddim25', or 'fast27'")
+                         "'10,10,3,2,2', the least noisy of a number like '249/250', 'ddim25', or 'fast27'")
     counts = [int(count) for count in spec.split(",")]
     return [length - 1] if counts == [1] else _section_steps(length, counts)
 

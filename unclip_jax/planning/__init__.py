@@ -1,1 +1,1 @@
-"""Costs of a training, from the programs that JAX compiles for TPU slices and GPUs."""
+"""Costs of a training run, read from the programs that JAX compiles for TPU slices and GPUs."""

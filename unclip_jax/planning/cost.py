@@ -1,8 +1,8 @@
-"""Plans a train step or a sampling for a target: traces, compiles and times it, and searches for settings that fit."""
+"""Plans a train step or a sampling call: traces, compiles and times it, and searches for settings that fit."""
 
 import statistics
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -10,115 +10,139 @@ from ml_collections import ConfigDict
 from unclip_jax.model import CHUNK_ROWS
 from unclip_jax.planning import flops, report, trial
 from unclip_jax.planning.chips import GIB, Chip, known_chip, parse_topology, slice_devices
-from unclip_jax.planning.compiling import Compiled, TooLarge, compiled
+from unclip_jax.planning.compiling import Compiled, TooLarge, compile_program
 from unclip_jax.planning.estimate import estimate
-from unclip_jax.planning.fitting import search, settings
+from unclip_jax.planning.fitting import Setting, find_setting, possible_settings
 from unclip_jax.planning.gpus import GPU_OPTIONS, gpu_devices
-from unclip_jax.planning.local import memory_limit, seconds
-from unclip_jax.planning.memory import lasting, split
+from unclip_jax.planning.local import memory_limit, time_calls
+from unclip_jax.planning.memory import memory_parts, resident_bytes
 from unclip_jax.planning.programs import Program, sample_program, train_program
 
 
 class Target(NamedTuple):
     """Devices that a plan is for."""
 
-    name: str  # of the chip
-    topology: str  # as the command line has it
-    devices: list  # to compile for; they need not exist
-    chip: Chip | None  # None: nothing is known of its speed
-    limit: int  # bytes that a program may use of each
+    name: str  # of one chip, such as "v5p", or what JAX calls a device of this machine
+    topology: str  # as on the command line, such as "v5p:4x4x4", or "local"
+    devices: list[jax.Device]  # to compile for; they need not exist
+    chip: Chip | None  # None: the chip is not known, such as a CPU
+    limit: int  # bytes that a program may use on each device
 
 
 def find_target(topology: str) -> Target | None:
-    """Finds the devices that --topology names; None for "". Raises UserError where they cannot be had."""
+    """Finds the devices that the flag --topology names; None for "".
+
+    Raises UserError for a topology that does not exist and where its compiler is not installed.
+    """
     if topology == "local":
         kind = jax.devices()[0].device_kind
         return Target(kind, topology, jax.devices(), known_chip(kind), memory_limit())
     chip, count = parse_topology(topology) if topology else (None, 0)
-    # Nothing runs but the tracing: an accelerator that is here is left to others.
+    # Only tracing happens on this machine's own devices, so an accelerator that it has is left to others.
     jax.config.update("jax_platforms", "cpu")
     if not chip:
         return None
     kind = topology.partition(":")[0]
-    devices = slice_devices(topology) if chip.axes else gpu_devices(kind, count)
+    devices = slice_devices(topology) if chip.slice_axes else gpu_devices(kind, count)
     return Target(kind, topology, devices, chip, round(chip.hbm_gib * GIB))
 
 
-def training(config: ConfigDict, target: Target, count: int, quick: bool = False, propose: bool = True) -> dict:
-    """The train step of `count` FLOPs; quick: as of `compiled`; propose: look for settings that fit if it does not."""
+def plan_training(
+    config: ConfigDict, target: Target, model_flops: int, quick: bool = False, propose: bool = True
+) -> dict[str, Any]:
+    """Plans a config's train step on the devices of a target; returns its part of what --json prints.
+
+    model_flops: of the step by the model's formula, on all chips together. quick: without an estimate of cycles, which
+    `compile_program` explains. propose: where the step does not fit, search for settings with which it does.
+    """
     _say(f"{config.stage}: tracing the train step for {len(target.devices)} x {target.name}")
     program = train_program(config, target.devices)
     batch, steps = config.train.batch_size, config.train.steps
     found = {"call": f"one train step of {batch} examples", "of": "step", "batch_size": batch, "steps": steps}
-    found |= _call_cost(program, target, count, batch, quick)
+    found |= _call_cost(program, target, model_flops, batch, quick)
     if "step_seconds" in found:
         found["days"] = steps * found["step_seconds"] / report.DAY
     elif propose:
-        found |= _proposal(config, program, target, count, round(found["hbm_gib_per_chip"] * GIB))
+        found |= _proposal(config, program, target, model_flops, round(found["hbm_gib_per_chip"] * GIB))
     return found
 
 
-def sampling(config: ConfigDict, target: Target | None, quick: bool = False) -> dict:
-    """Plans what `sample` runs on one chip; without a target, its FLOPs alone."""
+def plan_sampling(config: ConfigDict, target: Target | None, quick: bool = False) -> dict[str, Any]:
+    """Plans what the command `sample` runs, on one chip of a target; without a target, counts its FLOPs alone.
+
+    Returns its part of what --json prints. quick: as in `plan_training`. Raises UserError if the stage draws nothing.
+    """
     _say(f"{config.stage}: tracing the sampling of {CHUNK_ROWS} rows")
-    # Counted as the CPU has it, without what a TPU's kernels do in excess.
-    count = flops.executed(sample_program(config, jax.devices("cpu")[0]).traced.jaxpr)
+    # Counted in the program for a CPU, because a TPU's kernels do some work in excess.
+    model_flops = flops.executed_flops(sample_program(config, jax.devices("cpu")[0]).traced.jaxpr)
     if not target:
-        return {"batch_size": CHUNK_ROWS} | report.flop_report(count, count, CHUNK_ROWS, 1)
+        return {"batch_size": CHUNK_ROWS} | report.flop_report(model_flops, model_flops, CHUNK_ROWS, 1)
     program = sample_program(config, target.devices[0])
     found = {"call": f"sampling {CHUNK_ROWS} rows", "of": "call", "batch_size": CHUNK_ROWS}
-    return found | _call_cost(program, target._replace(devices=target.devices[:1]), count, CHUNK_ROWS, quick)
+    return found | _call_cost(program, target._replace(devices=target.devices[:1]), model_flops, CHUNK_ROWS, quick)
 
 
-def _call_cost(program: Program, target: Target, count: int, examples: int, quick: bool) -> dict:
-    """Plans one call of a program; count: its FLOPs on all chips, each done once."""
+def _call_cost(program: Program, target: Target, model_flops: int, examples: int, quick: bool) -> dict[str, Any]:
+    """Plans one call of a program, which processes so many examples on all devices of the target."""
     chips = len(target.devices)
-    executed = flops.executed(program.traced.jaxpr)
-    found = {"device": target.name, "chips": chips} | report.flop_report(count, executed, examples, chips)
-    least = sum(lasting(program).values())
+    executed = flops.executed_flops(program.traced.jaxpr)
+    found = {"device": target.name, "chips": chips}
+    found |= report.flop_report(model_flops, executed, examples, chips)
+
+    # A program whose arguments alone are too large is not compiled.
+    resident = resident_bytes(program)
+    least = sum(resident.values())
     done = TooLarge(least, 0.0) if least > target.limit else _compiled(program, target, quick)
     if isinstance(done, TooLarge):
-        found["compile_seconds"] = done.seconds
-        return found | report.memory(lasting(program), max(done.hbm, target.limit + 1), target.limit)
-    parts = split(program, done)
-    found |= report.memory(parts, sum(parts.values()), target.limit) | report.program(done)
+        found["compile_seconds"] = done.compile_seconds
+        return found | report.memory_report(resident, max(done.hbm, target.limit + 1), target.limit)
+    parts = memory_parts(program, done)
+    found |= report.memory_report(parts, sum(parts.values()), target.limit) | report.program_report(done)
     if not found["fits"]:
         return found
+
+    # Seconds are measured on devices that are there, and estimated for all others.
     chip = target.chip and target.chip.computing_in(program.stage.config.dtype)
     best = estimate(done, chip, chips) if chip else None
     if target.topology == "local":
-        taken, bound = statistics.median(seconds(program, done)), "measured"
+        seconds, bound = statistics.median(time_calls(program, done)), "measured"
     else:
-        taken, bound = best.seconds, best.bound
-    return found | report.timing(taken, bound, best, count / chips, examples, chip)
+        seconds, bound = best.seconds, best.bound
+    return found | report.timing_report(seconds, bound, best, model_flops / chips, examples, chip)
 
 
 def _compiled(program: Program, target: Target, quick: bool) -> Compiled | TooLarge:
+    """Compiles a program for a target, or returns the compiler's refusal."""
     platform = target.devices[0].platform
     options = GPU_OPTIONS if platform == "gpu" and target.topology != "local" else {}
     try:
-        return compiled(program.traced, f"compiling for {target.topology}", platform == "tpu", quick, options)
+        return compile_program(program.traced, f"compiling for {target.topology}", platform == "tpu", quick, options)
     except TooLarge as refusal:
         return refusal
 
 
-def _proposal(config: ConfigDict, program: Program, target: Target, count: int, needed: int) -> dict:
-    """Settings that fit, as keys and values, with what they cost."""
-    tried = {}
+def _proposal(
+    config: ConfigDict, program: Program, target: Target, model_flops: int, needed: int
+) -> dict[str, dict[str, Any]]:
+    """Searches for settings that fit, as "proposal" (config key → value, {} if none), and their plan as "proposed".
 
-    def attempt(setting):
-        changed = setting.changed(config)
-        _say("it does not fit; trying " + " ".join(f"--config.{name}={value}" for name, value in changed.items()))
-        new = setting.of(config)
+    program: the train step, which does not fit. needed: bytes that it needs on each chip.
+    """
+    tried: dict[Setting, dict[str, Any]] = {}
+
+    def attempt(setting: Setting) -> int:
+        overrides = setting.overrides(config)
+        _say("it does not fit; trying " + " ".join(f"--config.{name}={value}" for name, value in overrides.items()))
+        new = setting.applied_to(config)
         if target.topology == "local":
-            tried[setting] = training(new, target, count, propose=False)
+            tried[setting] = plan_training(new, target, model_flops, propose=False)
         else:
-            tried[setting] = trial.run(new, target.topology, count)
+            tried[setting] = trial.run(new, target.topology, model_flops)
         return round(tried[setting]["hbm_gib_per_chip"] * GIB)
 
-    possible = settings(config, len(target.devices))
-    fits = search(possible, lasting(program), needed, target.limit, attempt)
-    return {"proposal": fits.changed(config), "proposed": tried[fits]} if fits else {"proposal": {}}
+    possible = possible_settings(config, len(target.devices))
+    fits = find_setting(possible, resident_bytes(program), needed, target.limit, attempt)
+    return {"proposal": fits.overrides(config), "proposed": tried[fits]} if fits else {"proposal": {}}
 
 
 def _say(line: str) -> None:

@@ -1,15 +1,16 @@
-"""Estimates how long a step takes at best, from what it must do and what a chip can do.
+"""Estimates how long a step takes at best, from the work of its program and the peak speeds of a chip.
 
-Each of these takes at least so long, and nothing says that they overlap well; the step takes the longest of them:
+Each of these takes at least so long. Nothing says that they overlap well, so a step takes at least the longest of them:
 
-    compute      all FLOPs, those done twice included, at the chip's peak
-    memory       bytes to and from memory, at its bandwidth
+    compute      all FLOPs, recomputed ones included, at the chip's peak
+    memory       bytes to and from memory, at the memory's bandwidth
     collectives  bytes to other chips, over all links at once
-    cycles       the TPU compiler's estimate for each operation, which knows how well it fills the chip; waiting for
-                 other chips and lookups in tables are not in it; kernels of our own, of which it has no estimate, are
-                 taken to run at half of the peak
+    cycles       the TPU compiler's estimates for each operation, which know how well it fills the chip; they leave out
+                 waiting for other chips and lookups in tables, and this library's own kernels, which are taken to run
+                 at half of the peak
 
-MFU is FLOPs by the model's formula, each done once, as a share of what the chip could do in that time.
+MFU (model FLOPs utilisation) is the FLOPs by the model's formula, each counted once, as a share of the FLOPs that the
+chip could do in that time.
 """
 
 from typing import NamedTuple
@@ -17,44 +18,45 @@ from typing import NamedTuple
 from unclip_jax.planning.chips import Chip
 from unclip_jax.planning.compiling import Compiled
 
-KERNELS = 0.5  # of the peak
+KERNEL_MFU = 0.5  # share of the peak at which kernels are taken to run
 
 
 class Estimate(NamedTuple):
-    """Seconds that one call takes at least, by what it is bound by."""
+    """Seconds that one call takes at least, by the resource that limits it."""
 
     compute: float
     memory: float
     collectives: float
-    cycles: float  # 0: the compiler does not estimate any
+    cycles: float  # 0: the compiler estimates none
 
     @property
     def seconds(self) -> float:
-        """The longest."""
+        """Seconds of the limiting resource."""
         return max(self)
 
     @property
     def bound(self) -> str:
-        """Name of the limiting term."""
+        """Name of the limiting resource."""
         return max(self._asdict().items(), key=lambda item: item[1])[0]
 
 
 def estimate(program: Compiled, chip: Chip, chips: int) -> Estimate:
-    """Estimates a program that runs on so many chips."""
+    """Estimates a call of a program that runs on so many chips of a kind."""
     return Estimate(
-        compute=program.executed / chips / chip.flops,
-        memory=program.moved / chip.hbm_bytes,
-        collectives=sum(each.sent for each in program.collectives) / chip.link_bytes,
-        cycles=_cycles(program, chip),
+        compute=program.executed_flops / chips / chip.peak_flops,
+        memory=program.moved_bytes / chip.hbm_bandwidth,
+        collectives=sum(each.sent_bytes for each in program.collectives) / chip.link_bandwidth,
+        cycles=_cycle_seconds(program, chip),
     )
 
 
-def _cycles(program: Compiled, chip: Chip) -> float:
+def _cycle_seconds(program: Compiled, chip: Chip) -> float:
+    """Seconds of the estimated cycles and of the kernels, which have no such estimate; 0 without any estimate."""
     if not program.cycles:
         return 0.0
-    return program.cycles / chip.clock + program.kernel_flops / (KERNELS * chip.flops)
+    return program.cycles / chip.clock_hz + program.kernel_flops / (KERNEL_MFU * chip.peak_flops)
 
 
-def mfu(flops: float, seconds: float, chip: Chip, chips: int) -> float:
-    """Share of the peak; flops: of all chips together."""
-    return flops / (seconds * chips * chip.flops)
+def mfu(flops: float, seconds: float, chip: Chip) -> float:
+    """Model FLOPs utilisation in [0, 1]. flops: of one chip in so many seconds, each counted once."""
+    return flops / (seconds * chip.peak_flops)

@@ -1,4 +1,4 @@
-"""Measures what a program takes on the devices of this machine."""
+"""Measures programs on the devices of this machine: the memory that there is, and seconds of calls."""
 
 import os
 import time
@@ -9,18 +9,18 @@ from unclip_jax.planning.compiling import Compiled, ticking
 from unclip_jax.planning.programs import Program, random_arguments
 from unclip_jax.training.state import TrainState
 
-CALLS = 5  # that are timed, after one that is not
+CALLS = 5  # timed, after one call that is not
 
 
 def memory_limit() -> int:
-    """Bytes that programs may use of each device; devices that are parts of a CPU share the machine's."""
+    """Bytes that programs may use on each device; the devices of a CPU share the machine's memory."""
     stats = jax.devices()[0].memory_stats() or {}
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return stats.get("bytes_limit") or whole // jax.device_count()
 
 
-def seconds(program: Program, compiled: Compiled) -> list[float]:
-    """Seconds of each of CALLS calls on random data."""
+def time_calls(program: Program, compiled: Compiled) -> list[float]:
+    """Runs a program on random data and returns the seconds of each of CALLS calls."""
     with ticking("making parameters and data"):
         first, *rest = jax.block_until_ready(random_arguments(program))
     found = []
@@ -29,5 +29,6 @@ def seconds(program: Program, compiled: Compiled) -> list[float]:
             start = time.monotonic()
             result = jax.block_until_ready(compiled.executable(first, *rest))
             found.append(time.monotonic() - start)
-            first = result[0] if isinstance(first, TrainState) else first  # the old state is given away
+            # A train step gives its state's memory to the new state, which the next step takes.
+            first = result[0] if isinstance(first, TrainState) else first
     return found[1:]

@@ -1,4 +1,4 @@
-"""Splits the memory of a chip into parts."""
+"""Splits the memory that a program takes on each chip into parts: parameters, optimizer, activations and so on."""
 
 import math
 from typing import Any
@@ -10,34 +10,31 @@ from unclip_jax.planning.programs import Program
 from unclip_jax.training.state import TrainState
 
 
-def on_chip(tree: Any) -> int:
-    """Bytes that lie on each device, of a tree of ShapeDtypeStructs with shardings."""
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that a pytree of ShapeDtypeStructs takes on each device, by their shardings."""
     sizes = (math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves(tree))
     return sum(sizes)
 
 
-def lasting(program: Program) -> dict[str, int]:
-    """Bytes by part of what lies on each chip before a call, from shapes."""
+def resident_bytes(program: Program) -> dict[str, int]:
+    """Bytes that a program's arguments take on each chip before a call, by part, from their shapes alone."""
     first, frozen, rows, _ = program.arguments
     if not isinstance(first, TrainState):
-        return {"parameters": on_chip(first), "frozen CLIP": on_chip(frozen), "conditions": on_chip(rows)}
-    return {
-        "parameters": on_chip(first.params),
-        "moving average": on_chip(first.ema),
-        "optimizer": on_chip(first.opt_state),
-        "frozen CLIP": on_chip(frozen),
-        "batch": on_chip(rows),
-    }
+        parts = {"parameters": first, "frozen CLIP": frozen, "conditions": rows}
+    else:
+        parts = {"parameters": first.params, "moving average": first.ema, "optimizer": first.opt_state}
+        parts |= {"frozen CLIP": frozen, "batch": rows}
+    return {name: bytes_per_device(tree) for name, tree in parts.items()}
 
 
-def split(program: Program, compiled: Compiled) -> dict[str, int]:
-    """Bytes of each chip by part, all that must be there while the program runs.
+def memory_parts(program: Program, compiled: Compiled) -> dict[str, int]:
+    """Bytes of each chip's memory while the program runs, by part; their sum is all that it needs.
 
-    Arguments that it has no use for lie there all the same, such as the text tower of a CLIP that only sees. Gradients
-    are counted as parameters are, in float32: a part of what the compiler needs besides arguments. The rest of that is
-    activations and other temporaries.
+    Arguments that the program never reads count too, such as the text tower of a CLIP that only embeds images.
+    Gradients are counted in float32, as large as the parameters: the compiler only says how much memory it needs
+    besides arguments and outputs. The rest of that is activations and other temporaries.
     """
-    parts, m = lasting(program), compiled.memory
+    parts, m = resident_bytes(program), compiled.memory
     parts["padding"] = max(0, m["arguments"] - sum(parts.values()))
     gradients = parts["parameters"] if isinstance(program.arguments[0], TrainState) else 0
     parts["gradients"] = min(gradients, m["temporaries"])

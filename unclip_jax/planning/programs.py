@@ -1,5 +1,6 @@
-"""The programs that a plan is about: a stage's real train step and its real sampling, traced from shapes alone."""
+"""Programs that plans are about: a stage's real train step and its real sampling, traced from shapes alone."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,22 +17,27 @@ from unclip_jax.paths import to_path
 from unclip_jax.planning import flops
 from unclip_jax.planning.fitting import remat_keys
 from unclip_jax.stages import Stage, make_stage
+from unclip_jax.stages.base import Sampler
+from unclip_jax.stages.conditions import Conditions
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated
 from unclip_jax.training.state import TrainState, abstract_state, init_state, make_train_step, root_key
 
 
 class Program(NamedTuple):
-    """A traced function and what it takes: ShapeDtypeStructs with shardings, over devices that need not exist."""
+    """A traced function and its arguments, for devices that need not exist."""
 
     stage: Stage
-    traced: Any  # jax.stages.Traced
-    arguments: tuple
+    traced: jax.stages.Traced
+    arguments: tuple  # pytrees of ShapeDtypeStructs with shardings
 
 
-def upstream(config: ConfigDict) -> Stage | None:
-    """The CLIP that a stage needs: of clip.bundle, of clip.config, or the one of configs/clip.py whose embeddings have
-    as many numbers. Its weights are not read."""
+def find_clip(config: ConfigDict) -> Stage | None:
+    """Makes the CLIP that a stage needs, without reading weights; None for a stage that needs none.
+
+    It is the one of clip.bundle, else of clip.config, else the one of configs/clip.py whose embeddings have the size
+    that the model expects. Raises UserError where there is none.
+    """
     if "clip" not in config:
         return None
     if config.clip.bundle:
@@ -43,29 +49,29 @@ def upstream(config: ConfigDict) -> Stage | None:
         if found.model.dim == config.model.embedding_dim:
             return make_stage(found)
     raise UserError(
-        f"no CLIP of configs/clip.py has embeddings of {config.model.embedding_dim} numbers: name one by clip.bundle"
+        f"no CLIP of configs/clip.py has embeddings of {config.model.embedding_dim} numbers: name one in clip.bundle"
     )
 
 
-def assembled(config: ConfigDict) -> Stage:
-    """The stage of a config. Raises UserError where training would refuse the config, the lack of data apart."""
+def checked_stage(config: ConfigDict) -> Stage:
+    """Makes the stage of a config. Raises UserError where training would refuse the config, missing data apart."""
     checked = config.copy_and_resolve_references().unlock()
     checked.data.source = config.data.source or "folder:."
     check_config(checked, ".")
-    return make_stage(config, upstream(config), embedded(config))
+    return make_stage(config, find_clip(config), embedded(config))
 
 
-def train_program(config: ConfigDict, devices: list) -> Program:
-    """The train step on all of `devices`, of (state, frozen CLIP, batch, root key).
+def train_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
+    """Traces the train step on all of `devices`. Its arguments are the train state, frozen CLIP, batch and root key.
 
-    Raises UserError where mesh or batch do not fit them.
+    Raises UserError where mesh or batch size do not fit the number of devices.
     """
-    stage, mesh = assembled(config), make_mesh(config.mesh, devices)
+    stage, mesh = checked_stage(config), make_mesh(config.mesh, devices)
     optimizer = make_optimizer(config.optim, config.train.steps)
     step = make_train_step(stage, optimizer, learning_rate(config.optim, config.train.steps), config, mesh)
     arguments = (
         abstract_state(stage, optimizer, mesh),
-        _placed(_frozen(stage), replicated(mesh)),
+        _placed(_frozen_params(stage), replicated(mesh)),
         _placed(stage.batch_spec(config.train.batch_size), batch_sharding(mesh)),
         _placed(jax.eval_shape(lambda: root_key(0)), replicated(mesh)),
     )
@@ -73,16 +79,17 @@ def train_program(config: ConfigDict, devices: list) -> Program:
 
 
 def sample_program(config: ConfigDict, device: jax.Device, rows: int = CHUNK_ROWS) -> Program:
-    """Traces what `sample` runs on one device: the stage draws so many rows, of (params, frozen CLIP, conditions, key).
+    """Traces what the command `sample` runs on one device: the stage draws so many rows.
 
-    Raises UserError where it draws nothing.
+    Its arguments are the parameters, frozen CLIP, conditions and root key. Raises UserError for a stage that draws
+    nothing.
     """
-    stage = assembled(config)
-    if not hasattr(stage, "sample"):
+    stage = checked_stage(config)
+    if not isinstance(stage, Sampler):
         raise UserError(f"--sample: a {config.stage} draws nothing")
     shapes = (
         jax.eval_shape(stage.init, jax.random.key(0)),
-        _frozen(stage),
+        _frozen_params(stage),
         conditions(stage, rows),
         jax.eval_shape(lambda: root_key(0)),
     )
@@ -91,8 +98,8 @@ def sample_program(config: ConfigDict, device: jax.Device, rows: int = CHUNK_ROW
     return Program(stage, sample.trace(*arguments), arguments)
 
 
-def conditions(stage: Stage, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of the conditions from which a stage draws `rows` pictures or embeddings."""
+def conditions(stage: Stage, rows: int) -> Conditions:
+    """Returns the shapes of the conditions from which a stage draws `rows` pictures or embeddings."""
     config, spec = stage.config, {}
     for name, (_, context, _) in stage.texts.items():
         spec |= {name: ((rows, context), jnp.int32), f"{name}_length": ((rows,), jnp.int32)}
@@ -104,35 +111,37 @@ def conditions(stage: Stage, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     if config.model.get("factor"):
         side = config.model.image_size // config.model.factor
         spec["low_res"] = (rows, side, side, 3), jnp.float32
-    return {name: jax.ShapeDtypeStruct(*shape_and_type) for name, shape_and_type in spec.items()}
+    return Conditions(**{name: jax.ShapeDtypeStruct(*shape_and_type) for name, shape_and_type in spec.items()})
 
 
-def trained_flops(config: ConfigDict, params: Any) -> int:
-    """FLOPs of one step over the whole batch by the model's formula: forward and backward, nothing done twice.
-    params: ShapeDtypeStructs."""
-    stage = assembled(without_remat(config))
-    rest = _frozen(stage), stage.batch_spec(config.train.batch_size), jax.eval_shape(lambda: root_key(0))
+def train_step_flops(config: ConfigDict, params: dict[str, Any]) -> int:
+    """Counts the FLOPs of a train step by the model's formula: forward and backward over the whole batch, no remat.
+
+    params: the stage's parameters as ShapeDtypeStructs.
+    """
+    stage = checked_stage(without_remat(config))
+    rest = _frozen_params(stage), stage.batch_spec(config.train.batch_size), jax.eval_shape(lambda: root_key(0))
     jaxpr = jax.make_jaxpr(lambda *arguments: stage.loss(*arguments)[0])(params, *rest)
     count, others = (len(jax.tree.leaves(tree)) for tree in (params, rest))
     return flops.training_flops(jaxpr, [True] * count + [False] * others)
 
 
 def without_remat(config: ConfigDict) -> ConfigDict:
-    """The config of a network that computes nothing twice."""
+    """Returns a copy of a config with remat off everywhere, so that nothing is computed twice."""
     new = config.copy_and_resolve_references().unlock()
     new.update_from_flattened_dict({name: False for name, _ in remat_keys("model", config.model)})
     return new.lock()
 
 
 def random_arguments(program: Program) -> tuple:
-    """Arguments of a program, on the devices that they name: fresh parameters, noise, captions of one token."""
+    """Makes arguments for a program on its devices: fresh parameters, pictures of noise, captions of a single token."""
     stage, (first, frozen, *rest) = program.stage, program.arguments
     seed, rng = stage.config.train.seed, np.random.default_rng(stage.config.train.seed)
 
-    def initial(init, tree):
+    def initial(init: Callable[[jax.Array], dict[str, Any]], tree: dict[str, Any]) -> dict[str, Any]:
         return jax.jit(init, out_shardings=jax.tree.map(lambda s: s.sharding, tree))(jax.random.key(seed))
 
-    def draw(spec):
+    def draw(spec: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(spec.dtype, jax.dtypes.prng_key):
             value = root_key(seed)
         elif jnp.issubdtype(spec.dtype, jnp.floating):
@@ -150,9 +159,11 @@ def random_arguments(program: Program) -> tuple:
     return first, frozen, *jax.tree.map(draw, tuple(rest))
 
 
-def _placed(tree, sharding):
+def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Gives each ShapeDtypeStruct of a pytree a sharding."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
 
 
-def _frozen(stage: Stage):
+def _frozen_params(stage: Stage) -> dict[str, Any]:
+    """Shapes of the parameters of the CLIP that runs within a stage; {} where none does."""
     return jax.eval_shape(stage.clip.init, jax.random.key(0)) if stage.clip and stage.runs_clip else {}

@@ -1,54 +1,54 @@
-"""Measures what a compiled program moves: to and from memory, and between chips."""
+"""Counts the bytes that a compiled program moves: to and from memory, and between chips."""
 
 import re
 from collections import Counter
 from typing import NamedTuple
 
-from unclip_jax.planning.hlo import Operation, Program, size
+from unclip_jax.planning.hlo import Module, Operation, shape_bytes
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-# They name, group or contain others, and move nothing themselves.
+# Operations that name, group or contain others, and move nothing themselves.
 IDLE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 IDLE |= {"async-start", "async-update", "async-done", "copy-done", "partition-id", "replica-id", "optimization-barrier"}
-SLICES = ("dynamic-slice", "slice", "gather")
+SLICES = ("dynamic-slice", "slice", "gather")  # they read no more than they return
 
 
 class Collective(NamedTuple):
-    """Operations between chips, all of one kind and with one origin."""
+    """All operations between chips of one kind that come from one JAX function."""
 
-    kind: str  # of COLLECTIVES
-    source: str  # the JAX function
-    count: int  # in a step
-    sent: float  # bytes that a chip sends in a step, where the chips of a group stand in a ring
+    kind: str  # one of COLLECTIVES
+    source: str  # the JAX function, as of hlo.Operation.source
+    count: int  # how many of them run in a call of the program
+    sent_bytes: float  # sent by each chip in a call of the program, if the chips of a group form a ring
 
 
-def collectives(program: Program) -> list[Collective]:
-    """Operations between chips, the largest first."""
+def collectives(module: Module) -> list[Collective]:
+    """Lists the operations between chips, those that send most first."""
     counts, sent = Counter(), Counter()
-    for name, operations in program.computations.items():
-        times = program.times[name] + program.fused[name]
+    for name, operations in module.computations.items():
+        runs = module.runs[name] + module.fused_runs[name]
         shapes = {operation.name: operation.shape for operation in operations}
-        for operation in operations if times else ():
+        for operation in operations if runs else ():
             kind = operation.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 key = (kind, operation.source)
-                counts[key] += times
-                given = sum(map(size, (shapes[operand] for operand in operation.operands)))
-                sent[key] += times * _sent(kind, given, _group(operation.attributes))
+                counts[key] += runs
+                taken = sum(map(shape_bytes, (shapes[operand] for operand in operation.operands)))
+                sent[key] += runs * _ring_bytes(kind, taken, _group_size(operation.attributes))
     found = [Collective(*key, counts[key], sent[key]) for key in counts]
-    return sorted(found, key=lambda each: -each.sent)
+    return sorted(found, key=lambda each: -each.sent_bytes)
 
 
-def _sent(kind: str, given: float, chips: int) -> float:
-    """Bytes that each of a ring of chips sends on, which were given so many each."""
+def _ring_bytes(kind: str, taken: float, chips: int) -> float:
+    """Bytes that each chip of a ring sends to the next one in a collective. taken: bytes of each chip's operands."""
     if kind == "all-gather":
-        return given * (chips - 1)
+        return taken * (chips - 1)
     share = (chips - 1) / chips
-    return given * {"all-reduce": 2 * share, "reduce-scatter": share, "all-to-all": share}.get(kind, 1.0)
+    return taken * {"all-reduce": 2 * share, "reduce-scatter": share, "all-to-all": share}.get(kind, 1.0)
 
 
-def _group(attributes: str) -> int:
-    """Chips that exchange with each other."""
+def _group_size(attributes: str) -> int:
+    """Number of chips that exchange with each other, in any of HLO's notations for groups; 1 where none is given."""
     axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if axes:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
@@ -61,62 +61,69 @@ def _group(attributes: str) -> int:
     return int(compact[1]) if compact else len(listed[1].split(",")) if listed else 1
 
 
-def moved(program: Program) -> float:
-    """Bytes to and from memory: of each operation, or fusion of several, what it takes and what it gives."""
-    return sum(times * _moved(operation, near, program) for operation, times, near in program.running())
+def moved_bytes(module: Module) -> float:
+    """Bytes to and from memory in a call: each operation, or fusion, reads its operands and writes its result."""
+    return sum(runs * _operation_bytes(operation, near, module) for operation, runs, near in module.launched())
 
 
-def _moved(operation: Operation, near: dict[str, Operation], program: Program) -> float:
+def _operation_bytes(operation: Operation, near: dict[str, Operation], module: Module) -> float:
+    """Bytes that one operation reads and writes. near: all operations of its computation, by name."""
     opcode = operation.opcode
     if opcode in IDLE or opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return 0
-    result = size(operation.shape)
-    if opcode.endswith("-start"):  # its result names what it takes, too
+    result = shape_bytes(operation.shape)
+    if opcode.endswith("-start"):  # its result is a tuple that contains its operands
         return result
     if opcode in SLICES:
         return 2 * result
     operands = [near[name].shape for name in operation.operands if name in near]
     if opcode == "dynamic-update-slice":
-        return 2 * size(operands[1])
+        return 2 * shape_bytes(operands[1])  # the update is read, and written in place
     if opcode != "fusion":
-        return result + sum(map(size, operands))
-    inner = {each.name: each for each in _inside(operation, program)}
+        return result + sum(map(shape_bytes, operands))
+    inner = _inner_operations(operation, module)
     read = sum(
-        _taken(each.name, size(operands[int(each.arguments)]), inner, program)
+        _read_bytes(each.name, shape_bytes(operands[int(each.arguments)]), inner, module)
         for each in inner.values()
         if each.opcode == "parameter"
     )
-    return read + _written(inner)
+    return read + _written_bytes(inner)
 
 
-def _inside(fusion: Operation, program: Program) -> list[Operation]:
-    return program.computations[re.search(r"calls=%?([\w.\-]+)", fusion.attributes)[1]]
+def _inner_operations(fusion: Operation, module: Module) -> dict[str, Operation]:
+    """Finds the operations that a fusion consists of, by name."""
+    called = re.search(r"calls=%?([\w.\-]+)", fusion.attributes)[1]
+    return {operation.name: operation for operation in module.computations[called]}
 
 
-def _taken(name: str, whole: float, inner: dict[str, Operation], program: Program) -> float:
-    """Bytes that a fusion of operations `inner` takes of the array `name`: all of them, or slices."""
+def _read_bytes(name: str, whole: float, inner: dict[str, Operation], module: Module) -> float:
+    """Bytes that a fusion reads of one of its parameters: all of them, or the slices that it takes.
+
+    name: the parameter's. whole: its bytes. inner: the fusion's operations, by name.
+    """
     total = 0.0
     for user in inner.values():
         for place, operand in enumerate(user.operands):
             if operand != name or total >= whole:
                 continue
             if user.opcode in SLICES:
-                total += size(user.shape) if place == 0 else whole
+                total += shape_bytes(user.shape) if place == 0 else whole
             elif user.opcode == "dynamic-update-slice" and place == 0:
-                total += size(inner[user.operands[1]].shape)
+                total += shape_bytes(inner[user.operands[1]].shape)
             elif user.opcode == "bitcast":
-                total += _taken(user.name, whole, inner, program)
+                total += _read_bytes(user.name, whole, inner, module)
             elif user.opcode == "fusion":
-                deeper = {each.name: each for each in _inside(user, program)}
+                deeper = _inner_operations(user, module)
                 places = {each.arguments: each.name for each in deeper.values() if each.opcode == "parameter"}
-                total += _taken(places[str(place)], whole, deeper, program)
+                total += _read_bytes(places[str(place)], whole, deeper, module)
             else:
                 total += whole
     return min(whole, total)
 
 
-def _written(inner: dict[str, Operation]) -> float:
-    """Bytes that a fusion gives: of a large array that it writes a slice of, the slice."""
+def _written_bytes(inner: dict[str, Operation]) -> float:
+    """Bytes that a fusion writes: its results or, of an array that it updates in place, the slice that it updates."""
     root = next(operation for operation in inner.values() if operation.root)
-    given = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    return sum(size(inner[o.operands[1]].shape if o.opcode == "dynamic-update-slice" else o.shape) for o in given)
+    results = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    written = [inner[o.operands[1]] if o.opcode == "dynamic-update-slice" else o for o in results]
+    return sum(shape_bytes(operation.shape) for operation in written)

@@ -4,11 +4,12 @@
     python -m unclip_jax.pretrained openai_clip SOURCE --out DIR
     python -m unclip_jax.pretrained karlo SOURCE --out DIR
 
-SOURCE is the folder (of CLIP: or the file) that the weights were downloaded to, with their vocabulary files; the README
-lists them. DIR becomes a cascade, of `openai_clip` a single bundle.
+SOURCE is the folder that the weights were downloaded to (for `openai_clip` it may be the file itself), with their
+vocabulary files beside them; docs/public_weights.md lists all files. DIR becomes a cascade, or with `openai_clip` a
+single bundle.
 """
 
-import importlib
+import argparse
 import sys
 
 import jax
@@ -18,57 +19,63 @@ from unclip_jax.bundle import check_params, save_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, output_folder, to_path
-from unclip_jax.pretrained import Converted, Options
+from unclip_jax.pretrained import Converted, Options, glide, karlo, openai_clip
 from unclip_jax.stages import make_stage
 
-FAMILIES = ("glide", "openai_clip", "karlo")
+FAMILIES = {"glide": glide, "openai_clip": openai_clip, "karlo": karlo}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line. Raises UserError for what is wrong with it."""
+    parser = cli.Parser("pretrained", __doc__)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("source", help="what was downloaded: a folder, or for openai_clip a file")
+    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="type to compute in")
+    parser.add_argument("--head-channels", type=int, default=64, help="channels of each attention head")
+    parser.add_argument("--heads", type=int, default=0, help="attention heads of text path or prior; 0: as published")
+    parser.add_argument("--image-size", type=int, default=0, help="side of the pictures drawn; 0: as published")
+    return parser.parse_args(argv[1:])
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser("pretrained", __doc__)
-    parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("source", help="what was downloaded: a folder, or a file of CLIP")
-    parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
-    parser.add_argument("--head-channels", type=int, default=64, help="of every attention; no shape tells it")
-    parser.add_argument("--heads", type=int, default=0, help="of the text path or prior; 0: the published models'")
-    parser.add_argument("--image-size", type=int, default=0, help="of the pictures drawn; 0: the published models'")
-    args = parser.parse_args(argv[1:])
+    args = parse(argv)
     source, out = to_path(args.source), output_folder(args.out)
     if is_remote(source):
-        raise UserError(f"{source} is in a bucket: copy it to a disk first, by gcloud storage cp --recursive")
+        raise UserError(f"{source} is in a bucket: copy it to a disk first, with gcloud storage cp --recursive")
     if not source.exists():
         raise UserError(f"no weights at {source}: give the folder that they were downloaded to")
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is in the way: give a new or empty folder")
+        raise UserError(f"--out {out} is in the way: give a new or empty folder")
 
-    family = importlib.import_module(f"unclip_jax.pretrained.{args.family}")
     options = Options(args.dtype, args.head_channels, args.heads, args.image_size)
     clip, clip_identity = None, ""
-    for model in family.read_folder(source, options):
+    for model in FAMILIES[args.family].read_folder(source, options):
         stage = make_stage(model.config.lock(), clip)
         check_params(model.params, jax.eval_shape(stage.init, jax.random.key(0)))
         _check_vocabulary(model)
         size = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-        target = out / model.place
+        target = out / model.subfolder
         known = clip_identity if stage.needs_clip else ""
         identity = save_bundle(
             target, model.config.stage, model.config, model.params, model.tokenizer_bytes, known, {}
         )
         print(f"{target}: {model.config.stage}, {size:,} parameters", file=sys.stderr, flush=True)
-        if model.place == "clip":
+        if model.subfolder == "clip":
             clip, clip_identity = stage, identity
-        del model  # else it would be held while the next one is made
+        del model  # it would stay in memory while the next one is made
     return 0
 
 
 def _check_vocabulary(model: Converted) -> None:
-    """Every id that the tokenizer gives must have a row in the model's table, which may have more."""
+    """Raises UserError unless every token id has a row in the model's embedding table, which may have more rows."""
     if model.tokenizer_bytes is None or "text" not in model.config.model:
         return
     count, rows = Tokenizer(model.tokenizer_bytes).vocab_size, model.config.model.text.vocab_size
     if count > rows:
-        raise UserError(f"the vocabulary has {count} tokens, the model {rows}: they do not belong together")
+        raise UserError(
+            f"the vocabulary has {count} tokens, the model {rows}: they do not belong together, download both again"
+        )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""The ADM U-Net of guided-diffusion and all that grew from it (GLIDE, Karlo): names and order of its modules are the
-same in all of them."""
+"""Converts the ADM U-Net of guided-diffusion, whose modules have the same names and order in GLIDE and Karlo."""
 
-from unclip_jax.pretrained.layers import conv, dense, interleaved, norm
-from unclip_jax.pretrained.state_dict import StateDict, depth
+from unclip_jax.pretrained.layers import conv, deinterleaved, dense, norm
+from unclip_jax.pretrained.state_dict import StateDict, count_blocks
 
 
 def unet_config(weights: StateDict, head_channels: int, heads: tuple[int, int], norm_groups: int) -> dict:
-    """Arguments of `models.unet.UNet` but out_channels and dtype, read from a state dict's shapes.
+    """Reads the arguments of `models.unet.UNet` from a state dict's shapes, all but out_channels and dtype.
 
-    head_channels, heads, norm_groups: as in UNet; no shape tells them.
+    head_channels, heads, norm_groups: as in UNet, because no shape tells them. Raises UserError for a tensor that is
+    missing.
     """
     channels = weights.shape("time_embed.0.weight")[1]
-    rows = depth(weights, "output_blocks.{}.0.in_layers.0.weight")
-    # An output block that ends its level holds one module more, which doubles the picture.
+    rows = count_blocks(weights, "output_blocks.{}.0.in_layers.0.weight")
+    # The last output block of a level, but for the largest pictures, holds one module more, which doubles the picture.
     levels = 1 + sum(_doubling(weights, n) is not None for n in range(rows))
     res_blocks = rows // levels - 1
     first = [1 + level * (res_blocks + 1) for level in range(levels)]
@@ -34,15 +34,16 @@ def unet_config(weights: StateDict, head_channels: int, heads: tuple[int, int], 
 
 
 def unet_params(weights: StateDict, unet: dict, inputs: int, outputs: int, context: int) -> dict:
-    """Parameters of the `models.unet.UNet` with arguments `unet`.
+    """Converts the parameters of the `models.unet.UNet` whose arguments are `unet`.
 
-    inputs, outputs: channels of pictures; context: width of what is attended to beside them, or 0.
+    inputs, outputs: number of channels of the first and the last convolution. context: width of the tokens that it
+    attends to, such as the caption's; 0: none.
     """
     return _Converter(weights, unet, context).params(inputs, outputs)
 
 
 def _doubling(weights: StateDict, n: int) -> str | None:
-    """Name of the module of output block n that doubles the picture."""
+    """Finds the name of the module of output block n that doubles the picture; None if it has none."""
     for place in (1, 2):
         name = f"output_blocks.{n}.{place}"
         if f"{name}.in_layers.0.weight" in weights or f"{name}.conv.weight" in weights:
@@ -51,6 +52,8 @@ def _doubling(weights: StateDict, n: int) -> str | None:
 
 
 class _Converter:
+    """Walks through a U-Net in the order of its modules and converts each of them."""
+
     def __init__(self, weights: StateDict, unet: dict, context: int):
         self.weights, self.unet, self.context = weights, unet, context
         self.emb = 4 * unet["channels"]
@@ -66,6 +69,8 @@ class _Converter:
             },
             "conv_in": conv(weights, "input_blocks.0.0", inputs, widths[0], 3),
         }
+
+        # Down. n: number of the input block; h: channels so far; skips: channels that the way up will concatenate.
         n, h, skips = 1, widths[0], [widths[0]]
         for level, width in enumerate(widths):
             for i in range(blocks):
@@ -84,6 +89,7 @@ class _Converter:
             params["middle_attention"] = self.attention("middle_block.1", h, up=False)
         params["middle_1_res"] = self.res(f"middle_block.{1 + unet['middle_attention']}", h, h)
 
+        # Up, from the smallest pictures. n: number of the output block.
         n = 0
         for level in range(last, -1, -1):
             width, attends = widths[level], 2**level in unet["attention"]
@@ -99,6 +105,7 @@ class _Converter:
         return params
 
     def res(self, name: str, inputs: int, outputs: int) -> dict:
+        """Converts a residual block between so many channels."""
         w, scale_shift = self.weights, self.unet["scale_shift"]
         block = {
             "norm_in": norm(w, f"{name}.in_layers.0", inputs),
@@ -110,23 +117,26 @@ class _Converter:
         return block if inputs == outputs else block | {"skip": conv(w, f"{name}.skip_connection", inputs, outputs, 1)}
 
     def resample(self, name: str, width: int, plain: str) -> dict:
+        """Converts a module that halves or doubles the picture: a residual block, or the convolution called `plain`."""
         if self.unet["resample_blocks"]:
             return self.res(name, width, width)
         return conv(self.weights, f"{name}.{plain}", width, width, 3)
 
     def attention(self, name: str, width: int, up: bool) -> dict:
+        """Converts an attention block. up: on the way up, where the number of heads may be another."""
         head_channels = self.unet["head_channels"]
         heads = width // head_channels if head_channels else self.unet["heads"][up]
         block = {
             "norm": norm(self.weights, f"{name}.norm", width),
-            "qkv": interleaved(self._conv1d(f"{name}.qkv", width, 3 * width), heads, 3),
+            "qkv": deinterleaved(self._conv1d(f"{name}.qkv", width, 3 * width), heads, 3),
             "out": self._conv1d(f"{name}.proj_out", width, width),
         }
         if self.context:
             kv = self._conv1d(f"{name}.encoder_kv", self.context, 2 * width)
-            block["context_kv"] = interleaved(kv, heads, 2)
+            block["context_kv"] = deinterleaved(kv, heads, 2)
         return block
 
     def _conv1d(self, name: str, inputs: int, outputs: int) -> dict:
+        """Converts a convolution with a kernel of one place, which is a linear layer."""
         kernel = self.weights.take(f"{name}.weight", outputs, inputs, 1)[..., 0].T
         return {"kernel": kernel, "bias": self.weights.take(f"{name}.bias", outputs)}

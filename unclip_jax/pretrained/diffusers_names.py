@@ -1,18 +1,21 @@
-"""The networks of diffusers' UnCLIP under the names that Karlo's own repository gives them.
+"""Reads the networks of diffusers' UnCLIP under the names that Karlo's own repository gives to their tensors.
 
-They are the same networks, but for attention: here query, key and value have a projection each, there they share one
-whose outputs go head by head, each head's parts side by side.
+They are the same networks apart from attention: in diffusers query, key and value have a projection each, in Karlo they
+share one, whose outputs go head by head, each head's query, key and value side by side.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from unclip_jax.pretrained.state_dict import StateDict
 
-Names = Callable[[str], str]  # a name of Karlo's → diffusers'; "{qkv}" in it stands for three of them, one a letter
+# Translates Karlo's name to diffusers'. "{qkv}" in the result stands for three names, with q, k or v in its place.
+Names = Callable[[str], str]
 
+# Regular expressions for parts of Karlo's names, and what diffusers has instead; all are applied, in this order.
 PRIOR = (
     (r"^clip_img_proj", "proj_in"),
     (r"^text_emb_proj", "embedding_proj"),
@@ -57,15 +60,17 @@ TEXT_PROJECTION = (
 
 
 def prior_names(name: str) -> str:
-    """Translates a name to PriorTransformer's."""
+    """Translates a name of Karlo's prior to diffusers' PriorTransformer."""
     return _replaced(name, PRIOR)
 
 
 def unet_names(res_blocks: int, attends: tuple[bool, ...], middle_attends: bool) -> Names:
-    """Makes the translation of names to UNet2DModel's and UNet2DConditionModel's.
+    """Makes the translation of a Karlo U-Net's names to diffusers' UNet2DModel or UNet2DConditionModel.
 
-    res_blocks: per level on the way down; attends: whether each level does, that of the whole picture first.
+    res_blocks: residual blocks of each level on the way down. attends: for each level, that of the whole picture first,
+    whether it has attention. middle_attends: whether the middle has.
     """
+    # Karlo numbers the blocks of all levels in one row, diffusers those of each level from 0.
     rows, modules = res_blocks + 1, {"input_blocks.0.0": "conv_in"}
     for level, attention in enumerate(attends):
         for i in range(res_blocks):
@@ -82,7 +87,7 @@ def unet_names(res_blocks: int, attends: tuple[bool, ...], middle_attends: bool)
                 modules[f"output_blocks.{level * rows + i}.1"] = f"up_blocks.{level}.attentions.{i}"
         modules[f"output_blocks.{level * rows + res_blocks}.{1 + attention}"] = f"up_blocks.{level}.upsamplers.0"
 
-    def names(name):
+    def names(name: str) -> str:
         module = re.match(r"(in|out)put_blocks\.\d+\.\d+|middle_block\.\d+", name)
         if module and module[0] in modules:
             name = modules[module[0]] + name[module.end() :]
@@ -92,22 +97,25 @@ def unet_names(res_blocks: int, attends: tuple[bool, ...], middle_attends: bool)
 
 
 def decoder_names(unet: Names) -> Names:
-    """Makes the translation to UNet2DConditionModel's (decoder/) and UnCLIPTextProjModel's (text_proj/)."""
+    """Makes the translation of the Karlo decoder's names to diffusers' two models, each with its folder in front.
 
-    def names(name):
+    They are UNet2DConditionModel (decoder/), whose names `unet` translates, and UnCLIPTextProjModel (text_proj/).
+    """
+
+    def names(name: str) -> str:
         found = _replaced(name, TEXT_PROJECTION)
         return f"decoder/{unet(name)}" if found == name else f"text_proj/{found}"
 
     return names
 
 
-class Renamed:
-    """A `StateDict` of diffusers that is asked for tensors by Karlo's names. Faults are told in diffusers' names.
+class RenamedStateDict:
+    """A `StateDict` of diffusers' tensors that is asked for them by Karlo's names.
 
-    head_channels: of every attention.
+    Errors give diffusers' names. head_channels: channels of each attention head.
     """
 
-    def __init__(self, tensors: Mapping, source: str, names: Names, head_channels: int):
+    def __init__(self, tensors: Mapping[str, Any], source: str, names: Names, head_channels: int):
         self._weights = StateDict(tensors, source)
         self._names, self._head_channels = names, head_channels
 
@@ -118,13 +126,13 @@ class Renamed:
         return iter(self._weights)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Implements `StateDict.shape`, for a tensor that is in one part."""
+        """Returns a tensor's shape as `StateDict.shape` does; not for attention projections, which are in parts."""
         return self._weights.shape(*self._parts(name))
 
     def take(self, name: str, *shape: int) -> np.ndarray:
-        """Implements `StateDict.take`."""
+        """Returns a tensor as `StateDict.take` does; an attention projection is joined from its parts, head by head."""
         parts = self._parts(name)
-        stored = shape[:2] if shape[2:] == (1,) else shape  # here attention's projections are no convolutions
+        stored = shape[:2] if shape[2:] == (1,) else shape  # attention projections: convolutions in Karlo alone
         values = [self._weights.take(part, stored[0] // len(parts), *stored[1:]) for part in parts]
         if len(parts) == 1:
             return values[0].reshape(shape)
@@ -132,10 +140,11 @@ class Renamed:
         return np.stack(by_head, axis=1).reshape(shape)
 
     def finish(self) -> None:
-        """Implements `StateDict.finish`."""
+        """Raises UserError as `StateDict.finish` does."""
         self._weights.finish()
 
     def _parts(self, name: str) -> list[str]:
+        """Translates a name of Karlo's to the names of the tensors that hold it in diffusers."""
         name = self._names(name)
         letters = re.search(r"\{(\w+)\}", name)
         return [name.replace(letters[0], letter) for letter in letters[1]] if letters else [name]

@@ -1,16 +1,16 @@
-"""Karlo as the diffusers library stores it: a folder of UnCLIPPipeline or UnCLIPImageVariationPipeline.
+"""Converts Karlo as the diffusers library stores it: a folder of UnCLIPPipeline or UnCLIPImageVariationPipeline.
 
-    model_index.json                    which pipeline it is
-    prior/ (of the first alone)         config.json and diffusion_pytorch_model.safetensors, or .bin
-    decoder/ text_proj/
-    super_res_first/ super_res_last/
-    text_encoder/                       config.json and model.safetensors, or pytorch_model.bin
-    image_encoder/ (of the second)
-    tokenizer/ feature_extractor/ (of the second)
+    model_index.json                        names the pipeline
+    prior/                                  config.json and diffusion_pytorch_model.safetensors, or .bin
+    decoder/ text_proj/                     the same
+    super_res_first/ super_res_last/        the same
+    text_encoder/ image_encoder/            config.json and model.safetensors, or pytorch_model.bin
+    tokenizer/ feature_extractor/
     prior_scheduler/ decoder_scheduler/ super_res_scheduler/
 
-A folder of the first pipeline into which image_encoder/ and feature_extractor/ of the second were copied draws both
-from captions and from pictures. Every number comes from the folder; what our networks do not have is refused.
+UnCLIPPipeline alone has prior/ and prior_scheduler/, UnCLIPImageVariationPipeline alone image_encoder/ and
+feature_extractor/. The first one's folder with those two of the second one copied into it draws both from captions and
+from pictures. Every number comes from the folder; settings that this library's networks do not have are refused.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
-from unclip_jax.pretrained import Converted, Options, karlo, openai_clip, tokenizers
-from unclip_jax.pretrained.diffusers_names import Names, Renamed, decoder_names, prior_names, unet_names
-from unclip_jax.pretrained.state_dict import StateDict, read
+from unclip_jax.pretrained import Converted, Options, karlo_stages, openai_clip, tokenizers
+from unclip_jax.pretrained.diffusers_names import Names, RenamedStateDict, decoder_names, prior_names, unet_names
+from unclip_jax.pretrained.state_dict import StateDict, read_tensors
 
-PARTS = {  # folder → class; those of both pipelines
+PARTS = {  # folder → class of diffusers, in both pipelines
     "decoder": "UNet2DConditionModel",
     "text_proj": "UnCLIPTextProjModel",
     "super_res_first": "UNet2DModel",
@@ -33,16 +33,16 @@ PARTS = {  # folder → class; those of both pipelines
     "super_res_scheduler": "UnCLIPScheduler",
 }
 PRIOR = {"prior": "PriorTransformer", "prior_scheduler": "UnCLIPScheduler"}
-PIPELINES = {  # class → what its folder holds besides
+PIPELINES = {  # pipeline → folders that it holds besides PARTS
     "UnCLIPPipeline": (*PRIOR, "text_encoder", "tokenizer"),
     "UnCLIPImageVariationPipeline": ("text_encoder", "tokenizer", "image_encoder", "feature_extractor"),
 }
-STEPS = {"prior": "25", "decoder": "25", "super_res": "7"}  # the pipelines' defaults, which no file tells
-WEIGHTS = tuple(f"{name}.{kind}" for kind in ("safetensors", "bin")
-                for name in ("diffusion_pytorch_model", "model", "pytorch_model"))  # fmt: skip
+DEFAULT_STEPS = {"prior": "25", "decoder": "25", "super_res": "7"}  # of the pipelines; no file tells them
+WEIGHT_FILES = tuple(f"{name}.{kind}" for kind in ("safetensors", "bin")
+                     for name in ("diffusion_pytorch_model", "model", "pytorch_model"))  # fmt: skip
 
-# Of each class: the values that our networks have; keys that are read or make no difference. Any other key, such as a
-# later version of diffusers may add, must be null or false.
+# SUPPORTED holds, for each class, the values that config keys may have. Keys of OTHER_KEYS may have any value: they are
+# read, or make no difference. Any other key, such as a later version of diffusers may add, must be null or false.
 UNET = {
     "act_fn": ("silu", "swish"),
     "dropout": (0,),
@@ -53,7 +53,7 @@ UNET = {
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "time_embedding_type": ("positional",),
 }
-ONLY = {
+SUPPORTED = {
     "PriorTransformer": {
         "added_emb_type": ("prd",),
         "additional_embeddings": (4,),
@@ -77,24 +77,24 @@ ONLY = {
         "variance_type": ("fixed_small_log", "learned_range"),
     },
 }
-UNET_FREE = {"attention_head_dim", "block_out_channels", "down_block_types", "downsample_padding", "in_channels",
+UNET_KEYS = {"attention_head_dim", "block_out_channels", "down_block_types", "downsample_padding", "in_channels",
              "layers_per_block", "norm_num_groups", "out_channels", "sample_size", "up_block_types"}  # fmt: skip
-FREE = {
+OTHER_KEYS = {
     "PriorTransformer": {"attention_head_dim", "embedding_dim", "num_attention_heads", "num_embeddings", "num_layers"},
     "UnCLIPTextProjModel": {"clip_embeddings_dim", "clip_extra_context_tokens", "cross_attention_dim",
                             "time_embed_dim"},
-    "UNet2DConditionModel": {*UNET_FREE, "addition_embed_type_num_heads", "attention_type", "cross_attention_dim",
+    "UNet2DConditionModel": {*UNET_KEYS, "addition_embed_type_num_heads", "attention_type", "cross_attention_dim",
                              "transformer_layers_per_block", "upcast_attention", "use_linear_projection"},
-    "UNet2DModel": {*UNET_FREE, "attn_norm_num_groups", "downsample_type", "num_train_timesteps", "upsample_type"},
+    "UNet2DModel": {*UNET_KEYS, "attn_norm_num_groups", "downsample_type", "num_train_timesteps", "upsample_type"},
     "UnCLIPScheduler": {"clip_sample", "clip_sample_range", "num_train_timesteps"},
 }  # fmt: skip
 
 
 def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
-    """The folder's models, one at a time. Of `options` dtype alone is used: the folder tells the others.
+    """Yields the folder's models one at a time: CLIP, the prior if there is one, decoder and upsampler.
 
-    Raises UserError for what is missing, damaged or beyond our networks; for all that configs say and for files cut
-    short before any model is given.
+    options: only its dtype is used, because the folder tells the rest. Raises UserError for parts that are missing,
+    damaged or not supported; configs and files that are cut short are checked before the first model is converted.
     """
     pipeline = _Pipeline(folder, options.dtype)
     yield pipeline.clip()
@@ -105,7 +105,7 @@ def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
 
 
 class _Pipeline:
-    """The folder, found to be whole; of its tensors only names and shapes are read."""
+    """A folder found to be whole, with supported configs; its tensors' numbers are read as models are converted."""
 
     def __init__(self, folder: Path, dtype: str):
         kind = _json(folder / "model_index.json").get("_class_name")
@@ -131,7 +131,7 @@ class _Pipeline:
                             f"decoder's, {decoder['sample_size']}")  # fmt: skip
 
     def clip(self) -> Converted:
-        """Without its image tower where the folder has none. Embeddings are given out as the projections leave them."""
+        """Converts CLIP, without an image tower where the folder has none. Its embeddings are not normalised."""
         towers = {}
         for tower in ("text", "image")[: 1 + self.has_images]:
             place = self.folder / f"{tower}_encoder"
@@ -141,43 +141,49 @@ class _Pipeline:
         preprocessor = _json(preprocessor) if self.has_images else {}
         towers = {"image": None, "image_config": {}} | towers
         model = openai_clip.convert_towers(**towers, preprocessor=preprocessor, dtype=self.dtype, unit_norm=False)
-        return Converted("clip", *model, tokenizers.clip(self.folder / "tokenizer"))
+        return Converted("clip", *model, tokenizers.read_clip(self.folder / "tokenizer"))
 
     def prior(self) -> Converted:
+        """Converts the prior."""
         part = self.parts["prior"]
         heads, head_channels = part.number("num_attention_heads"), part.number("attention_head_dim")
-        weights = Renamed(self.tensors["prior"], str(self.folder / "prior"), prior_names, head_channels)
+        weights = RenamedStateDict(self.tensors["prior"], str(self.folder / "prior"), prior_names, head_channels)
         part.check("num_attention_heads", weights.shape("clip_img_proj.weight")[0] / head_channels)
         mean, std = (weights.take(name, 1, part.number("embedding_dim"))[0] for name in ("clip_mean", "clip_std"))
-        config, params = karlo.convert_prior(weights, mean, std, self.dtype, heads)
+        config, params = karlo_stages.convert_prior(weights, mean, std, self.dtype, heads)
         part.check("embedding_dim", config.model.embedding_dim)
         part.check("num_embeddings", config.model.context)
         part.check("num_layers", config.model.depth)
         return self._finished("prior", config, params)
 
     def decoder(self) -> Converted:
+        """Converts the decoder, which diffusers keeps in two folders."""
         part = self.parts["decoder"]
         size, head_channels = part.number("sample_size"), part.number("attention_head_dim")
         both = ("decoder", "text_proj")
         tensors = {f"{name}/{key}": value for name in both for key, value in self.tensors[name].items()}
-        weights = Renamed(tensors, str(self.folder), self.decoder_names, head_channels)
-        config, params = karlo.convert_decoder(weights, size, self.dtype, head_channels)
+        weights = RenamedStateDict(tensors, str(self.folder), self.decoder_names, head_channels)
+        config, params = karlo_stages.convert_decoder(weights, size, self.dtype, head_channels)
         return self._finished("decoder", config, params)
 
     def upsampler(self) -> Converted:
+        """Converts the upsampler with its two networks, of which the second one makes the last step."""
         size, small = (self.parts[name].number("sample_size") for name in ("super_res_first", "decoder"))
         networks = [
-            Renamed(self.tensors[name], str(self.folder / name), self.upsampler_names, 1)
+            RenamedStateDict(self.tensors[name], str(self.folder / name), self.upsampler_names, 1)
             for name in ("super_res_first", "super_res_last")
         ]
-        config, params = karlo.convert_upsampler(*networks, size, self.dtype)
+        config, params = karlo_stages.convert_upsampler(*networks, size, self.dtype)
         config.model.factor = size // small
         halvings = len(config.model.unet.channel_mult) - 1
         config.model.patch = size if small % 2**halvings else small
         return self._finished("super_res", config, params)
 
     def _finished(self, name: str, config: ConfigDict, params: dict) -> Converted:
-        """Writes into a stage's config what no shape tells."""
+        """Completes a stage's config by what the configs of its network and its scheduler say.
+
+        name: of the part of the pipeline, "prior", "decoder" or "super_res".
+        """
         if name != "prior":
             unet = self.parts["decoder" if name == "decoder" else "super_res_first"]
             config.model.unet.norm_groups = unet.number("norm_num_groups")
@@ -185,22 +191,22 @@ class _Pipeline:
         scheduler.check("variance_type", "learned_range" if config.diffusion.learned_variance else "fixed_small_log")
         config.diffusion.timesteps = scheduler.number("num_train_timesteps")
         config.diffusion.predicts = {"epsilon": "eps", "sample": "x0"}[scheduler["prediction_type"]]
-        config.sampling.steps = STEPS[name]
+        config.sampling.steps = DEFAULT_STEPS[name]
         config.sampling.clip_x0 = float(scheduler["clip_sample_range"]) if scheduler["clip_sample"] else 0.0
         return Converted("upsampler_256" if name == "super_res" else name, config, params, None)
 
 
 class _Part:
-    """The config of one part of the folder, which says nothing that our networks do not have."""
+    """The config of one part of the folder, found to have supported values alone. kind: its class in diffusers."""
 
     def __init__(self, folder: Path, kind: str):
         self.path = folder / ("scheduler_config.json" if kind == "UnCLIPScheduler" else "config.json")
         self._values = _json(self.path)
         self.check("_class_name", kind)
         for key in self._values:
-            if key in ONLY[kind]:
-                self.check(key, *ONLY[kind][key])
-            elif key[0] != "_" and key not in FREE[kind]:
+            if key in SUPPORTED[kind]:
+                self.check(key, *SUPPORTED[kind][key])
+            elif key[0] != "_" and key not in OTHER_KEYS[kind]:
                 self.check(key, None, False)
 
     def __getitem__(self, key: str) -> Any:
@@ -208,14 +214,14 @@ class _Part:
             raise UserError(f"{self.path} lacks {key}: download it again")
         return self._values[key]
 
-    def check(self, key: str, *allowed: Any) -> None:
-        """Raises UserError for another value."""
+    def check(self, key: str, *allowed: str | float | None) -> None:
+        """Raises UserError unless a key has one of the allowed values."""
         if self[key] not in allowed:
             expected = " or ".join(repr(value) for value in allowed)
             raise UserError(f"{self.path} has {key} = {self[key]!r}, which is not supported: expected {expected}")
 
     def number(self, key: str) -> int:
-        """A positive integer; of a list, the one that all its entries are."""
+        """Returns a key's positive integer, or the one that all entries of a list equal; else raises UserError."""
         value = self[key]
         entries = value if isinstance(value, list) else [value]
         if not all(isinstance(entry, int) and entry > 0 and entry == entries[0] for entry in entries or [0]):
@@ -223,12 +229,15 @@ class _Part:
         return entries[0]
 
     def differences(self, other: "_Part") -> list[str]:
-        """Keys that the two do not agree on."""
+        """Lists the keys that have another value in the other config."""
         keys = (self._values | other._values).keys()
         return sorted(key for key in keys if key[0] != "_" and self._values.get(key) != other._values.get(key))
 
     def unet_names(self) -> Names:
-        """Finds how the tensors of this U-Net are called, which hangs on where it attends."""
+        """Makes the translation of this U-Net's names, which depend on where it has attention.
+
+        Raises UserError for blocks and widths that are not supported.
+        """
         conditional = self["_class_name"] == "UNet2DConditionModel"
         plain, attending = "ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"
         known, down = (plain, attending)[: 1 + conditional], self["down_block_types"]
@@ -239,7 +248,7 @@ class _Part:
         attends = tuple(name == attending for name in down)
         widths, groups = self["block_out_channels"], self.number("norm_num_groups")
         head_channels = self.number("attention_head_dim") if conditional else 1
-        for width, attention in zip(widths, (*attends[:-1], conditional), strict=False):  # the middle does too
+        for width, attention in zip(widths, (*attends[:-1], conditional), strict=False):  # the middle attends too
             if width % widths[0] or width % groups or (attention and width % head_channels):
                 raise UserError(f"{self.path} has block_out_channels = {widths}, which are not supported: expected "
                                 "multiples of the first, of norm_num_groups and of attention_head_dim")  # fmt: skip
@@ -247,10 +256,10 @@ class _Part:
 
 
 def _tensors(folder: Path) -> dict[str, Any]:
-    paths = [folder / name for name in WEIGHTS if (folder / name).is_file()]
+    paths = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not paths:
-        raise UserError(f"{folder} holds no weights: expected one of {', '.join(WEIGHTS)}")
-    return read(paths[0])
+        raise UserError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+    return read_tensors(paths[0])
 
 
 def _json(path: Path) -> dict[str, Any]:

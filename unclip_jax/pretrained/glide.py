@@ -1,4 +1,4 @@
-"""GLIDE's released models (arXiv 2112.10741): base, upsampler, both for inpainting too, and the noised CLIP."""
+"""Converts GLIDE's released models (arXiv 2112.10741): base, upsampler, both for inpainting too, and noised CLIP."""
 
 import math
 from collections.abc import Iterator
@@ -10,38 +10,42 @@ from ml_collections import ConfigDict
 from unclip_jax.errors import UserError
 from unclip_jax.pretrained import Converted, Options, tokenizers
 from unclip_jax.pretrained.adm import unet_config, unet_params
-from unclip_jax.pretrained.layers import dense, interleaved, joined, norm, stacked
-from unclip_jax.pretrained.state_dict import StateDict, depth, read
+from unclip_jax.pretrained.layers import deinterleaved, dense, joined, norm, stacked
+from unclip_jax.pretrained.state_dict import StateDict, count_blocks, read_tensors
 
-PLACES = {  # file → its place in the output
+SUBFOLDERS = {  # file → subfolder of the output
     "base": "decoder",
     "upsample": "upsampler_256",
     "base_inpaint": "inpaint/decoder",
     "upsample_inpaint": "inpaint/upsampler_256",
 }
-SIDES = {"base": 64, "upsample": 256}  # of the pictures drawn
+SIDES = {"base": 64, "upsample": 256}  # pixels of the pictures drawn
 NOISED_CLIP = ("clip_image_enc", "clip_text_enc")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FACTOR = 4
 
 
 def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
-    """The models among base.pt, upsample.pt, base_inpaint.pt, upsample_inpaint.pt and clip_image_enc.pt with
-    clip_text_enc.pt that `folder` holds (as .safetensors also), one at a time; beside them their vocabulary."""
+    """Yields those of GLIDE's models that a folder holds, one at a time.
+
+    They are base.pt, upsample.pt, base_inpaint.pt, upsample_inpaint.pt, and clip_image_enc.pt with clip_text_enc.pt; or
+    .safetensors of the same names. GPT-2's vocabulary must be beside the first four, CLIP's beside the last two. Raises
+    UserError for files that are missing, damaged or of another model.
+    """
     found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".pt", ".safetensors")}
-    if not found.keys() & {*PLACES, *NOISED_CLIP}:
-        raise UserError(f"{folder} holds no model of GLIDE: expected {', '.join(f'{name}.pt' for name in PLACES)}")
-    if found.keys() & PLACES.keys():
-        vocabulary = tokenizers.gpt2(folder)
-    for name in (name for name in PLACES if name in found):
-        weights = StateDict(read(found[name]), str(found[name]))
+    if not found.keys() & {*SUBFOLDERS, *NOISED_CLIP}:
+        raise UserError(f"{folder} holds no model of GLIDE: expected {', '.join(f'{name}.pt' for name in SUBFOLDERS)}")
+    if found.keys() & SUBFOLDERS.keys():
+        vocabulary = tokenizers.read_gpt2(folder)
+    for name in (name for name in SUBFOLDERS if name in found):
+        weights = StateDict(read_tensors(found[name]), str(found[name]))
         side = options.image_size or SIDES[name.removesuffix("_inpaint")]
         config, params = convert(weights, side, options.dtype, options.head_channels, text_heads=options.heads)
-        yield Converted(PLACES[name], config, params, vocabulary)
-        del weights, params  # so that one model is held at a time
+        yield Converted(SUBFOLDERS[name], config, params, vocabulary)
+        del weights, params  # so that only one model is in memory at a time
     if found.keys() & set(NOISED_CLIP):
-        vocabulary = tokenizers.clip(folder)
-        towers = [StateDict(read(found.get(name, folder / f"{name}.pt")), name) for name in NOISED_CLIP]
+        vocabulary = tokenizers.read_clip(folder)
+        towers = [StateDict(read_tensors(found.get(name, folder / f"{name}.pt")), name) for name in NOISED_CLIP]
         config, params = convert_noised_clip(*towers, options.dtype, options.head_channels)
         yield Converted("noised_clip", config, params, vocabulary)
 
@@ -54,9 +58,10 @@ def convert(
     heads: tuple[int, int] = (1, 1),
     text_heads: int = 0,
 ) -> tuple[ConfigDict, dict]:
-    """Config and parameters of the `glide` stage. Which of the four models it is, the input channels tell.
+    """Converts one of the four diffusion models; returns config and parameters of the `glide` stage.
 
-    image_size: side of the pictures drawn. head_channels, heads: as in `models.unet.UNet`; text_heads: 0 for one per 64
+    The number of input channels tells which of the four it is. image_size: side in pixels of the pictures drawn.
+    head_channels, heads: as in `models.unet.UNet`. text_heads: attention heads of the text path; 0: one for each 64
     channels. No shape tells these. Raises UserError for a state dict that is not such a model.
     """
     channels = weights.shape("input_blocks.0.0.weight")[1]
@@ -67,7 +72,7 @@ def convert(
         "vocab_size": vocab_size,
         "context": weights.shape("positional_embedding")[0],
         "width": width,
-        "depth": depth(weights, "transformer.resblocks.{}.ln_1.weight"),
+        "depth": count_blocks(weights, "transformer.resblocks.{}.ln_1.weight"),
         "heads": text_heads or width // 64,
     }
     outputs = weights.shape("out.2.weight")[0]
@@ -85,7 +90,7 @@ def convert(
 def _config(
     image_size: int, dtype: str, unet: dict, text: dict, upsamples: bool, inpaints: bool, learned_variance: bool
 ) -> ConfigDict:
-    """With the settings of the release's notebooks."""
+    """Makes the config of a diffusion model, with the sampling settings of the release's notebooks."""
     model = {
         "image_size": image_size,
         "factor": FACTOR if upsamples else 0,
@@ -114,7 +119,7 @@ def _config(
 
 
 def text_params(weights: StateDict, text: dict) -> dict:
-    """Parameters of `models.transformer.TextTransformer`."""
+    """Converts the text path: the parameters of `models.transformer.TextTransformer`. text: its config."""
     width, context = text["width"], text["context"]
     return {
         "tokens": {"embedding": weights.take("token_embedding.weight", text["vocab_size"], width)},
@@ -126,13 +131,16 @@ def text_params(weights: StateDict, text: dict) -> dict:
 
 
 def transformer_params(weights: StateDict, name: str, depth: int, width: int, heads: int) -> dict:
-    """Parameters of `models.transformer.Transformer`, from GLIDE's blocks and Karlo's."""
+    """Converts the blocks of a transformer of GLIDE or Karlo: the parameters of `models.transformer.Transformer`.
 
-    def block(n):
+    name: of the list of blocks in the state dict. depth: number of blocks.
+    """
+
+    def block(n: int) -> dict:
         here = f"{name}.{n}"
         return {
             "norm_1": norm(weights, f"{here}.ln_1", width),
-            "qkv": interleaved(dense(weights, f"{here}.attn.c_qkv", width, 3 * width), heads, 3),
+            "qkv": deinterleaved(dense(weights, f"{here}.attn.c_qkv", width, 3 * width), heads, 3),
             "out": dense(weights, f"{here}.attn.c_proj", width, width),
             "norm_2": norm(weights, f"{here}.ln_2", width),
             "mlp_in": dense(weights, f"{here}.mlp.c_fc", width, 4 * width),
@@ -145,7 +153,11 @@ def transformer_params(weights: StateDict, name: str, depth: int, width: int, he
 def convert_noised_clip(
     image: StateDict, text: StateDict, dtype: str = "float32", head_channels: int = 64, scale: float = 100.0
 ) -> tuple[ConfigDict, dict]:
-    """Config and parameters of a noise-aware `clip` stage. scale: of its dot products; the release fixes it at 100."""
+    """Converts the noised CLIP; returns config and parameters of a `clip` stage that takes timesteps.
+
+    image, text: its two towers. head_channels: of both towers' attention. scale: of the dot products of embeddings,
+    which the release fixes at 100. Raises UserError for state dicts that are not such a model.
+    """
     steps, width = image.shape("blocks.input.w_t")
     patch, places = image.shape("blocks.input.patch_proj")[-1], image.shape("blocks.input.w_pos")[0]
     rows, text_width = text.shape("blocks.input.w_voc")
@@ -189,16 +201,20 @@ def convert_noised_clip(
 
 
 def _sizes(weights: StateDict, width: int, head_channels: int) -> dict:
-    return {"width": width, "depth": depth(weights, "blocks.block_{}.f_attn.ln.g"), "heads": width // head_channels}
+    blocks = count_blocks(weights, "blocks.block_{}.f_attn.ln.g")
+    return {"width": width, "depth": blocks, "heads": width // head_channels}
 
 
 def _tower(weights: StateDict, tower: dict, dim: int, last_norm: str) -> dict:
-    """Blocks, last norm and projection of either of the noised CLIP's towers."""
+    """Converts blocks, last norm and projection of either tower of the noised CLIP.
+
+    tower: its config. dim: numbers of an embedding. last_norm: name of the last norm in this library.
+    """
     width = tower["width"]
 
-    def block(n):
+    def block(n: int) -> dict:
         attention, mlp = f"blocks.block_{n}.f_attn", f"blocks.block_{n}.f_mlp"
-        # A bias of the keys moves all logits of a query alike, so that the lack of one is the same as zero.
+        # The release's keys have no bias. A bias would move all logits of a query alike, so zero is the same as none.
         key = _linear(weights, f"{attention}.f_k", width, width) | {"bias": np.zeros(width, np.float32)}
         query, value = (_linear(weights, f"{attention}.f_{part}", width, width, bias=True) for part in "qv")
         return {

@@ -1,20 +1,20 @@
-"""Karlo, the public unCLIP (github.com/kakaobrain/karlo): prior, decoder and the upsampler of seven steps, the last of
-them by a second network. Tensors have the names of its own repository; `diffusers_unclip` brings diffusers' to them."""
+"""Reads Karlo, the public unCLIP (github.com/kakaobrain/karlo): CLIP, prior, decoder and an upsampler of seven steps.
+
+Here its own repository's files are read; `diffusers_unclip` reads the folder that diffusers publishes. Both convert the
+networks by `karlo_stages`.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
-from unclip_jax.pretrained import Converted, Options, openai_clip, tokenizers
-from unclip_jax.pretrained.adm import unet_config, unet_params
-from unclip_jax.pretrained.glide import transformer_params
-from unclip_jax.pretrained.layers import dense, norm
-from unclip_jax.pretrained.state_dict import StateDict, depth, read, read_torch, to_numpy
+from unclip_jax.pretrained import Converted, Options, diffusers_unclip, openai_clip, tokenizers
+from unclip_jax.pretrained.karlo_stages import convert_decoder, convert_prior, convert_upsampler
+from unclip_jax.pretrained.state_dict import StateDict, read_tensors, read_torch, to_numpy
 
-FILES = {  # of the repository's own release; the numbers in their names are training steps
+FILES = {  # of the repository's release; the numbers in place of * are training steps
     "prior": "prior-ckpt-*.ckpt",
     "decoder": "decoder-ckpt-*.ckpt",
     "upsampler": "improved-sr-ckpt-*.ckpt",
@@ -24,14 +24,13 @@ FILES = {  # of the repository's own release; the numbers in their names are tra
 
 
 def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
-    """The models of either release, one at a time, CLIP first: diffusers' folder, which has a model_index.json; or that
-    of the repository's own files, with CLIP's bpe_simple_vocab_16e6.txt.gz beside them.
+    """Yields the models of either release, one at a time, CLIP first.
 
-    Of the latter `options` say what no shape tells. Raises UserError for what is missing, damaged or another model.
+    folder: diffusers', which has a model_index.json; or one of the repository's own files, FILES, with CLIP's
+    bpe_simple_vocab_16e6.txt.gz beside them. options: for the repository's files, which have no configs. Raises
+    UserError for files that are missing, damaged or of another model.
     """
     if (folder / "model_index.json").exists():
-        from unclip_jax.pretrained import diffusers_unclip  # which imports this module
-
         yield from diffusers_unclip.read_folder(folder, options)
         return
     found = {name: sorted(folder.glob(pattern)) for name, pattern in FILES.items()}
@@ -39,16 +38,16 @@ def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
     if missing:
         raise UserError(f"{folder} is not Karlo: it has neither model_index.json nor one each of {', '.join(missing)}")
     paths = {name: paths[0] for name, paths in found.items()}
-    vocabulary = tokenizers.clip(folder)
-    weights = {name: read(path) for name, path in paths.items() if name != "statistics"}
+    vocabulary = tokenizers.read_clip(folder)
+    weights = {name: read_tensors(path) for name, path in paths.items() if name != "statistics"}
 
-    def part(name, prefix):
+    def part(name: str, prefix: str) -> StateDict:
         return StateDict(weights[name], str(paths[name]), prefix)
 
     size, dtype = options.image_size or 64, options.dtype
     clip = openai_clip.convert(part("clip", ""), dtype, options.head_channels, unit_norm=False)
     yield Converted("clip", *clip, vocabulary)
-    del clip  # so that one model is held at a time
+    del clip  # so that only one model is in memory at a time
     mean, std = _statistics(paths["statistics"])
     prior = convert_prior(part("prior", "model."), mean, std, dtype, options.heads or 32)
     yield Converted("prior", *prior, None)
@@ -61,180 +60,8 @@ def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
 
 
 def _statistics(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of CLIP's image embeddings, each (dim,)."""
+    """Reads mean and standard deviation of CLIP's image embeddings, each (dim,)."""
     values = read_torch(path)
     if not (isinstance(values, tuple | list) and len(values) == 2 and all(hasattr(v, "shape") for v in values)):
         raise UserError(f"{path} does not hold mean and standard deviation: download it again")
     return tuple(to_numpy(value).reshape(-1) for value in values)
-
-
-def convert_prior(
-    weights: StateDict, mean: np.ndarray, std: np.ndarray, dtype: str = "float32", heads: int = 32
-) -> tuple[ConfigDict, dict]:
-    """Config and parameters of the `prior_diffusion` stage. mean, std (dim,): of CLIP's image embeddings."""
-    width, dim = weights.shape("clip_img_proj.weight")
-    places = weights.shape("positional_embedding")[1]
-    states = weights.shape("text_enc_proj.weight")[1]
-    layers = depth(weights, "transformer.resblocks.{}.ln_1.weight")
-    params = {
-        "caption": dense(weights, "text_enc_proj", states, width),
-        "text_embedding": dense(weights, "text_emb_proj", dim, width),
-        "time": {name: dense(weights, f"time_embed.{n}", width, width) for name, n in (("in", 0), ("out", 2))},
-        "noised_embedding": dense(weights, "clip_img_proj", dim, width),
-        "query": weights.take("prd_emb", 1, 1, width)[0, 0],
-        "positions": weights.take("positional_embedding", 1, places, width)[0],
-        "transformer": transformer_params(weights, "transformer.resblocks", layers, width, heads),
-        "norm": norm(weights, "final_ln", width),
-        "out": dense(weights, "out_proj", width, dim),
-        "embedding_mean": np.asarray(mean, np.float32),
-        "embedding_std": np.asarray(std, np.float32),
-    }
-    weights.finish()
-    config = ConfigDict({
-        "stage": "prior_diffusion",
-        "dtype": dtype,
-        "model": {
-            "embedding_dim": dim,
-            "caption": "clip",
-            "vocab_size": 0,
-            "context": places - 4,
-            "width": width,
-            "depth": layers,
-            "heads": heads,
-            "remat": False,
-        },
-        "diffusion": {
-            "schedule": "cosine",
-            "timesteps": 1000,
-            "predicts": "x0",
-            "learned_variance": False,
-            "snr_clip": (),
-            "embedding_scale": 1.0,
-            "whiten": True,
-            "drop_text": 0.2,
-        },
-        "sampling": {
-            "sampler": "ddpm",
-            "steps": "25",
-            "eta": 0.0,
-            "guidance_scale": 4.0,
-            "clip_x0": 10.0,  # Karlo's
-            "temperature": 1.0,
-            "draws": 1,
-        },
-    })  # fmt: skip
-    return config, params
-
-
-def convert_decoder(
-    weights: StateDict,
-    image_size: int = 64,
-    dtype: str = "float32",
-    head_channels: int = 64,
-    heads: tuple[int, int] = (1, 1),
-) -> tuple[ConfigDict, dict]:
-    """Config and parameters of the `decoder` stage whose captions CLIP reads."""
-    unet = unet_config(weights, head_channels, heads, norm_groups=32)
-    emb, dim = weights.shape("clip_emb.weight")
-    width, states = weights.shape("text_seq_proj.0.weight")
-    tokens = weights.shape("clip_tok_proj.weight")[0] // width if "clip_tok_proj.weight" in weights else 0
-    channels, outputs = weights.shape("input_blocks.0.0.weight")[1], weights.shape("out.2.weight")[0]
-    # Our conditioner multiplies embeddings by sqrt(dim), Karlo's does not.
-    conditioner = {
-        "text_states": dense(weights, "text_seq_proj.0", states, width),
-        "text_norm": norm(weights, "text_seq_proj.1", width),
-        "text_to_emb": dense(weights, "text_feat_proj", dim, emb),
-        "image_to_emb": _unscaled(dense(weights, "clip_emb", dim, emb)),
-    }
-    if tokens:
-        projection = dense(weights, "clip_tok_proj", dim, width * tokens)
-        conditioner["image_to_tokens"] = _unscaled(_by_token(projection, tokens))
-    if "cf_param" in weights:
-        conditioner["null_embedding"] = weights.take("cf_param", dim) * np.float32(dim**0.5)
-    params = {"conditioner": conditioner, "unet": unet_params(weights, unet, channels, outputs, width)}
-    weights.finish()
-    config = ConfigDict({
-        "stage": "decoder",
-        "dtype": dtype,
-        "model": {
-            "image_size": image_size,
-            "embedding_dim": dim,
-            "image_tokens": tokens,
-            "caption": "clip",
-            "learned_null": "null_embedding" in conditioner,
-            "unet": unet,
-            "text": {"width": width},
-        },
-        "diffusion": {
-            "schedule": "cosine",
-            "timesteps": 1000,
-            "predicts": "eps",
-            "learned_variance": outputs == 2 * channels,
-            "snr_clip": (),
-            "drop_embedding": 0.1,
-            "drop_caption": 0.3,
-        },
-        "sampling": {
-            "sampler": "ddpm",
-            "steps": "50",
-            "eta": 0.0,
-            "guidance_scale": 8.0,
-            "clip_x0": 1.0,
-            "temperature": 1.0,
-        },
-    })  # fmt: skip
-    return config, params
-
-
-def convert_upsampler(
-    first: StateDict, last: StateDict | None, image_size: int = 256, dtype: str = "float32"
-) -> tuple[ConfigDict, dict]:
-    """Config and parameters of the `upsampler` stage. last: the network of the last step; None: there is but one."""
-    unet = unet_config(first, head_channels=1, heads=(1, 1), norm_groups=32)
-    channels, outputs = first.shape("input_blocks.0.0.weight")[1], first.shape("out.2.weight")[0]
-    networks = [first] if last is None else [first, last]
-    params = []
-    for weights in networks:
-        params.append(unet_params(weights, unet, channels, outputs, 0))
-        weights.finish()
-    for name in ("attention", "middle_attention", "head_channels", "heads"):
-        del unet[name]
-    config = ConfigDict({
-        "stage": "upsampler",
-        "dtype": dtype,
-        "model": {
-            "image_size": image_size,
-            "factor": 4,
-            "patch": image_size // 4,
-            "interpolation": "antialiased_bicubic",
-            "round_low_res": False,
-            "last_step": last is not None,
-            "unet": unet,
-        },
-        "diffusion": {
-            "schedule": "cosine",
-            "timesteps": 1000,
-            "predicts": "eps",
-            "learned_variance": outputs == channels,
-            "snr_clip": (),
-            "degradation": "blur",
-            "blur_probability": 0.5,
-            "blur_sigma": 0.6,
-        },
-        "sampling": {"sampler": "ddpm", "steps": "7", "eta": 0.0, "clip_x0": 1.0, "temperature": 1.0},
-    })  # fmt: skip
-    return config, params[0] if last is None else dict(zip(("first", "last"), params, strict=True))
-
-
-def _unscaled(projection: dict) -> dict:
-    kernel = projection["kernel"]
-    return projection | {"kernel": kernel / np.float32(len(kernel) ** 0.5)}
-
-
-def _by_token(projection: dict, tokens: int) -> dict:
-    """Karlo's outputs go channel by channel, ours token by token."""
-
-    def turned(value):
-        return value.reshape(*value.shape[:-1], -1, tokens).swapaxes(-2, -1).reshape(value.shape)
-
-    return {name: turned(value) for name, value in projection.items()}

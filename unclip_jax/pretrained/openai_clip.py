@@ -1,4 +1,4 @@
-"""OpenAI's CLIP (arXiv 2103.00020), those with a vision transformer: as OpenAI and as transformers store them."""
+"""Converts OpenAI's CLIP (arXiv 2103.00020) with a vision transformer, from OpenAI's or transformers' files."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,17 +12,17 @@ from unclip_jax.errors import UserError
 from unclip_jax.models.transformer import ACTIVATIONS
 from unclip_jax.pretrained import Converted, Options, tokenizers
 from unclip_jax.pretrained.layers import dense, joined, norm, stacked
-from unclip_jax.pretrained.state_dict import StateDict, depth, read
+from unclip_jax.pretrained.state_dict import StateDict, count_blocks, read_tensors
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_SCALE = 100.0
 BUFFERS = ("input_resolution", "context_length", "vocab_size")  # scalars of OpenAI's TorchScript archives
 POSITION_IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")  # 0, 1, 2, …
 HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")
-# What transformers leaves out of a config.json where it is the usual.
-USUAL = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
-USUAL_HEADS = {"image": 12, "text": 8}
-# The one preprocessing we have; `resample` 3 is bicubic.
+# Values that transformers leaves out of a config.json because they are its defaults.
+DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+DEFAULT_HEADS = {"image": 12, "text": 8}
+# The only preprocessing that is supported; `resample` 3 is bicubic.
 PREPROCESSING = {
     "do_resize": True,
     "do_center_crop": True,
@@ -32,17 +32,17 @@ PREPROCESSING = {
 }
 
 
-class Form(NamedTuple):
-    """A release's names of CLIP's tensors, and how it keeps those that releases keep differently."""
+class Layout(NamedTuple):
+    """A release's names of CLIP's tensors by this library's names, and how it lays out two of the layers."""
 
-    image: dict[str, str]
-    text: dict[str, str]
-    block: dict[str, str]
-    qkv: Callable[[StateDict, str, int], dict]  # of the block of that name and width
-    projection: str  # its axes: "in out", or "out in"
+    image: dict[str, str]  # names in the image tower
+    text: dict[str, str]  # names in the text tower
+    block: dict[str, str]  # names in each block of either tower
+    qkv: Callable[[StateDict, str, int], dict]  # (weights, block's name, width) → the attention's input projection
+    projection: str  # axes of the last projection: "in out" or "out in"
 
 
-OPENAI = Form(
+OPENAI = Layout(
     image={
         "class_token": "visual.class_embedding",
         "patch": "visual.conv1.weight",
@@ -66,12 +66,12 @@ OPENAI = Form(
     },
     projection="in out",
 )
-HUGGINGFACE = Form(
+HUGGINGFACE = Layout(
     image={
         "class_token": "vision_model.embeddings.class_embedding",
         "patch": "vision_model.embeddings.patch_embedding.weight",
         "positions": "vision_model.embeddings.position_embedding.weight",
-        "norm_in": "vision_model.pre_layrnorm",  # so it is spelt there
+        "norm_in": "vision_model.pre_layrnorm",  # spelt like this in transformers
         "blocks": "vision_model.encoder.layers.{}",
         "norm_out": "vision_model.post_layernorm",
         "projection": "visual_projection.weight",
@@ -98,16 +98,16 @@ HUGGINGFACE = Form(
 
 
 def read_folder(source: Path, options: Options) -> Iterator[Converted]:
-    """The one model of a folder, or of a file with its vocabulary beside it.
+    """Yields the one model of a folder, or of a file with its vocabulary beside it; its embeddings get unit norm.
 
-    Either OpenAI's archive or state dict, such as ViT-L-14.pt, whose heads `options` tell; or, as transformers stores
-    it, model.safetensors (or pytorch_model.bin) with config.json and, if there is one, preprocessor_config.json. Its
-    embeddings get unit norm. Raises UserError for what is missing, damaged or not a CLIP with a vision transformer.
+    source: OpenAI's archive or state dict, such as ViT-L-14.pt, whose heads `options` tell; or, as transformers stores
+    it, model.safetensors (or pytorch_model.bin) with config.json and, if there is one, preprocessor_config.json. Raises
+    UserError for files that are missing, damaged or not a CLIP with a vision transformer.
     """
-    path = source if source.is_file() else _weights_of(source)
+    path = source if source.is_file() else _find_weights(source)
     folder = path.parent
-    vocabulary = tokenizers.clip(folder)
-    weights = StateDict(read(path), str(path))
+    vocabulary = tokenizers.read_clip(folder)
+    weights = StateDict(read_tensors(path), str(path))
     if HUGGINGFACE.image["patch"] in weights:
         preprocessor = folder / "preprocessor_config.json"
         preprocessor = tokenizers.read_json(preprocessor) if preprocessor.is_file() else {}
@@ -126,11 +126,12 @@ def convert(
     activation: str = "quick_gelu",
     unit_norm: bool = True,
 ) -> tuple[ConfigDict, dict]:
-    """Config and parameters of the `clip` stage, from OpenAI's names.
+    """Converts a CLIP from OpenAI's names; returns config and parameters of the `clip` stage.
 
-    head_channels: of both towers' attention; text_heads: 0 for heads as wide in the text tower. activation: others who
-    kept these names also took "gelu". No shape tells these. unit_norm: embeddings are given out with length 1; else as
-    the projections leave them. Raises UserError for a state dict that is not such a model.
+    head_channels: channels of each attention head. text_heads: heads of the text tower; 0: as many as head_channels
+    gives. activation: "quick_gelu", or "gelu" for models of others who kept OpenAI's names. No shape tells these.
+    unit_norm: give embeddings length 1; else they stay as the projections leave them. Raises UserError for a state dict
+    that is not such a model.
     """
     widths = weights.shape(OPENAI.image["class_token"])[0], weights.shape(OPENAI.text["tokens"])[1]
     if any(width % head_channels for width in widths[: 1 if text_heads else 2]):
@@ -144,10 +145,11 @@ def convert(
 def convert_huggingface(
     weights: StateDict, hf_config: dict, preprocessor: dict, dtype: str = "float32", unit_norm: bool = True
 ) -> tuple[ConfigDict, dict]:
-    """Converts a CLIP from the names of transformers' CLIPModel.
+    """Converts a CLIP from the names of transformers' CLIPModel; returns config and parameters of the `clip` stage.
 
-    hf_config, preprocessor: its config.json and preprocessor_config.json; {} for OpenAI's mean and deviation. Raises
-    UserError for a model that ours cannot be and for other preprocessing.
+    hf_config, preprocessor: its config.json and preprocessor_config.json; an empty preprocessor stands for OpenAI's
+    mean and standard deviation. unit_norm: as in `convert`. Raises UserError for a model or preprocessing that is not
+    supported.
     """
     scale = weights.take("logit_scale")
     configs = hf_config.get("vision_config", {}), hf_config.get("text_config", {})
@@ -163,20 +165,34 @@ def convert_towers(
     dtype: str = "float32",
     unit_norm: bool = True,
 ) -> tuple[ConfigDict, dict]:
-    """Converts one CLIP's two halves, CLIPTextModelWithProjection and CLIPVisionModelWithProjection, or the
-    first alone; then image is None, and so is `config.model.image`.
+    """Converts one CLIP's two halves, transformers' CLIPTextModelWithProjection and CLIPVisionModelWithProjection.
 
-    text_config, image_config: their config.json; preprocessor: as above. Neither holds the scale of the dot products,
-    which is set to 100: OpenAI's models ended there.
+    image: None if there is only the text tower; `config.model.image` is then None. text_config, image_config: their
+    config.json. preprocessor, unit_norm: as in `convert_huggingface`. Returns config and parameters of the `clip`
+    stage. No file holds the scale of the dot products: it is set to 100, where OpenAI's models ended. Raises UserError
+    as `convert_huggingface` does.
     """
     scale = np.float32(math.log(MAX_SCALE))
     return _convert_huggingface(image, text, image_config, text_config, scale, preprocessor, dtype, unit_norm)
 
 
-def _convert_huggingface(image, text, image_config, text_config, scale, preprocessor, dtype, unit_norm):
-    configs = {"text": USUAL | text_config}
+def _convert_huggingface(
+    image: StateDict | None,
+    text: StateDict,
+    image_config: dict,
+    text_config: dict,
+    scale: np.ndarray,
+    preprocessor: dict,
+    dtype: str,
+    unit_norm: bool,
+) -> tuple[ConfigDict, dict]:
+    """Converts towers by transformers' names, after their configs are found to be supported.
+
+    image, text: state dicts of the towers, which may be the same. scale: logarithm of the dot products' scale.
+    """
+    configs = {"text": DEFAULTS | text_config}
     if image is not None:
-        configs["image"] = USUAL | image_config
+        configs["image"] = DEFAULTS | image_config
         image.skip(*POSITION_IDS)
     text.skip(*POSITION_IDS)
     activations = {config["hidden_act"] for config in configs.values()}
@@ -186,18 +202,28 @@ def _convert_huggingface(image, text, image_config, text_config, scale, preproce
     for name, config in configs.items():
         if not math.isclose(config["layer_norm_eps"], 1e-5):
             raise UserError(f"layer_norm_eps of the {name} tower is {config['layer_norm_eps']}: only 1e-5 is supported")
-        heads[name] = config.get("num_attention_heads", USUAL_HEADS[name])
+        heads[name] = config.get("num_attention_heads", DEFAULT_HEADS[name])
     return _convert(HUGGINGFACE, image, text, heads, activations.pop(), scale, preprocessor, dtype, unit_norm)
 
 
-def _convert(form, image, text, heads, activation, scale, preprocessor, dtype, unit_norm) -> tuple[ConfigDict, dict]:
-    """image, text: state dicts, which may be the same; image may be None. heads: of each tower."""
-    dim = text.shape(form.text["projection"])[form.projection.split().index("out")]
-    text_sizes, text_params = _text_tower(form, text, heads["text"], dim)
+def _convert(
+    layout: Layout,
+    image: StateDict | None,
+    text: StateDict,
+    heads: dict[str, int],
+    activation: str,
+    scale: np.ndarray,
+    preprocessor: dict,
+    dtype: str,
+    unit_norm: bool,
+) -> tuple[ConfigDict, dict]:
+    """Converts a CLIP of either layout. image, text, scale: as in `_convert_huggingface`. heads: of each tower."""
+    dim = text.shape(layout.text["projection"])[layout.projection.split().index("out")]
+    text_sizes, text_params = _text_tower(layout, text, heads["text"], dim)
     params = {"text": text_params, "logit_scale": scale}
     image_size, image_sizes = 0, None
     if image is not None:
-        image_size, image_sizes, params["image"] = _image_tower(form, image, heads["image"], dim)
+        image_size, image_sizes, params["image"] = _image_tower(layout, image, heads["image"], dim)
         image.finish()
     if image is not text:
         text.finish()
@@ -223,56 +249,56 @@ def _convert(form, image, text, heads, activation, scale, preprocessor, dtype, u
     return config, params
 
 
-def _image_tower(form: Form, weights: StateDict, heads: int, dim: int) -> tuple[int, dict, dict]:
-    """(side of its pictures, its part of the config, its parameters)."""
-    names = form.image
+def _image_tower(layout: Layout, weights: StateDict, heads: int, dim: int) -> tuple[int, dict, dict]:
+    """Converts the image tower; returns the side of its pictures in pixels, its part of the config, its parameters."""
+    names = layout.image
     width, _, _, patch = weights.shape(names["patch"])
     places = weights.shape(names["positions"])[0]
-    layers, mlp_width = _sizes(form, weights, names["blocks"], width, heads)
+    layers, mlp_width = _sizes(layout, weights, names["blocks"], width, heads)
     kernel = weights.take(names["patch"], width, 3, patch, patch)
     params = {
         "class_token": weights.take(names["class_token"], width),
         "patch": {"kernel": kernel.transpose(2, 3, 1, 0)},
         "positions": weights.take(names["positions"], places, width),
         "norm_in": norm(weights, names["norm_in"], width),
-        "transformer": stacked(lambda n: _block(form, weights, names["blocks"].format(n), width, mlp_width), layers),
+        "transformer": stacked(lambda n: _block(layout, weights, names["blocks"].format(n), width, mlp_width), layers),
         "norm_out": norm(weights, names["norm_out"], width),
-        "projection": _projection(form, weights, names["projection"], width, dim),
+        "projection": _projection(layout, weights, names["projection"], width, dim),
     }
     sizes = {"patch": patch, "width": width, "depth": layers, "heads": heads, "timesteps": 0}
     return patch * math.isqrt(places - 1), sizes | {"mlp_width": mlp_width}, params
 
 
-def _text_tower(form: Form, weights: StateDict, heads: int, dim: int) -> tuple[dict, dict]:
-    """(its part of the config, its parameters)."""
-    names = form.text
+def _text_tower(layout: Layout, weights: StateDict, heads: int, dim: int) -> tuple[dict, dict]:
+    """Converts the text tower; returns its part of the config and its parameters."""
+    names = layout.text
     vocab_size, width = weights.shape(names["tokens"])
     context = weights.shape(names["positions"])[0]
-    layers, mlp_width = _sizes(form, weights, names["blocks"], width, heads)
+    layers, mlp_width = _sizes(layout, weights, names["blocks"], width, heads)
     params = {
         "tokens": {"embedding": weights.take(names["tokens"], vocab_size, width)},
         "positions": weights.take(names["positions"], context, width),
-        "transformer": stacked(lambda n: _block(form, weights, names["blocks"].format(n), width, mlp_width), layers),
+        "transformer": stacked(lambda n: _block(layout, weights, names["blocks"].format(n), width, mlp_width), layers),
         "norm": norm(weights, names["norm"], width),
-        "projection": _projection(form, weights, names["projection"], width, dim),
+        "projection": _projection(layout, weights, names["projection"], width, dim),
     }
     sizes = {"vocab_size": vocab_size, "context": context, "width": width, "depth": layers, "heads": heads}
     return sizes | {"mlp_width": mlp_width}, params
 
 
-def _sizes(form: Form, weights: StateDict, blocks: str, width: int, heads: int) -> tuple[int, int]:
-    """(number of blocks, hidden units of their MLPs)."""
+def _sizes(layout: Layout, weights: StateDict, blocks: str, width: int, heads: int) -> tuple[int, int]:
+    """Reads the number of a tower's blocks and the width of their MLPs. blocks: pattern of the blocks' names."""
     if width % heads:
         raise UserError(f"{heads} heads do not share {width} channels of {weights.source} equally: give their number")
-    mlp_width = weights.shape(f"{blocks.format(0)}.{form.block['mlp_in']}.weight")[0]
-    return depth(weights, f"{blocks}.{form.block['norm_1']}.weight"), mlp_width
+    mlp_width = weights.shape(f"{blocks.format(0)}.{layout.block['mlp_in']}.weight")[0]
+    return count_blocks(weights, f"{blocks}.{layout.block['norm_1']}.weight"), mlp_width
 
 
-def _block(form: Form, weights: StateDict, block: str, width: int, mlp_width: int) -> dict:
-    names = {part: f"{block}.{name}" for part, name in form.block.items()}
+def _block(layout: Layout, weights: StateDict, block: str, width: int, mlp_width: int) -> dict:
+    names = {part: f"{block}.{name}" for part, name in layout.block.items()}
     return {
         "norm_1": norm(weights, names["norm_1"], width),
-        "qkv": form.qkv(weights, block, width),
+        "qkv": layout.qkv(weights, block, width),
         "out": dense(weights, names["out"], width, width),
         "norm_2": norm(weights, names["norm_2"], width),
         "mlp_in": dense(weights, names["mlp_in"], width, mlp_width),
@@ -280,14 +306,14 @@ def _block(form: Form, weights: StateDict, block: str, width: int, mlp_width: in
     }
 
 
-def _projection(form: Form, weights: StateDict, name: str, inputs: int, outputs: int) -> dict:
-    if form.projection == "in out":
+def _projection(layout: Layout, weights: StateDict, name: str, inputs: int, outputs: int) -> dict:
+    if layout.projection == "in out":
         return {"kernel": weights.take(name, inputs, outputs)}
     return {"kernel": weights.take(name, outputs, inputs).T}
 
 
 def _mean_and_std(preprocessor: dict, image_size: int) -> tuple[tuple, tuple]:
-    """Mean and deviation of pixels in [0, 1]. Raises UserError for preprocessing other than CLIP's."""
+    """Reads mean and standard deviation of pixels in [0, 1]. Raises UserError for preprocessing other than CLIP's."""
     asked = PREPROCESSING | preprocessor
     wrong = [f"{name}={asked[name]}" for name in PREPROCESSING if asked[name] != PREPROCESSING[name]]
     for name, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
@@ -303,7 +329,8 @@ def _mean_and_std(preprocessor: dict, image_size: int) -> tuple[tuple, tuple]:
     return tuple(preprocessor.get("image_mean", MEAN)), tuple(preprocessor.get("image_std", STD))
 
 
-def _weights_of(folder: Path) -> Path:
+def _find_weights(folder: Path) -> Path:
+    """Finds the one file of weights in a folder. Raises UserError where there is none, or several."""
     found = [folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()]
     found = found or sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
     if not found or (len(found) > 1 and found[0].name not in HUGGINGFACE_FILES):

@@ -1,24 +1,27 @@
-"""Public weights as they come: a file's tensors by name, read one at a time and all accounted for."""
+"""Reads files of PyTorch weights: tensors by name, one at a time, with an account of those missing or never read."""
 
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from unclip_jax.errors import UserError
 from unclip_jax.paths import to_path
 
-LISTED = 20
+MAX_LISTED = 20  # tensors that an error names
 
 
 class StateDict:
-    """Tensors by name, each given out as a float32 array. Names that were never asked for are known in the end.
+    """Tensors by name, given out as float32 arrays; `finish` checks that all of them were taken.
 
-    tensors: anything that gives an array for a name; a prefix is cut off the names, the others are not seen.
+    tensors: name → NumPy array, PyTorch tensor or `_LazyTensor`.
+    source: where they come from, for error messages.
+    prefix: of the names of the tensors to read, which are asked for without it; other tensors are ignored.
     """
 
-    def __init__(self, tensors: Mapping, source: str, prefix: str = ""):
+    def __init__(self, tensors: Mapping[str, Any], source: str, prefix: str = ""):
         self.source = source
         self._tensors, self._prefix = tensors, prefix
         self._unread = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
@@ -32,13 +35,13 @@ class StateDict:
         return iter(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Raises UserError for a name that is not there: what the architecture is read from must be."""
+        """Returns a tensor's shape, to read the architecture from. Raises UserError if the tensor is missing."""
         if name not in self:
             raise UserError(f"{self.source} has no tensor {self._prefix}{name}: it is not the model that was named")
         return tuple(self._tensors[self._prefix + name].shape)
 
     def take(self, name: str, *shape: int) -> np.ndarray:
-        """The tensor as float32; zeros for one that is missing or has another shape, which is noted for `finish`."""
+        """Returns a tensor as float32; zeros if it is missing or has another shape, which `finish` will report."""
         self._unread.discard(name)
         if name not in self:
             self._wrong.append(f"missing {self._prefix}{name}")
@@ -50,37 +53,38 @@ class StateDict:
         return value
 
     def skip(self, *names: str) -> None:
-        """Marks tensors that are known and not needed."""
+        """Marks tensors that are not needed, so that `finish` does not report them."""
         self._unread.difference_update(names)
 
     def finish(self) -> None:
-        """Raises one UserError that lists all that was missing, misshapen or never taken."""
+        """Raises one UserError that lists all tensors that were missing, misshapen or never taken."""
         wrong = self._wrong + [f"unexpected {self._prefix}{name}" for name in sorted(self._unread)]
         if wrong:
-            more = [f"and {len(wrong) - LISTED} more"] if len(wrong) > LISTED else []
-            raise UserError(f"{self.source} does not fit the model: {'; '.join(wrong[:LISTED] + more)}")
+            more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
+            raise UserError(f"{self.source} does not fit the model: {'; '.join(wrong[:MAX_LISTED] + more)}")
 
 
-def depth(weights: StateDict, pattern: str) -> int:
-    """Counts the names `pattern.format(0)`, `pattern.format(1)`, … there are."""
+def count_blocks(weights: StateDict, pattern: str) -> int:
+    """Counts a network's blocks: how many names `pattern.format(0)`, `pattern.format(1)`, … there are in a row."""
     count = 0
     while pattern.format(count) in weights:
         count += 1
     return count
 
 
-def to_numpy(tensor) -> np.ndarray:
-    """A NumPy array or a PyTorch tensor of any float type as float32, without a copy where it is one."""
+def to_numpy(tensor: Any) -> np.ndarray:
+    """Converts a NumPy array or a PyTorch tensor of any float type to float32, without a copy if it is float32."""
     if not isinstance(tensor, np.ndarray):
         tensor = tensor.detach().float().numpy()
     return np.asarray(tensor, np.float32)
 
 
-def read(path: str | Path) -> dict:
-    """A .safetensors or PyTorch file → its tensors by name; those of `state_dict` where the file has such a part.
+def read_tensors(path: str | Path) -> dict[str, Any]:
+    """Reads the tensors of a .safetensors or PyTorch file by name, as `StateDict` takes them.
 
-    PyTorch files are read with `weights_only`, so that none of their code runs, and mapped rather than loaded; they
-    need torch, which .safetensors do not. Raises UserError for a file that is missing, damaged or holds no tensors.
+    Where the file has a part "state_dict", its tensors alone are read. PyTorch files need torch; they are read with
+    `weights_only`, so that none of their code runs, and mapped rather than loaded. Raises UserError for a file that is
+    missing, damaged or holds no tensors.
     """
     path = to_path(path)
     if not path.is_file():
@@ -89,23 +93,24 @@ def read(path: str | Path) -> dict:
     if isinstance(tensors, Mapping) and isinstance(tensors.get("state_dict"), Mapping):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, Mapping) or not tensors or not all(hasattr(v, "shape") for v in tensors.values()):
-        raise UserError(f"{path} is not a state dict: expected tensors by name")
+        raise UserError(f"{path} is not a state dict: expected tensors by name; give the file of the model's weights")
     return dict(tensors)
 
 
 class _LazyTensor:
-    """One tensor of a safetensors file: its shape now, its numbers when asked for.
+    """One tensor of a safetensors file: its shape now, its numbers when they are asked for.
 
-    The file is opened for each: kept open, it would in the end be in memory as a whole, beside what was made of it.
+    To `to_numpy` it looks like a PyTorch tensor. The file is opened anew for each tensor: kept open, it would in the
+    end be in memory as a whole, beside the converted parameters.
     """
 
     def __init__(self, path: Path, name: str, shape: tuple[int, ...]):
         self._path, self._name, self.shape = path, name, shape
 
-    def detach(self):
+    def detach(self) -> "_LazyTensor":
         return self
 
-    def float(self):
+    def float(self) -> "_LazyTensor":
         return self
 
     def numpy(self) -> np.ndarray:
@@ -115,7 +120,7 @@ class _LazyTensor:
             return np.asarray(file.get_tensor(self._name), np.float32)
 
 
-def _read_safetensors(path: Path) -> dict:
+def _read_safetensors(path: Path) -> dict[str, _LazyTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -126,8 +131,8 @@ def _read_safetensors(path: Path) -> dict:
     return {name: _LazyTensor(path, name, shape) for name, shape in shapes.items()}
 
 
-def read_torch(path: Path):
-    """Reads a PyTorch file, for `read`."""
+def read_torch(path: Path) -> Any:
+    """Reads whatever a PyTorch file holds, without running its code. Raises UserError where that fails."""
     try:
         import torch
     except ImportError as error:

@@ -1,37 +1,40 @@
-"""The tokenizers of public weights, from the vocabulary files that come with them: CLIP's byte pairs (arXiv 2103.00020)
-and GPT-2's, which GLIDE reads captions with (arXiv 2112.10741).
+"""Makes tokenizers from the vocabulary files that come with public weights.
 
-A text is cut into words, a word into its bytes, each written as a printable symbol; then neighbours are merged in the
-order of a list. Functions give the bytes of a tokenizer.json, for `data.tokenizer.Tokenizer`. Texts must be cleaned
-first, which that class does.
+There are two: CLIP's (arXiv 2103.00020), and GPT-2's, by which GLIDE reads captions (arXiv 2112.10741). Both are
+byte-pair encodings: a text is cut into words and a word into its bytes, each written as a printable symbol; then pairs
+of neighbours are merged in the order of a list. The result is a tokenizer.json, as bytes for the class
+`data.tokenizer.Tokenizer`, which also cleans texts as CLIP's own code does.
 """
 
 import gzip
 import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unclip_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import tokenizers
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
-SPACE = chr(256 + ord(" "))  # as a symbol
+SPACE = chr(256 + ord(" "))  # symbol of the byte " "
 CLIP_MERGES = 49152 - 256 - 2  # of the 262,143 in OpenAI's file
 CLIP_FILES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("encoder.json.gz", "vocab.bpe.gz"))
 HUGGINGFACE_FILES = ("vocab.json", "merges.txt")
-# Without regard to case, as the reference's: ſ, which is a lower-case letter, then stands for an s.
+# Upper and lower case are the same here, as in the reference, where ſ, a lower-case letter, therefore matches an s.
 CLIP_WORDS = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)"
 
 Merges = list[tuple[str, str]]
 
 
-def clip(folder: Path) -> bytes:
-    """CLIP's tokenizer.json; padding is id 0, as OpenAI's.
+def read_clip(folder: Path) -> bytes:
+    """Makes CLIP's tokenizer.json; it pads with id 0, as OpenAI's code does.
 
-    Read from the first that `folder` has of: bpe_simple_vocab_16e6.txt.gz or .txt; vocab.json with merges.txt;
-    tokenizer.json. Raises UserError where none is there, and for one that is damaged.
+    It is read from the first of these that `folder` has: bpe_simple_vocab_16e6.txt.gz or .txt; vocab.json with
+    merges.txt; tokenizer.json. Raises UserError where there is none, and for a damaged one.
     """
     from tokenizers import Regex, decoders, pre_tokenizers
 
@@ -53,11 +56,11 @@ def clip(folder: Path) -> bytes:
     return model.to_str().encode()
 
 
-def gpt2(folder: Path) -> bytes:
-    """GPT-2's tokenizer.json, with GLIDE's padding, <|endoftext|>; it has no start token.
+def read_gpt2(folder: Path) -> bytes:
+    """Makes GPT-2's tokenizer.json, without a start token; it pads with <|endoftext|>, as GLIDE's code does.
 
-    Read from the first that `folder` has of: encoder.json with vocab.bpe, or both as .gz; vocab.json with merges.txt;
-    tokenizer.json. Raises UserError where none is there, and for one that is damaged.
+    It is read from the first of these that `folder` has: encoder.json with vocab.bpe, or both as .gz; vocab.json with
+    merges.txt; tokenizer.json. Raises UserError where there is none, and for a damaged one.
     """
     from tokenizers import decoders, pre_tokenizers
 
@@ -75,14 +78,17 @@ def gpt2(folder: Path) -> bytes:
 
 
 def byte_symbols() -> list[str]:
-    """The 256 symbols that bytes are written as, in the order of CLIP's vocabulary: first the bytes that are printable
-    in Latin-1, as themselves, then the others, as the characters from 256 on."""
+    """Lists the 256 symbols that stand for bytes, in the order of CLIP's vocabulary.
+
+    First come the bytes that are printable characters of Latin-1, as themselves, then the others, as the characters
+    from 256 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(n) for n in printable] + [chr(256 + n) for n in range(256 - len(printable))]
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError for a file that is missing or is not JSON."""
+    """Reads a JSON file, which may be gzipped. Raises UserError for one that is missing, damaged or not JSON."""
     text = _text(path)
     try:
         return json.loads(text)
@@ -91,7 +97,7 @@ def read_json(path: Path) -> Any:
 
 
 def _text(path: Path) -> str:
-    """Reads the text of a file that may be compressed."""
+    """Reads the text of a file, which may be gzipped. Raises UserError for one that is missing or damaged."""
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}: download it there, it comes with the weights")
     data = path.read_bytes()
@@ -102,7 +108,7 @@ def _text(path: Path) -> str:
 
 
 def _merges(path: Path, at_most: int | None = None) -> Merges:
-    """Pairs of symbols, a line each, below a line that tells the version."""
+    """Reads pairs of symbols, one pair a line, below a line that may tell the version."""
     lines = _text(path).split("\n")
     first = int("#version" in lines[0])
     while lines and not lines[-1].strip():
@@ -116,7 +122,7 @@ def _merges(path: Path, at_most: int | None = None) -> Merges:
 
 
 def _huggingface(folder: Path, wanted: str) -> tuple[Path, dict[str, int], Merges]:
-    """(file, vocabulary, merges), as the transformers library stores them."""
+    """Reads (file, vocabulary, merges) as the transformers library stores them. wanted: other files, for the error."""
     vocabulary, merges = (folder / name for name in HUGGINGFACE_FILES)
     if vocabulary.is_file():
         return vocabulary, _vocabulary(vocabulary, read_json(vocabulary)), _merges(merges)
@@ -136,20 +142,30 @@ def _huggingface(folder: Path, wanted: str) -> tuple[Path, dict[str, int], Merge
         raise UserError(f"{path} is not a tokenizer.json of byte pairs: download it again") from error
 
 
-def _vocabulary(path: Path, content: Any) -> dict[str, int]:
+def _vocabulary(path: Path, content: object) -> dict[str, int]:
+    """Returns a file's content if it maps tokens to the ids 0, 1, 2, …; else raises UserError."""
     ids = content.values() if isinstance(content, dict) else [None]
     if not all(isinstance(n, int) for n in ids) or sorted(ids) != list(range(len(ids))):
         raise UserError(f"{path} is not a vocabulary: expected tokens numbered from 0, none left out")
     return content
 
 
-def _byte_pairs(source: Path, vocabulary: dict[str, int], merges: Merges, needed: list[str], suffix: str):
-    """A tokenizer that neither cuts a text into words nor puts it together again yet."""
+def _byte_pairs(
+    source: Path, vocabulary: dict[str, int], merges: Merges, needed: list[str], suffix: str
+) -> "tokenizers.Tokenizer":
+    """Makes a tokenizer that merges symbols; how it cuts a text into words and joins them again is set later.
+
+    source: file of the vocabulary. needed: tokens that must be in it. suffix: symbol that ends a word, or "". Raises
+    UserError where vocabulary and merges do not belong together.
+    """
     from tokenizers import Tokenizer, models
 
     missing = [token for token in needed if token not in vocabulary]
     if missing:
-        raise UserError(f"{source} is another model's vocabulary: {len(missing)} tokens lack, {missing[0]!r} first")
+        raise UserError(
+            f"{source} is another model's vocabulary: it lacks {len(missing)} tokens, such as {missing[0]!r}; download "
+            "the one that comes with the weights"
+        )
     try:
         return Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=suffix))
     except Exception as error:  # the library raises bare Exceptions

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
-from unclip_jax.stages.base import Stage
+from unclip_jax.stages.base import ClipTowers, Stage
 from unclip_jax.stages.clip import Clip
 from unclip_jax.stages.decoder import Decoder
 from unclip_jax.stages.glide import Glide
@@ -21,8 +21,8 @@ STAGES = {
 }
 
 
-def make_stage(config: ConfigDict, clip: Stage | None = None, embedded: bool = False) -> Stage:
-    """The stage that `config.stage` names; `clip` for those that live in a CLIP's space, `embedded` as of Stage.
+def make_stage(config: ConfigDict, clip: ClipTowers | None = None, embedded: bool = False) -> Stage:
+    """Builds the stage that `config.stage` names; `clip` for those in a CLIP's space, `embedded` as in `Stage`.
 
     Raises UserError for an unknown stage and for an embedding size that is not the CLIP's.
     """

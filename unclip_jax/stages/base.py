@@ -1,13 +1,15 @@
 """Base of every stage, and the few lines that all diffusion stages share."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
+from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.guidance import (
     classifier_free,
     clip_x0,
@@ -20,32 +22,84 @@ from unclip_jax.diffusion.losses import training_loss
 from unclip_jax.diffusion.process import make_denoiser, q_sample
 from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_invert, ddim_step, ddpm_step, sample
 from unclip_jax.diffusion.schedule import first_steps, make_schedule, respace
+from unclip_jax.keys import draw_rows, split
+from unclip_jax.stages.conditions import Conditions
 
-Params = dict[str, Any]
+Scalars = Mapping[str, Array]
+Metrics = Mapping[str, Array | tuple[Array, Array]]  # pairs: see `Stage.loss`
+Pictures = UInt8[Array, "B H W 3"]
+Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, original timesteps (B,)) → the network's output
 
 # What a fusion may hold on the chip: 96 MiB, or all that there is, instead of 16. Products of transformers stream their
 # operands a third faster by the compiler's estimate, for two to five times its own time.
 MORE_ON_CHIP = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 
 
+class ClipTowers(Protocol):
+    """A CLIP, as the stages that live in its space use it; `params` are its own."""
+
+    @property
+    def config(self) -> ConfigDict: ...
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the shared space."""
+
+    def init(self, key: Key) -> Params:
+        """Fresh parameters."""
+
+    def embed_images(self, params: Params, images: UInt8[Array, "B R R 3"]) -> Float[Array, "B dim"]:
+        """Embeddings of pictures."""
+
+    def embed_texts(
+        self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
+    ) -> Float[Array, "B dim"]:
+        """Embeddings of captions with start and end tokens."""
+
+    def embed_texts_with_states(
+        self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B dim"], Float[Array, "B context width"]]:
+        """Embeddings of captions, and the text tower's states that they are read from."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """A stage that draws pictures or embeddings; every stage but a CLIP."""
+
+    def sample(self, params: Params, frozen: Params, conditions: Conditions, key: Key) -> Float[Array, " B *shape"]:
+        """Draws a row for each row of the conditions, by `config.sampling`.
+
+        key: one for all rows, or keys (B,), by which each row's randomness is its own.
+        """
+
+
+class Inverter(Sampler, Protocol):
+    """A stage that also finds the noise from which pictures are drawn: unCLIP's decoder."""
+
+    def invert(
+        self, params: Params, frozen: Params, conditions: Conditions, images: Float[Array, "B R R 3"]
+    ) -> Float[Array, "B R R 3"]:
+        """DDIM-inverts pictures in [-1, 1] to their x_T, under the same conditions."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One kind of trained model: what its batch is, what its loss is, how it samples.
+    """One kind of trained model: what a batch of it holds, and its loss. Those that draw are a `Sampler` too.
 
-    Built from a config (and, where the model lives in CLIP's space, the CLIP stage); construction computes nothing.
-    Parameters are plain dicts. `frozen` is the parameters of that CLIP, or {}.
-    `embedded`: batches carry the embeddings that CLIP made beforehand, in place of what it makes them of.
+    Built from a config and, where the model lives in CLIP's space, the CLIP's stage; construction computes nothing.
+    Everywhere below, `frozen` is the parameters of that CLIP, or {}.
+    embedded: batches hold embeddings that CLIP made beforehand, instead of the pictures and captions to embed.
     """
 
     config: ConfigDict
-    clip: "Stage | None" = None
+    clip: ClipTowers | None = None
     embedded: bool = False
     needs_clip: ClassVar[bool] = False
     tpu_options: ClassVar[dict[str, str]] = {}  # to the TPU compiler
 
     @property
     def images(self) -> dict[str, int]:
-        """Name → side in pixels of each square uint8 picture in a batch, all cut from the same crop."""
+        """Sides in pixels of the square uint8 pictures in a batch, by name; all are cut from the same crop."""
         raise TypeError(f"{type(self).__name__} does not say which pictures it takes")
 
     @property
@@ -55,22 +109,28 @@ class Stage:
 
     @property
     def texts(self) -> dict[str, tuple[str, int, bool]]:
-        """Name → (whose tokenizer: "own" or "clip", context, whether start and end tokens are added)."""
+        """Captions in a batch, by name: (whose tokenizer: "own" or "clip", context, whether start and end tokens are
+        added)."""
         return {}
 
     @property
     def bsr_factor(self) -> int | None:
-        """Factor by which "low_res" is smaller, a BSR-degraded copy of "image" in a batch; None: there is none."""
+        """Factor by which "low_res", a BSR-degraded copy of "image", is smaller; None: batches have none."""
         return None
 
     @property
     def vectors(self) -> dict[str, int]:
-        """Name → length of each float32 vector in a batch: embeddings made beforehand."""
+        """Lengths of the float32 vectors in a batch, by name: embeddings made beforehand."""
         return {}
 
     @property
+    def guided(self) -> bool:
+        """Tells whether the model knows what to draw without its condition, which classifier-free guidance needs."""
+        return True
+
+    @property
     def runs_clip(self) -> bool:
-        """Tells whether the loss needs CLIP's parameters: a batch holds what CLIP reads."""
+        """Tells whether the loss runs CLIP, on pictures or captions in the batch."""
         return "clip_image" in self.images or "clip_tokens" in self.texts
 
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -89,40 +149,40 @@ class Stage:
             spec[name] = jax.ShapeDtypeStruct((batch_size, size), jnp.float32)
         return spec
 
-    def init(self, key) -> Params:
-        """Fresh parameters."""
+    def init(self, key: Key) -> Params:
+        """Draws fresh parameters."""
         raise TypeError(f"{type(self).__name__} has no parameters")
 
     def adapt_params(self, params: Params, config: ConfigDict) -> Params:
         """Adapts the parameters of a trained model of the same stage, of `config`, to initialise this one."""
         return params
 
-    def prepare(self, params: Params, frozen: Params, batches: Iterator[dict]) -> tuple[Params, dict[str, jax.Array]]:
-        """Before the first step: parameters that hold what training batches tell, and scalars worth saying about it.
+    def prepare(self, params: Params, frozen: Params, batches: Iterator[Batch]) -> tuple[Params, Scalars]:
+        """Fits statistics of training batches before the first step: parameters that hold them, and scalars to report.
 
-        batches: endless; takes as many as it needs. Leaves found here that are not to be trained belong under "fixed".
+        batches: endless; takes as many as it needs. Statistics that are not to be trained belong under "fixed".
         """
         return params, {}
 
-    def finish(self, params: Params, frozen: Params, batch: dict, key) -> tuple[Params, dict[str, jax.Array]]:
-        """After the last step: the averaged parameters as they go into the bundle, with what a held-out batch tells of
-        the trained network, and scalars worth saying about it."""
+    def finish(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Scalars]:
+        """Completes the averaged parameters after the last step, by a held-out batch: parameters as they go into the
+        bundle, and scalars to report."""
         return params, {}
 
-    def loss(self, params: Params, frozen: Params, batch: dict, key) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean loss of a batch and the scalars worth logging beside it.
+    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+        """Computes the mean loss of a batch and the scalars that are logged beside it.
 
-        A mean over some rows alone is a pair: (their sum, their number), each divided by the number of all rows. Pairs
-        are averaged over microbatches first and divided when they are logged, if there was such a row at all.
+        The mean over a part of the rows is a pair: (their sum, their number), each divided by the number of all rows.
+        Pairs are averaged over microbatches first, and divided when they are logged, if there was such a row at all.
         """
         raise TypeError(f"{type(self).__name__} has no loss")
 
-    def evaluate(self, params: Params, frozen: Params, batch: dict, key) -> tuple[dict, jax.Array | None]:
-        """Scalars of a held-out batch and, where the stage draws, its pictures: uint8 (rows, H, W, 3)."""
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, Pictures | None]:
+        """Measures a held-out batch: scalars and, where the stage draws pictures, a picture for each row."""
         raise TypeError(f"{type(self).__name__} has no evaluation")
 
     def project(self, params: Params) -> Params:
-        """Back to the allowed parameters, after each update."""
+        """Projects parameters onto the allowed ones, after each update."""
         return params
 
 
@@ -131,33 +191,33 @@ def trained(params: Params) -> Params:
     return {name: value for name, value in params.items() if name != "fixed"}
 
 
-def to_float(images):
-    """uint8 → float32 in [-1, 1]."""
+def to_float(images: UInt8[Array, "*B H W C"]) -> Float[Array, "*B H W C"]:
+    """Maps 8-bit pictures to [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_uint8(images):
-    """Float in [-1, 1] → uint8."""
+def to_uint8(images: Float[Array, "*B H W C"]) -> UInt8[Array, "*B H W C"]:
+    """Rounds pictures in [-1, 1] to 8 bits; clips what is outside."""
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def rounded(images):
-    """Float in [-1, 1] → the nearest 8-bit values, still as float."""
+def rounded(images: Float[Array, "*B H W C"]) -> Float[Array, "*B H W C"]:
+    """Rounds pictures in [-1, 1] to the nearest 8-bit values, still as float."""
     return to_float(to_uint8(images))
 
 
 def output_channels(config: ConfigDict, channels: int) -> int:
-    """Channels a network puts out for `channels` of data: twice as many where it learns its variance."""
+    """Counts a network's output channels for `channels` of data: twice as many where it learns its variance."""
     return 2 * channels if config.diffusion.learned_variance else channels
 
 
-def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
-    """The papers' loss at one uniformly drawn timestep per row: (mean loss, metrics).
+def diffusion_loss(
+    config: ConfigDict, network: Network, x0: Float[Array, " B *shape"], key: Key
+) -> tuple[Float[Array, ""], Metrics]:
+    """Computes the papers' loss at one uniformly drawn timestep per row, and metrics.
 
     metrics: the mean of each term and, as pairs "loss_q1" to "loss_q4", of each quarter of the timesteps, the least
     noisy first (see `Stage.loss`).
-
-    network(x_t, timesteps) → output; x0 (B, ...) float32.
     """
     d = config.diffusion
     schedule = make_schedule(d.schedule, d.timesteps)
@@ -168,7 +228,8 @@ def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
     snr_clip = tuple(d.snr_clip) or None
     output = network(x_t, t)
     losses, terms = training_loss(schedule, output, x0, x_t, noise, t, d.predicts, d.learned_variance, snr_clip)
-    metrics = {name: jnp.mean(term) for name, term in terms.items()}
+
+    metrics: dict[str, Array | tuple[Array, Array]] = {name: jnp.mean(term) for name, term in terms.items()}
     for quarter in range(4):
         within = 4 * t // d.timesteps == quarter
         own = jnp.where(within, losses, 0)  # not a product: another quarter's infinite loss would make it NaN
@@ -176,57 +237,72 @@ def diffusion_loss(config: ConfigDict, network: Callable, x0, key):
     return jnp.mean(losses), metrics
 
 
-def draw(config: ConfigDict, network: Callable, shape: tuple[int, ...], conditions: dict, key, told_known=False):
-    """Samples x0 of `shape` by `config.sampling`, float32. Of `conditions` it heeds, where they are given:
+def draw(
+    config: ConfigDict,
+    network: Network,
+    shape: tuple[int, ...],
+    conditions: Conditions,
+    key: Key,
+    network_inpaints: bool = False,
+    C: Float[Array, " timesteps"] | None = None,
+) -> Float[Array, " B *shape"]:
+    """Samples x0 of `shape` by `config.sampling`, as far as it does not depend on the network which conditions hold:
+    guidance, x_T, sketch, eta, known pixels and CLIP guidance.
 
-    "guidance_scale": `network` then answers for 2B rows, the conditional B first.
-    "x_T": what to start from, instead of noise from `key` times `temperature`.
-    "sketch": pictures to start from, noised to the share `config.sampling.start` of all steps (SDEdit).
-    "eta": of DDIM, instead of the config's.
-    "known_image", "known" (bool): pixels to keep; told_known: whether the network was told of them.
-    "clip_gradient": (x_t, timesteps) → what CLIP guidance follows, "clip_scale" times; a pytree that can be called.
-    "C": of the sampler "analytic", a number for each step.
-    Scales, eta and arrays may be traced.
+    key: one for all rows, or keys (B,).
+    network: answers for 2B rows where the conditions have a guidance scale, the conditional B first.
+    network_inpaints: it takes the known pixels in, so that they are put into its x0; else into each step's x_t.
+    C: of the sampler "analytic" (arXiv 2201.06503), a number for each timestep of the whole chain.
     """
     s, d = config.sampling, config.diffusion
     schedule = respace(make_schedule(d.schedule, d.timesteps), s.steps)
-    key_start, key_steps = jax.random.split(key)
-    x_T = conditions["x_T"] if "x_T" in conditions else s.temperature * jax.random.normal(key_start, shape)
-    if "sketch" in conditions:
+
+    # The start: noise, or a noised sketch some way down the chain.
+    key_start, key_steps = split(key)
+    x_T = conditions.x_T
+    if x_T is None:
+        x_T = s.temperature * draw_rows(jax.random.normal, key_start, shape)
+    if conditions.sketch is not None:
         schedule = first_steps(schedule, max(1, round(s.start * schedule.num_steps)))
-        x_T = q_sample(schedule, conditions["sketch"], jnp.int32(schedule.num_steps - 1), x_T)
+        x_T = q_sample(schedule, conditions.sketch, jnp.int32(schedule.num_steps - 1), x_T)
+
+    # The denoiser: guidance first, as the papers clip what is guided.
     denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
-    if "guidance_scale" in conditions:
-        denoiser = classifier_free(denoiser, conditions["guidance_scale"])
-    gradient, scale = conditions.get("clip_gradient"), conditions.get("clip_scale")
-    if gradient and s.sampler == "ddim":
+    if conditions.guidance_scale is not None:
+        denoiser = classifier_free(denoiser, conditions.guidance_scale)
+    gradient, scale = conditions.clip_gradient, conditions.clip_scale
+    if gradient is not None and s.sampler == "ddim":
         # Clipped afterwards: at the noisiest steps the least change of eps is a large one of x0.
         denoiser = condition_eps(denoiser, schedule, gradient, scale)
     if s.clip_x0:
         denoiser = clip_x0(denoiser, schedule, s.clip_x0)
+
+    # The step. DDIM's has no mean that could be shifted: its CLIP guidance is in eps, above.
     if s.sampler == "ddim":
-        step = ddim_step(conditions.get("eta", s.eta))
+        step = ddim_step(s.eta if conditions.eta is None else conditions.eta)
     else:
-        step = analytic_dpm_step(conditions["C"], 1.0) if s.sampler == "analytic" else ddpm_step
-        step = condition_mean(step, gradient, scale) if gradient else step
-    if "known" in conditions:
-        x0, known = conditions["known_image"], conditions["known"]
-        if told_known:
+        step = analytic_dpm_step(C[schedule.timesteps], 1.0) if s.sampler == "analytic" else ddpm_step
+        step = step if gradient is None else condition_mean(step, gradient, scale)
+    if conditions.known is not None:
+        x0, known = conditions.known_image, conditions.known
+        if network_inpaints:
             denoiser = known_pixels(denoiser, schedule, x0, known)
         else:
             step = known_states(step, x0, known)
     return sample(denoiser, schedule, x_T, key_steps, step)
 
 
-def invert(config: ConfigDict, network: Callable, x0):
-    """x_T from which DDIM without noise, guidance or clipping draws x0 again, over the steps of `config.sampling`."""
+def invert(config: ConfigDict, network: Network, x0: Float[Array, " B *shape"]) -> Float[Array, " B *shape"]:
+    """DDIM-inverts x0 to the x_T that draws it again without noise, guidance or clipping, in `sampling.steps` steps."""
     d = config.diffusion
     schedule = respace(make_schedule(d.schedule, d.timesteps), config.sampling.steps)
     return ddim_invert(make_denoiser(network, schedule, d.predicts, d.learned_variance), schedule, x0)
 
 
-def empty_caption(tokens, length):
-    """The caption of no words, between the start and end tokens of the captions given: tokens, length as given."""
+def empty_caption(
+    tokens: Int[Array, "B context"], length: Int[Array, " B"]
+) -> tuple[Int[Array, "B context"], Int[Array, " B"]]:
+    """Makes captions of no words, between the start and end tokens of the captions given, with their lengths."""
     last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
     nothing = jnp.concatenate([tokens[:, :1], last, jnp.zeros_like(tokens[:, 2:])], axis=1)
     return nothing, jnp.full_like(length, 2)

@@ -10,15 +10,19 @@ SAM (2010.01412), as unCLIP trained its CLIP: every `optim.sam_rows` rows of the
     ∇L(w + ε)                   of the replicate batch, its rows r embedded by w + ε_r; this is what w descends
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float, Int, UInt8
 
+from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.process import q_sample
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower, normalize
 from unclip_jax.models.mesh import by_rows, replicate
-from unclip_jax.stages.base import MORE_ON_CHIP, Stage, to_float
+from unclip_jax.stages.base import MORE_ON_CHIP, Metrics, Scalars, Stage, to_float
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the timesteps at which a noised CLIP is evaluated
 
@@ -33,11 +37,11 @@ class Clip(Stage):
     tpu_options = MORE_ON_CHIP
 
     @property
-    def images(self):
+    def images(self) -> dict[str, int]:
         return {"image": self.config.model.image_size} if self.config.model.image else {}
 
     @property
-    def texts(self):
+    def texts(self) -> dict[str, tuple[str, int, bool]]:
         return {"tokens": ("own", self.config.model.text.context, True)}
 
     @property
@@ -55,7 +59,7 @@ class Clip(Stage):
             unit_norm=m.unit_norm,
         )
 
-    def init(self, key):
+    def init(self, key: Key) -> Params:
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.batch_spec(1).items()}
         length = batch["tokens_length"] + 1
         if not self.config.model.image:
@@ -63,35 +67,47 @@ class Clip(Stage):
         images = self._normalized(to_float(batch["image"]))
         return self._model().init(key, images, batch["tokens"], length, jnp.zeros_like(length))["params"]
 
-    def embed_images(self, params, images):
-        """uint8 (B, R, R, 3) → embeddings (B, dim)."""
+    def embed_images(self, params: Params, images: UInt8[Array, "B R R 3"]) -> Float[Array, "B dim"]:
+        """Embeds pictures; of unit norm where `config.model.unit_norm` says so."""
         return self._model().apply({"params": params}, self._normalized(to_float(images)), method="embed_image")
 
-    def embed_noised(self, params, x_t, timesteps):
-        """The noise-aware tower's: x_t (B, R, R, 3), a picture in [-1, 1] diffused to timesteps (B,) → (B, dim)."""
+    def embed_noised(
+        self, params: Params, x_t: Float[Array, "B R R 3"], timesteps: Int[Array, " B"]
+    ) -> Float[Array, "B dim"]:
+        """Embeds pictures in [-1, 1] that are diffused to timesteps, by the noise-aware tower."""
         return self._model().apply({"params": params}, self._normalized(x_t), timesteps, method="embed_image")
 
-    def embed_texts(self, params, tokens, length):
-        """Tokens (B, context) with start and end, lengths (B,) → embeddings (B, dim)."""
-        return self.read_texts(params, tokens, length)[0]
+    def embed_texts(
+        self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
+    ) -> Float[Array, "B dim"]:
+        """Embeds captions that have start and end tokens."""
+        return self.embed_texts_with_states(params, tokens, length)[0]
 
-    def read_texts(self, params, tokens, length):
-        """Reads tokens as `embed_texts` does → embeddings, and the text tower's states (B, context, width)."""
+    def embed_texts_with_states(
+        self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B dim"], Float[Array, "B context width"]]:
+        """Embeds captions; gives the text tower's last states too."""
         return self._model().apply({"params": params}, tokens, length, method="embed_text")
 
-    def similarity_gradient(self, params, x_t, timesteps, text_embedding):
-        """∇ of e^θ f(x_t, t) · g(caption) by x_t, row by row: what CLIP guidance follows (2112.10741, section 2.4).
+    def similarity_gradient(
+        self,
+        params: Params,
+        x_t: Float[Array, "B R R 3"],
+        timesteps: Int[Array, " B"],
+        text_embedding: Float[Array, "B dim"],
+    ) -> Float[Array, "B R R 3"]:
+        """Computes ∇ of e^θ f(x_t, t) · g(caption) by x_t, row by row, for CLIP guidance (2112.10741, section 2.4).
 
-        x_t (B, H, W, 3) in [-1, 1] and beyond; text_embedding (B, dim) of unit norm, this CLIP's.
+        text_embedding: this CLIP's, of unit norm.
         """
 
-        def similarity(x_t):
+        def similarity(x_t: jax.Array) -> jax.Array:
             z_i = normalize(self.embed_noised(params, x_t, timesteps))
             return jnp.exp(params["logit_scale"]) * jnp.sum(z_i * text_embedding)
 
         return jax.grad(similarity)(x_t)
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
         del frozen
         images, steps = to_float(batch["image"]), self.config.model.image.timesteps
         rows = [images, batch["tokens"], batch["tokens_length"]]
@@ -105,16 +121,16 @@ class Clip(Stage):
         loss, accuracy = _contrastive(z_i, z_t, scale)
         return loss, {"accuracy": accuracy, "logit_scale": jnp.mean(scale)}
 
-    def _embedded(self, params, rows):
+    def _embedded(self, params: Params, rows: Sequence[Array]) -> tuple[Array, Array, Array]:
         """Embeds [pictures, tokens, lengths, a noised CLIP's timesteps] → unit embeddings (B, dim) and the scale."""
         images, *rest = rows
         return self._model().apply({"params": params}, self._normalized(images), *rest)
 
-    def _embedded_with_sam(self, params, rows):
-        """Embeds as `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1)."""
+    def _embedded_with_sam(self, params: Params, rows: Sequence[Array]) -> tuple[Array, Array, Array]:
+        """Does what `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1)."""
         o = self.config.optim
 
-        def climb(params, rows):
+        def climb(params: Params, rows: Sequence[Array]) -> tuple[jax.Array, ...]:
             grads = jax.grad(lambda w: _contrastive(*self._embedded(w, rows))[0])(jax.lax.stop_gradient(params))
             step = o.sam_rho / (optax.tree.norm(grads) + 1e-12)
             return self._embedded(jax.tree.map(lambda w, g: w + step * g, params, grads), rows)
@@ -124,14 +140,14 @@ class Clip(Stage):
         z_i, z_t = (z.reshape(-1, self.dim) for z in (z_i, z_t))
         return z_i, z_t, jnp.repeat(scale, o.sam_rows)[:, None]
 
-    def _noised(self, images, timesteps, key):
-        """q(x_t | x_0) of the diffusion model that this CLIP is to guide."""
+    def _noised(self, images: Array, timesteps: Array, key: Key) -> jax.Array:
+        """Draws from q(x_t | x_0) of the diffusion model that this CLIP is to guide."""
         schedule = make_schedule(self.config.model.noise_schedule, self.config.model.image.timesteps)
         return q_sample(schedule, images, timesteps, jax.random.normal(key, images.shape))
 
-    def evaluate(self, params, frozen, batch, key):
-        """`retrieval`: share of pictures whose nearest caption is their own, and of captions likewise, averaged. Of a
-        noised CLIP also `retrieval_t…` and `loss_t…` of the batch diffused to each of NOISE_LEVELS."""
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, None]:
+        """Measures `retrieval`: the share of pictures whose nearest caption is their own, averaged with the share of
+        captions whose nearest picture is. A noised CLIP has `retrieval_t…` and `loss_t…` at NOISE_LEVELS too."""
         del frozen
         images, caption = to_float(batch["image"]), (batch["tokens"], batch["tokens_length"])
         steps = self.config.model.image.timesteps
@@ -147,19 +163,19 @@ class Clip(Stage):
         loss, _ = self.loss(params, {}, batch, key)
         return {"loss": loss, "retrieval": found["retrieval_t0"]} | found, None
 
-    def project(self, params):
+    def project(self, params: Params) -> Params:
         ceiling = jnp.log(jnp.float32(self.config.model.max_scale))
         return params | {"logit_scale": jnp.minimum(params["logit_scale"], ceiling)}
 
-    def _normalized(self, images):
-        """[-1, 1] → what the towers are trained on: mean and std are of pixels in [0, 1]."""
+    def _normalized(self, images: Array) -> Array:
+        """Standardises pictures in [-1, 1] for the towers, by the mean and std of pixels in [0, 1]."""
         m = self.config.model
         mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in (m.mean, m.std))
         return ((images + 1) / 2 - mean) / std
 
 
-def _contrastive(z_i, z_t, scale):
-    """The loss, and the share of rows that find their own: picture to caption and caption to picture, averaged.
+def _contrastive(z_i: jax.Array, z_t: jax.Array, scale: Array) -> tuple[Array, Array]:
+    """Computes the loss, and the share of rows that find their own, averaged over both directions.
 
     z_i, z_t (B, dim) of unit norm; scale () or, of each row, (B, 1).
     """

@@ -5,20 +5,28 @@
     z'  = μ + Σ_k (low_k + (c_k + 1/2) w_k) u_k    N codes of dim: what the other components held is lost
 
 low_k and high_k are quantiles of y_k, and the buckets of the dot product z_i · z_t lie between its smallest and its
-largest value, in training. `fit` finds all this once; the dict it gives is an argument of everything else.
+largest value, in training. `fit` finds all this once; the other functions take the dict that it returns.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
+
+from unclip_jax.arrays import Array, Key
+from unclip_jax.keys import draw_rows
 
 DOT_QUANTILES = 1001  # stored, from the smallest dot product to the largest
 
-Statistics = dict[str, jax.Array]
+Statistics = dict[str, Array]
 
 
-def fit(z_i: np.ndarray, dot: np.ndarray, num_codes: int, outside: float) -> Statistics:
-    """Statistics of training embeddings (rows, dim) and of their dot products (rows,) with the captions' embeddings.
+def fit(
+    z_i: Float[np.ndarray, "rows dim"], dot: Float[np.ndarray, " rows"], num_codes: int, outside: float
+) -> Statistics:
+    """Fits the statistics of training embeddings and of their dot products with the captions' embeddings.
 
     outside: share of the rows beyond each end of a component's buckets. Worked out in float64, given as float32.
     """
@@ -34,7 +42,7 @@ def fit(z_i: np.ndarray, dot: np.ndarray, num_codes: int, outside: float) -> Sta
 
 
 def unfitted(dim: int, num_codes: int) -> Statistics:
-    """Statistics of unit vectors of which nothing is known: the first coordinates, from -1 to 1."""
+    """Statistics to start from, of unit vectors of which nothing is known: the first coordinates, from -1 to 1."""
     ones = jnp.ones(num_codes)
     return {
         "mean": jnp.zeros(dim),
@@ -45,30 +53,31 @@ def unfitted(dim: int, num_codes: int) -> Statistics:
     }
 
 
-def encode(statistics: Statistics, z, buckets: int):
-    """Embeddings (B, dim) → codes (B, N) int32 in [0, buckets)."""
+def encode(statistics: Statistics, z: Float[Array, "B dim"], buckets: int) -> Int[Array, "B N"]:
+    """Encodes embeddings as codes in [0, buckets)."""
     y = jnp.matmul(z - statistics["mean"][None], statistics["components"].T, precision="highest")
     return _bucket(y, statistics["low"][None], statistics["high"][None], buckets)
 
 
-def decode(statistics: Statistics, codes, buckets: int):
-    """Codes (B, N) → embeddings (B, dim): the middle of each code's bucket."""
+def decode(statistics: Statistics, codes: Int[Array, "B N"], buckets: int) -> Float[Array, "B dim"]:
+    """Decodes codes to embeddings, by the middle of each code's bucket."""
     low, high = statistics["low"][None], statistics["high"][None]
     y = low + (codes.astype(jnp.float32) + 0.5) * ((high - low) / buckets)
     return jnp.matmul(y, statistics["components"], precision="highest") + statistics["mean"][None]
 
 
-def encode_dot(statistics: Statistics, dot, buckets: int):
-    """Dot products (B,) → int32 (B,) in [0, buckets)."""
+def encode_dot(statistics: Statistics, dot: Float[Array, " B"], buckets: int) -> Int[Array, " B"]:
+    """Encodes dot products z_i · z_t as codes in [0, buckets)."""
     return _bucket(dot, statistics["dot_quantiles"][0], statistics["dot_quantiles"][-1], buckets)
 
 
-def draw_dot(statistics: Statistics, key, rows: int, percentile: float):
-    """Dot products (rows,) as in training, of those above a percentile of them."""
-    share = jax.random.uniform(key, (rows,), minval=percentile / 100, maxval=1.0)
+def draw_dot(statistics: Statistics, key: Key, rows: int, percentile: float) -> Float[Array, " rows"]:
+    """Draws dot products as they were in training, above a percentile of them."""
+    uniform = functools.partial(jax.random.uniform, minval=percentile / 100, maxval=1.0)
+    share = draw_rows(uniform, key, (rows,))
     return jnp.interp(share, jnp.linspace(0.0, 1.0, DOT_QUANTILES), statistics["dot_quantiles"])
 
 
-def _bucket(value, low, high, buckets: int):
+def _bucket(value: Array, low: Array, high: Array, buckets: int) -> jax.Array:
     width = jnp.maximum((high - low) / buckets, 1e-30)  # 0 of a component in which nothing differs
     return jnp.clip(jnp.floor((value - low) / width), 0, buckets - 1).astype(jnp.int32)

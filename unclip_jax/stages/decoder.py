@@ -2,10 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
+from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.models.transformer import TextTransformer
-from unclip_jax.models.unet import ClipConditioner, Conditioner, UNet, read_context
+from unclip_jax.models.unet import ClipConditioner, Conditioner, Conditioning, UNet, read_context
 from unclip_jax.stages.base import (
+    ClipTowers,
+    Metrics,
+    Network,
+    Pictures,
+    Scalars,
     Stage,
     diffusion_loss,
     draw,
@@ -15,6 +22,7 @@ from unclip_jax.stages.base import (
     to_float,
     to_uint8,
 )
+from unclip_jax.stages.conditions import Conditions, captions
 
 
 class Decoder(Stage):
@@ -24,19 +32,20 @@ class Decoder(Stage):
     `config.model.caption` says who reads the caption: "own", a text path of the decoder's; "clip", CLIP's text tower.
     """
 
+    clip: ClipTowers
     needs_clip = True
 
     @property
-    def images(self):
+    def images(self) -> dict[str, int]:
         clip = {} if self.embedded else {"clip_image": self.clip.config.model.image_size}
         return {"image": self.config.model.image_size} | clip
 
     @property
-    def vectors(self):
+    def vectors(self) -> dict[str, int]:
         return {"image_embedding": self.clip.dim} if self.embedded else {}
 
     @property
-    def texts(self):
+    def texts(self) -> dict[str, tuple[str, int, bool]]:
         if self._own_text:
             return {"tokens": ("own", self.config.model.text.context, False)}
         return {"clip_tokens": ("clip", self.clip.config.model.text.context, True)}
@@ -61,9 +70,10 @@ class Decoder(Stage):
             return Conditioner(text=TextTransformer(**m.text, remat=m.unet.remat, dtype=dtype), **shared)
         return ClipConditioner(width=m.text.width, **shared)
 
-    def init(self, key):
+    def init(self, key: Key) -> Params:
         m = self.config.model
         key_conditioner, key_unet = jax.random.split(key)
+        caption: tuple[Array, ...]
         one, z = jnp.ones((1,), jnp.int32), jnp.zeros((1, m.embedding_dim))
         if self._own_text:
             caption = (jnp.zeros((1, m.text.context), jnp.int32), one)
@@ -75,28 +85,34 @@ class Decoder(Stage):
         unet = self._unet().init(key_unet, x, one, *conditioning)
         return {"conditioner": conditioner["params"], "unet": unet["params"]}
 
-    def condition(self, params, frozen, captions, has_caption, image_embedding, has_embedding):
-        """Conditions of the U-Net besides x_t and t.
-
-        captions: the arrays that `texts` names; has_caption, has_embedding (B,) bool, False where dropped;
-        image_embedding (B, dim).
-        """
+    def condition(
+        self,
+        params: Params,
+        frozen: Params,
+        captions: Batch,
+        has_caption: Bool[Array, " B"],
+        image_embedding: Float[Array, "B dim"],
+        has_embedding: Bool[Array, " B"],
+    ) -> Conditioning:
+        """Computes the U-Net's inputs besides x_t and t; a caption or an embedding is dropped where its `has_…` is
+        False. captions: the arrays that `texts` names."""
+        caption: tuple[Array, ...]
         if self._own_text:
             caption = captions["tokens"], jnp.where(has_caption, captions["tokens_length"], 0)
         else:
             tokens, length = captions["clip_tokens"], captions["clip_tokens_length"]
             nothing, no_length = empty_caption(tokens, length)
             tokens, length = jnp.where(has_caption[:, None], tokens, nothing), jnp.where(has_caption, length, no_length)
-            text_embedding, states = self.clip.read_texts(frozen, tokens, length)
+            text_embedding, states = self.clip.embed_texts_with_states(frozen, tokens, length)
             caption = states, length, text_embedding
         variables = {"params": params["conditioner"]}
         return self._conditioner().apply(variables, *caption, image_embedding, has_embedding)
 
-    def embeddings(self, frozen, batch):
-        """CLIP's z_i of a batch, (B, dim)."""
+    def embeddings(self, frozen: Params, batch: Batch) -> Float[Array, "B dim"]:
+        """Reads or computes CLIP's image embeddings of a batch."""
         return batch["image_embedding"] if self.embedded else self.clip.embed_images(frozen, batch["clip_image"])
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
         d = self.config.diffusion
         z_i = self.embeddings(frozen, batch)
         key_z, key_text, key_dropout, key_loss = jax.random.split(key, 4)
@@ -104,46 +120,46 @@ class Decoder(Stage):
         has_caption = ~jax.random.bernoulli(key_text, d.drop_caption, z_i.shape[:1])
         conditioning = self.condition(params, frozen, batch, has_caption, z_i, has_embedding)
 
-        def network(x_t, t):
+        def network(x_t: Array, t: Array) -> Array:
             variables, rngs = {"params": params["unet"]}, {"dropout": key_dropout}
             return self._unet().apply(variables, x_t, t, *conditioning, deterministic=False, rngs=rngs)
 
         return diffusion_loss(self.config, network, to_float(batch["image"]), key_loss)
 
-    def sample(self, params, frozen, conditions, key):
-        """Pictures (B, R, R, 3) for the captions that `texts` names (with their lengths), "image_embedding" (B, dim)
-        and "guidance_scale" (). The unconditional branch has neither embedding nor caption."""
-        rows = len(conditions["image_embedding"])
+    def sample(
+        self, params: Params, frozen: Params, conditions: Conditions, key: Key
+    ) -> Float[Array, "B R R 3"]:
+        """Draws pictures in [-1, 1] for captions, image embeddings and a guidance scale. The unconditional branch has
+        neither embedding nor caption."""
+        rows = len(conditions.image_embedding)
         has = jnp.arange(2 * rows) < rows
-        captions = {k: jnp.concatenate([v, v]) for k, v in conditions.items() if "tokens" in k}
-        z_i = jnp.concatenate([conditions["image_embedding"]] * 2)
-        conditioning = self.condition(params, frozen, captions, has, z_i, has)
-        conditioning = read_context(params["unet"], conditioning, jnp.dtype(self.config.dtype))
-
-        def network(x_t, t):
-            return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
-
+        twice = {name: jnp.concatenate([array] * 2) for name, array in captions(conditions).items()}
+        z_i = jnp.concatenate([conditions.image_embedding] * 2)
+        network = self._network(params, self.condition(params, frozen, twice, has, z_i, has))
         size = self.config.model.image_size
         return draw(self.config, network, (rows, size, size, 3), conditions, key)
 
-    def invert(self, params, frozen, conditions, images):
-        """x_T (B, R, R, 3) from which `sample` by DDIM draws `images` (B, R, R, 3), in [-1, 1], again, under the same
+    def invert(
+        self, params: Params, frozen: Params, conditions: Conditions, images: Float[Array, "B R R 3"]
+    ) -> Float[Array, "B R R 3"]:
+        """DDIM-inverts pictures in [-1, 1] to the x_T from which `sample` by DDIM draws them again, under the same
         captions and embeddings, unguided and unclipped (arXiv 2204.06125, section 3)."""
         yes = jnp.ones(len(images), bool)
-        conditioning = self.condition(params, frozen, conditions, yes, conditions["image_embedding"], yes)
+        given = captions(conditions), yes, conditions.image_embedding, yes
+        return invert(self.config, self._network(params, self.condition(params, frozen, *given)), images)
+
+    def _network(self, params: Params, conditioning: Conditioning) -> Network:
+        """The U-Net under fixed conditions, for drawing: no dropout, and the context is read once for all steps."""
         conditioning = read_context(params["unet"], conditioning, jnp.dtype(self.config.dtype))
+        return lambda x_t, t: self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
 
-        def network(x_t, t):
-            return self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
-
-        return invert(self.config, network, images)
-
-    def evaluate(self, params, frozen, batch, key):
-        """Held-out loss; pictures drawn from the true embeddings and captions, each above the true picture."""
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, Pictures]:
+        """Computes the held-out loss; draws from the true embeddings and captions, each above the true picture."""
         loss, _ = self.loss(params, frozen, batch, key)
-        conditions = {k: v for k, v in batch.items() if "tokens" in k} | {
-            "image_embedding": self.embeddings(frozen, batch),
-            "guidance_scale": jnp.float32(self.config.sampling.guidance_scale),
-        }
+        conditions = Conditions(
+            **captions(batch),
+            image_embedding=self.embeddings(frozen, batch),
+            guidance_scale=jnp.float32(self.config.sampling.guidance_scale),
+        )
         drawn = to_uint8(self.sample(params, frozen, conditions, key))
         return {"loss": loss}, jnp.concatenate([drawn, batch["image"]], axis=1)

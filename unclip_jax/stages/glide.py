@@ -4,27 +4,50 @@ Both may also take a picture and which of its pixels are known, to fill in the o
 followed, channel by channel, by the known pixels, by 1 where they are known, and by the enlarged small picture.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
 
+from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.corruption import area_downsample, upsample
 from unclip_jax.diffusion.masks import random_known
 from unclip_jax.models.transformer import TextTransformer
-from unclip_jax.models.unet import TextConditioner, UNet, read_context
-from unclip_jax.stages.base import Stage, diffusion_loss, draw, output_channels, rounded, to_float, to_uint8
+from unclip_jax.models.unet import Conditioning, TextConditioner, UNet, read_context
+from unclip_jax.stages.base import (
+    Metrics,
+    Pictures,
+    Scalars,
+    Stage,
+    diffusion_loss,
+    draw,
+    output_channels,
+    rounded,
+    to_float,
+    to_uint8,
+)
+from unclip_jax.stages.conditions import Conditions, captions
 
 
 class Glide(Stage):
-    """Params {"conditioner", "unet"}. `config.model.factor` is that of the upsampler, or 0; `config.model.inpaint` says
-    whether known pixels are taken in."""
+    """GLIDE's base model (`model.factor` 0) or upsampler, with or without known pixels (`model.inpaint`).
+
+    Params {"conditioner", "unet"}.
+    """
 
     @property
-    def images(self):
+    def images(self) -> dict[str, int]:
         return {"image": self.config.model.image_size}
 
     @property
-    def texts(self):
+    def texts(self) -> dict[str, tuple[str, int, bool]]:
         return {"tokens": ("own", self.config.model.text.context, False)}
+
+    @property
+    def guided(self) -> bool:
+        return self.config.diffusion.drop_caption > 0
 
     def _unet(self) -> UNet:
         dtype = jnp.dtype(self.config.dtype)
@@ -35,7 +58,7 @@ class Glide(Stage):
         text = TextTransformer(**m.text, remat=m.unet.remat, dtype=dtype)
         return TextConditioner(text=text, emb_width=4 * m.unet.channels)
 
-    def init(self, key):
+    def init(self, key: Key) -> Params:
         m = self.config.model
         key_conditioner, key_unet = jax.random.split(key)
         one = jnp.ones((1,), jnp.int32)
@@ -46,8 +69,8 @@ class Glide(Stage):
         unet = self._unet().init(key_unet, x, one, *conditioning)
         return {"conditioner": conditioner["params"], "unet": unet["params"]}
 
-    def adapt_params(self, params, config):
-        """To a model that was not trained to fill in, the known pixels and their mask weigh nothing at first."""
+    def adapt_params(self, params: Params, config: ConfigDict) -> Params:
+        """Adds input channels for known pixels and their mask, with zero weights, to a model trained without them."""
         if config.model.inpaint or not self.config.model.inpaint:
             return params
         first = params["unet"]["conv_in"]
@@ -56,83 +79,96 @@ class Glide(Stage):
         kernel = jnp.concatenate([x_t, nothing, low_res], axis=2)
         return params | {"unet": params["unet"] | {"conv_in": first | {"kernel": kernel}}}
 
-    def _extra_channels(self, conditions, shape):
-        """The channels that follow x_t of `shape`: known pixels (none, where they are not given), small picture."""
-        channels = []
+    def _extra_channels(self, conditions: Conditions, shape: tuple[int, ...]) -> list[Array]:
+        """Makes the channels that follow x_t of `shape`: known pixels and their mask (all zero where none are given),
+        then the enlarged small picture."""
+        channels: list[Array] = []
         if self.config.model.inpaint:
-            known = conditions["known"] if "known" in conditions else jnp.zeros((*shape[:3], 1), bool)
-            image = conditions["known_image"] if "known" in conditions else jnp.zeros(shape)
+            known, image = conditions.known, conditions.known_image
+            if known is None:
+                known, image = jnp.zeros((*shape[:3], 1), bool), jnp.zeros(shape)
             channels += [jnp.where(known, image, 0.0), known.astype(jnp.float32)]
         if self.config.model.factor:
-            channels.append(upsample(conditions["low_res"], shape[1:3], self.config.model.interpolation))
+            channels.append(upsample(conditions.low_res, (shape[1], shape[2]), self.config.model.interpolation))
         return channels
 
-    def _known(self, x0, key):
-        """Draws which pixels of pictures (B, R, R, 3) are known, as conditions, where the model takes any."""
+    def _erase(self, conditions: Conditions, x0: Float[Array, "B R R 3"], key: Key) -> Conditions:
+        """Draws which pixels of true pictures are known, where the model takes any."""
         if not self.config.model.inpaint:
-            return {}
-        return {"known_image": x0, "known": random_known(key, len(x0), x0.shape[1])}
+            return conditions
+        return conditions._replace(known_image=x0, known=random_known(key, len(x0), x0.shape[1]))
 
-    def apply(self, params, conditioning, extra, x_t, t, **options):
-        """The U-Net's output for x_t (B, R, R, 3) at original timesteps t (B,)."""
+    def apply(
+        self,
+        params: Params,
+        conditioning: Conditioning,
+        extra: list[Array],
+        x_t: Float[Array, "B R R 3"],
+        t: Int[Array, " B"],
+        **options: Any,
+    ) -> Float[Array, "B R R C"]:
+        """Applies the U-Net to x_t and its extra channels at original timesteps t. options: of `UNet.apply`."""
         x = jnp.concatenate([x_t, *extra], axis=-1)
         return self._unet().apply({"params": params["unet"]}, x, t, *conditioning, **options)
 
-    def condition(self, params, tokens, length):
-        """Conditions of the U-Net from captions; length 0 drops one."""
+    def condition(
+        self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
+    ) -> Conditioning:
+        """Computes the U-Net's conditions from captions; length 0 drops one."""
         return self._conditioner().apply({"params": params["conditioner"]}, tokens, length)
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
         del frozen
         key_text, key_dropout, key_loss, key_known = jax.random.split(key, 4)
         x0 = to_float(batch["image"])
-        conditions = self._known(x0, key_known)
+        conditions = self._erase(Conditions(), x0, key_known)
         if self.config.model.factor:
-            conditions["low_res"] = area_downsample(x0, self.config.model.factor)
+            conditions = conditions._replace(low_res=area_downsample(x0, self.config.model.factor))
         dropped = jax.random.bernoulli(key_text, self.config.diffusion.drop_caption, x0.shape[:1])
         conditioning = self.condition(params, batch["tokens"], jnp.where(dropped, 0, batch["tokens_length"]))
         extra = self._extra_channels(conditions, x0.shape)
 
-        def network(x_t, t):
+        def network(x_t: Array, t: Array) -> Array:
             rngs = {"dropout": key_dropout}
             return self.apply(params, conditioning, extra, x_t, t, deterministic=False, rngs=rngs)
 
         return diffusion_loss(self.config, network, x0, key_loss)
 
-    def sample(self, params, frozen, conditions, key):
-        """Pictures (B, R, R, 3) for "tokens" (B, context) and "tokens_length" (B,); with them "guidance_scale" () where
-        guided, "low_res" (B, R/factor, R/factor, 3) for an upsampler, and for inpainting "known_image" (B, R, R, 3) and
-        "known" (B, R, R, 1) bool. Pictures are in [-1, 1]. The unconditional branch has no caption."""
+    def sample(
+        self, params: Params, frozen: Params, conditions: Conditions, key: Key
+    ) -> Float[Array, "B R R 3"]:
+        """Draws pictures in [-1, 1] for captions, guided where there is a scale: the unconditional branch has no
+        caption. An upsampler needs `low_res`."""
         del frozen
-        size, tokens, length = self.config.model.image_size, conditions["tokens"], conditions["tokens_length"]
+        size, tokens, length = self.config.model.image_size, conditions.tokens, conditions.tokens_length
         shape = (len(tokens), size, size, 3)
         extra = self._extra_channels(conditions, shape)
-        if "guidance_scale" in conditions:
+        if conditions.guidance_scale is not None:
             tokens, length = jnp.concatenate([tokens, tokens]), jnp.concatenate([length, jnp.zeros_like(length)])
             extra = [jnp.concatenate([channel, channel]) for channel in extra]
         conditioning = self.condition(params, tokens, length)
         conditioning = read_context(params["unet"], conditioning, jnp.dtype(self.config.dtype))
 
-        def network(x_t, t):
+        def network(x_t: Array, t: Array) -> Array:
             return self.apply(params, conditioning, extra, x_t, t)
 
-        return draw(self.config, network, shape, conditions, key, told_known=self.config.model.inpaint)
+        return draw(self.config, network, shape, conditions, key, network_inpaints=self.config.model.inpaint)
 
-    def evaluate(self, params, frozen, batch, key):
-        """Held-out loss; pictures drawn for the captions, each above the true picture. A model that fills in is given
-        some of the pixels, and what it was given stands in between, the rest in gray.
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, Pictures]:
+        """Computes the held-out loss; draws for the captions, each picture above the true one. Where the model
+        inpaints, the known pixels stand in between, the rest in gray.
 
-        Guided where the model knows what to draw without a caption: where it was trained to, at times.
+        Guided only where captions were dropped in training: else there is no unconditional model.
         """
         key_loss, key_known, key_draw = jax.random.split(key, 3)
         loss, _ = self.loss(params, frozen, batch, key_loss)
         truth = to_float(batch["image"])
-        conditions = {name: batch[name] for name in ("tokens", "tokens_length")} | self._known(truth, key_known)
-        if "guidance_scale" in self.config.sampling and self.config.diffusion.drop_caption:
-            conditions["guidance_scale"] = jnp.float32(self.config.sampling.guidance_scale)
+        conditions = self._erase(Conditions(**captions(batch)), truth, key_known)
+        if self.guided and "guidance_scale" in self.config.sampling:
+            conditions = conditions._replace(guidance_scale=jnp.float32(self.config.sampling.guidance_scale))
         if self.config.model.factor:
-            conditions["low_res"] = rounded(area_downsample(truth, self.config.model.factor))
+            conditions = conditions._replace(low_res=rounded(area_downsample(truth, self.config.model.factor)))
         rows = [to_uint8(self.sample(params, frozen, conditions, key_draw)), batch["image"]]
-        if "known" in conditions:
-            rows.insert(1, to_uint8(jnp.where(conditions["known"], truth, 0.0)))
+        if conditions.known is not None:
+            rows.insert(1, to_uint8(jnp.where(conditions.known, truth, 0.0)))
         return {"loss": loss}, jnp.concatenate(rows, axis=1)

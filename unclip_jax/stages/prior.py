@@ -1,41 +1,50 @@
 """Parts that both priors share: CLIP's embeddings of a batch, and how near to the true ones theirs are."""
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.models.clip import normalize
-from unclip_jax.stages.base import MORE_ON_CHIP, Stage
+from unclip_jax.stages.base import MORE_ON_CHIP, ClipTowers, Scalars, Stage
+from unclip_jax.stages.conditions import Conditions, captions
 
 
 class Prior(Stage):
     """Batches give pictures and captions for CLIP, or its embeddings; `sample` draws embeddings (B, dim)."""
 
+    clip: ClipTowers
     needs_clip = True
     tpu_options = MORE_ON_CHIP
 
     @property
-    def images(self):
+    def images(self) -> dict[str, int]:
         return {} if self.embedded else {"clip_image": self.clip.config.model.image_size}
 
     @property
-    def vectors(self):
+    def vectors(self) -> dict[str, int]:
         return {"image_embedding": self.clip.dim, "text_embedding": self.clip.dim} if self.embedded else {}
 
-    def embeddings(self, frozen, batch):
-        """CLIP's z_i and z_t of a batch, (B, dim) each."""
+    def embeddings(self, frozen: Params, batch: Batch) -> tuple[Float[Array, "B dim"], Float[Array, "B dim"]]:
+        """Reads or computes CLIP's embeddings of a batch: z_i of the pictures, z_t of the captions."""
         if self.embedded:
             return batch["image_embedding"], batch["text_embedding"]
         z_i = self.clip.embed_images(frozen, batch["clip_image"])
         return z_i, self.clip.embed_texts(frozen, batch["clip_tokens"], batch["clip_tokens_length"])
 
-    def evaluate(self, params, frozen, batch, key):
-        """Mean cosine of drawn embeddings to the true ones, beside three baselines that know less: the text embedding
-        itself, the mean of the true embeddings, and embeddings drawn for another row's caption."""
+    def sample(
+        self, params: Params, frozen: Params, conditions: Conditions, key: Key
+    ) -> Float[Array, "B dim"]:
+        """Draws CLIP image embeddings for captions, their text embeddings and a guidance scale."""
+        raise TypeError(f"{type(self).__name__} draws nothing")
+
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, None]:
+        """Measures the mean cosine of drawn embeddings to the true ones, beside three baselines that know less: the
+        text embedding itself, the mean of the true embeddings, and embeddings drawn for another row's caption."""
         loss, _ = self.loss(params, frozen, batch, key)
         z_i, z_t = self.embeddings(frozen, batch)
-        conditions = {name: value for name, value in batch.items() if "tokens" in name} | {
-            "text_embedding": z_t,
-            "guidance_scale": jnp.float32(self.config.sampling.guidance_scale),
-        }
+        scale = jnp.float32(self.config.sampling.guidance_scale)
+        conditions = Conditions(**captions(batch), text_embedding=z_t, guidance_scale=scale)
         drawn = self.sample(params, frozen, conditions, key)
         metrics = {
             "loss": loss,
@@ -47,6 +56,6 @@ class Prior(Stage):
         return metrics, None
 
 
-def mean_cosine(a, b):
-    """Mean cosine of the angles between rows of a and b, (B, dim) or (1, dim) each."""
+def mean_cosine(a: Float[Array, "#B dim"], b: Float[Array, "#B dim"]) -> Float[jax.Array, ""]:
+    """Averages the cosines between rows of a and of b; one row stands for as many as the other has."""
     return jnp.mean(jnp.sum(normalize(a) * normalize(b), axis=-1))

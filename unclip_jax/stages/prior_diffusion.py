@@ -11,24 +11,28 @@ and z_i whitened by a mean and a standard deviation per dimension that are store
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
+from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.analytic import estimate_C, squared_errors
 from unclip_jax.diffusion.guidance import clip_x0
 from unclip_jax.diffusion.process import make_denoiser
-from unclip_jax.diffusion.schedule import make_schedule, respace
+from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.keys import fold_in
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.stages.base import diffusion_loss, draw, empty_caption, trained
+from unclip_jax.stages.base import Metrics, Network, Scalars, diffusion_loss, draw, empty_caption, trained
+from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.stages.prior import Prior
 
-NOISE_DRAWS = 8  # for each held-out embedding and timestep, of which the variances are estimated
+NOISE_DRAWS = 4  # for each held-out embedding and timestep, of which the variances are estimated
 
 
 class PriorDiffusion(Prior):
     """Batches give pictures and captions for CLIP, and the caption again in the prior's own tokens."""
 
     @property
-    def texts(self):
+    def texts(self) -> dict[str, tuple[str, int, bool]]:
         own = {"tokens": ("own", self.config.model.context, False)} if self._own_text else {}
         if self._own_text and self.embedded:
             return own
@@ -41,7 +45,7 @@ class PriorDiffusion(Prior):
     def _model(self) -> DiffusionPrior:
         return DiffusionPrior(**self.config.model, dtype=jnp.dtype(self.config.dtype))
 
-    def init(self, key):
+    def init(self, key: Key) -> Params:
         m = self.config.model
         one = jnp.ones((1,), jnp.int32)
         z = jnp.zeros((1, m.embedding_dim))
@@ -51,50 +55,51 @@ class PriorDiffusion(Prior):
         whitening = {"embedding_mean": jnp.zeros(m.embedding_dim), "embedding_std": jnp.ones(m.embedding_dim)}
         params = params | whitening if self.config.diffusion.whiten else params
         # C = 0 is the posterior's variance, which serves until the training is done.
-        return params | {"fixed": {"C": jnp.zeros(self._schedule().num_steps)}} if self._analytic else params
+        return params | {"fixed": {"C": jnp.zeros(self.config.diffusion.timesteps)}} if self._analytic else params
 
     @property
     def _analytic(self) -> bool:
         return self.config.sampling.sampler == "analytic"
 
-    def _schedule(self):
-        """Noise schedule of sampling."""
-        d = self.config.diffusion
-        return respace(make_schedule(d.schedule, d.timesteps), self.config.sampling.steps)
-
-    def finish(self, params, frozen, batch, key):
-        """Finds the variances of the sampling steps; says the mean squared error of the first and the last."""
+    def finish(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Scalars]:
+        """Estimates the analytic variances of all timesteps; reports the error at the least and the most noise."""
         if not self._analytic:
             return params, {}
         C = jax.jit(self._errors)(params, frozen, batch, key)
         return params | {"fixed": {"C": C}}, {"C_least_noise": C[0], "C_most_noise": C[-1]}
 
-    def _errors(self, params, frozen, batch, key):
+    def _errors(self, params: Params, frozen: Params, batch: Batch, key: Key) -> Float[Array, " timesteps"]:
+        """Estimates C, a number for each timestep, from the network's errors on a batch (analytic.py)."""
         z_i, z_t = self.embeddings(frozen, batch)
         condition = self._condition(frozen, batch, z_t, jnp.ones(len(z_i), bool))
-        weights, mean, std = self._whitening(params)
+        network, mean, std = self._network(params, condition)
         x0 = self.config.diffusion.embedding_scale * ((z_i - mean) / std)
-        d, schedule, limit = self.config.diffusion, self._schedule(), self.config.sampling.clip_x0
-
-        def network(x_t, t):
-            return self._model().apply({"params": weights}, x_t, t, *condition)
-
+        d, limit = self.config.diffusion, self.config.sampling.clip_x0
+        schedule = make_schedule(d.schedule, d.timesteps)
         denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
         denoiser = clip_x0(denoiser, schedule, limit) if limit else denoiser
         noises = jax.random.normal(key, (NOISE_DRAWS, *x0.shape))
         errors = jax.lax.map(lambda noise: squared_errors(denoiser, schedule, x0, noise), noises)
         return estimate_C(errors, jnp.mean(jnp.square(x0)))
 
-    def _whitening(self, params):
-        """Parameters of the network; mean and std (1, dim) of the embeddings, never trained."""
-        network = trained(params)
-        if not self.config.diffusion.whiten:
-            return network, 0.0, 1.0
-        mean, std = (jax.lax.stop_gradient(network.pop(f"embedding_{name}"))[None] for name in ("mean", "std"))
-        return network, mean, std
+    def _network(self, params: Params, condition: tuple[Array, ...]) -> tuple[Network, Array | float, Array | float]:
+        """The network under fixed conditions; mean and standard deviation by which embeddings are whitened."""
+        weights, mean, std = self._whitening(params)
+        return lambda x_t, t: self._model().apply({"params": weights}, x_t, t, *condition), mean, std
 
-    def _condition(self, frozen, captions, text_embedding, keep):
-        """The network's caption, length and text embedding; nothing of the caption where `keep` (B,) is False."""
+    def _whitening(self, params: Params) -> tuple[Params, Array | float, Array | float]:
+        """Splits the network's parameters from the whitening's mean and standard deviation: (1, dim) each, never
+        trained, or 0 and 1."""
+        weights = trained(params)
+        if not self.config.diffusion.whiten:
+            return weights, 0.0, 1.0
+        mean, std = (jax.lax.stop_gradient(weights.pop(f"embedding_{name}"))[None] for name in ("mean", "std"))
+        return weights, mean, std
+
+    def _condition(
+        self, frozen: Params, captions: Batch, text_embedding: Float[Array, "B dim"], keep: Bool[Array, " B"]
+    ) -> tuple[Array, ...]:
+        """Computes the network's caption, length and text embedding; the caption is dropped where `keep` is False."""
         scale = self.config.diffusion.embedding_scale
         if self._own_text:
             length = jnp.where(keep, captions["tokens_length"], 0)
@@ -102,37 +107,30 @@ class PriorDiffusion(Prior):
         tokens, length = captions["clip_tokens"], captions["clip_tokens_length"]
         nothing, no_length = empty_caption(tokens, length)
         tokens, length = jnp.where(keep[:, None], tokens, nothing), jnp.where(keep, length, no_length)
-        empty_embedding, states = self.clip.read_texts(frozen, tokens, length)
+        empty_embedding, states = self.clip.embed_texts_with_states(frozen, tokens, length)
         return states, length, scale * jnp.where(keep[:, None], text_embedding, empty_embedding)
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
         z_i, z_t = self.embeddings(frozen, batch)
         key_drop, key_loss = jax.random.split(key)
         keep = ~jax.random.bernoulli(key_drop, self.config.diffusion.drop_text, z_i.shape[:1])
-        condition = self._condition(frozen, batch, z_t, keep)
-        weights, mean, std = self._whitening(params)
-
-        def network(x_t, t):
-            return self._model().apply({"params": weights}, x_t, t, *condition)
-
+        network, mean, std = self._network(params, self._condition(frozen, batch, z_t, keep))
         x0 = self.config.diffusion.embedding_scale * ((z_i - mean) / std)
         return diffusion_loss(self.config, network, x0, key_loss)
 
-    def sample(self, params, frozen, conditions, key):
-        """CLIP embeddings (B, dim) for captions in the prior's tokens ("clip_tokens" if CLIP reads them), with their
-        lengths, "text_embedding" (B, dim) and "guidance_scale" ()."""
-        draws, z_t = self.config.sampling.draws, conditions["text_embedding"]
+    def sample(
+        self, params: Params, frozen: Params, conditions: Conditions, key: Key
+    ) -> Float[Array, "B dim"]:
+        """Draws `sampling.draws` embeddings for each caption and keeps the one nearest to its text embedding."""
+        draws, z_t = self.config.sampling.draws, conditions.text_embedding
         # Rows: every draw conditional, then every draw unconditional.
         keep = jnp.arange(2 * draws * len(z_t)) < draws * len(z_t)
-        captions = {k: jnp.concatenate([v] * 2 * draws) for k, v in conditions.items() if "tokens" in k}
-        condition = self._condition(frozen, captions, jnp.tile(z_t, (2 * draws, 1)), keep)
-        weights, mean, std = self._whitening(params)
-
-        def network(x_t, t):
-            return self._model().apply({"params": weights}, x_t, t, *condition)
-
-        known = params["fixed"] if self._analytic else {}
-        drawn = draw(self.config, network, (draws * len(z_t), z_t.shape[-1]), conditions | known, key)
+        repeated = {name: jnp.concatenate([array] * 2 * draws) for name, array in captions(conditions).items()}
+        condition = self._condition(frozen, repeated, jnp.tile(z_t, (2 * draws, 1)), keep)
+        network, mean, std = self._network(params, condition)
+        C = params["fixed"]["C"] if self._analytic else None
+        keys = jnp.concatenate([fold_in(key, draw) for draw in range(draws)]) if key.ndim else key
+        drawn = draw(self.config, network, (draws * len(z_t), z_t.shape[-1]), conditions, keys, C=C)
         drawn = drawn / self.config.diffusion.embedding_scale * std + mean
         drawn = normalize(drawn) if self.clip.config.model.unit_norm else drawn
         drawn = drawn.reshape(draws, *z_t.shape)

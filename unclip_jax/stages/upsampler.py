@@ -9,10 +9,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.corruption import area_downsample, maybe_blur, upsample
 from unclip_jax.models.unet import UNet
-from unclip_jax.stages.base import Stage, diffusion_loss, draw, output_channels, rounded, to_float, to_uint8
+from unclip_jax.stages.base import (
+    Metrics,
+    Pictures,
+    Scalars,
+    Stage,
+    diffusion_loss,
+    draw,
+    output_channels,
+    rounded,
+    to_float,
+    to_uint8,
+)
+from unclip_jax.stages.conditions import Conditions
 
 
 class Upsampler(Stage):
@@ -23,15 +37,15 @@ class Upsampler(Stage):
     """
 
     @property
-    def images(self):
+    def images(self) -> dict[str, int]:
         return {"image": self.config.model.image_size}
 
     @property
-    def patch(self):
+    def patch(self) -> int:
         return self.config.model.patch
 
     @property
-    def bsr_factor(self):
+    def bsr_factor(self) -> int | None:
         return self.config.model.factor if self.config.diffusion.degradation == "bsr" else None
 
     def _unet(self) -> UNet:
@@ -46,43 +60,45 @@ class Upsampler(Stage):
             dtype=dtype,
         )
 
-    def init(self, key):
+    def init(self, key: Key) -> Params:
         x = jnp.zeros((1, self.patch, self.patch, 6))
         params = self._unet().init(key, x, jnp.ones((1,), jnp.int32))["params"]
         return {"first": params, "last": params} if self.config.model.last_step else params
 
-    def _enlarged(self, low_res):
-        """Float (B, h, w, 3) → the target's size."""
+    def _enlarged(self, low_res: Float[Array, "B h w 3"]) -> Float[Array, "B H W 3"]:
+        """Interpolates small pictures to the target's size."""
         height, width = (side * self.config.model.factor for side in low_res.shape[1:3])
         return upsample(low_res, (height, width), self.config.model.interpolation)
 
-    def _blurred(self, images, key):
-        """Float (B, H, W, 3) → small, and some of them blurred."""
+    def _blurred(self, images: Float[Array, "B H W 3"], key: Key) -> Float[Array, "B h w 3"]:
+        """Makes pictures small, and blurs some of them."""
         d = self.config.diffusion
         return maybe_blur(key, area_downsample(images, self.config.model.factor), d.blur_probability, d.blur_sigma)
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
         del frozen
         key_blur, key_dropout, key_loss = jax.random.split(key, 3)
         params = params["first"] if self.config.model.last_step else params
         x0 = to_float(batch["image"])
         enlarged = self._enlarged(to_float(batch["low_res"]) if self.bsr_factor else self._blurred(x0, key_blur))
 
-        def network(x_t, t):
+        def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
             x = jnp.concatenate([x_t, enlarged], axis=-1)
             return self._unet().apply({"params": params}, x, t, deterministic=False, rngs={"dropout": key_dropout})
 
         return diffusion_loss(self.config, network, x0, key_loss)
 
-    def sample(self, params, frozen, conditions, key):
-        """Pictures (B, factor·h, factor·w, 3) for {"low_res": (B, h, w, 3) of any size}, all in [-1, 1]."""
+    def sample(
+        self, params: Params, frozen: Params, conditions: Conditions, key: Key
+    ) -> Float[Array, "B H W 3"]:
+        """Draws pictures in [-1, 1] at `model.factor` times the sides of `conditions.low_res`, which may be any."""
         del frozen
-        enlarged = self._enlarged(conditions["low_res"])
+        enlarged = self._enlarged(conditions.low_res)
 
-        def apply(params, x_t, t):
+        def apply(params: Params, x_t: jax.Array, t: jax.Array) -> jax.Array:
             return self._unet().apply({"params": params}, jnp.concatenate([x_t, enlarged], axis=-1), t)
 
-        def network(x_t, t):
+        def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
             if not self.config.model.last_step:
                 return apply(params, x_t, t)
             first, last = (functools.partial(apply, params[name], x_t, t) for name in ("first", "last"))
@@ -90,16 +106,16 @@ class Upsampler(Stage):
 
         return draw(self.config, network, enlarged.shape, conditions, key)
 
-    def evaluate(self, params, frozen, batch, key):
-        """Held-out loss; `psnr` (dB) of pictures drawn from the true ones made small, and `psnr_interpolated` of plain
-        interpolation; the drawn, the interpolated and the true picture above each other."""
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, Pictures]:
+        """Computes the held-out loss, `psnr` (dB) of pictures drawn from the true ones made small, and
+        `psnr_interpolated` of plain interpolation; stacks the drawn, the interpolated and the true picture."""
         loss, _ = self.loss(params, frozen, batch, key)
         truth = batch["image"]
         small = rounded(area_downsample(to_float(truth), self.config.model.factor))
-        drawn = to_uint8(self.sample(params, frozen, {"low_res": small}, key))
+        drawn = to_uint8(self.sample(params, frozen, Conditions(low_res=small), key))
         plain = to_uint8(self._enlarged(small))
 
-        def psnr(images):
+        def psnr(images: Array) -> jax.Array:
             error = jnp.mean(jnp.square(to_float(images) - to_float(truth)), axis=(1, 2, 3))
             return jnp.mean(10 * jnp.log10(4 / jnp.maximum(error, 1e-10)))
 

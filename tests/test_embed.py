@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from shrink import CAPTIONS, compilation_cache, random_params, small_config, small_stage, tokenizer_bytes
 
+from unclip_jax import embed as embedding
 from unclip_jax import train
 from unclip_jax.bundle import save_bundle
 from unclip_jax.data import __main__ as command
@@ -56,9 +57,9 @@ class Records:
 def data(monkeypatch):
     """In place of every dataset; a shard holds four records."""
     sources = {"train": Records(RECORDS, 0), "test": Records(HELD_OUT, 1)}
-    for module in (command, train):
+    for module in (embedding, train):
         monkeypatch.setattr(module, "open_source", lambda spec, split, *_: sources[split])
-    monkeypatch.setattr(embeddings, "SHARD", PER_SHARD)
+    monkeypatch.setattr(embeddings, "SHARD_RECORDS", PER_SHARD)
     with compilation_cache():
         yield sources
 
@@ -81,7 +82,7 @@ def config_of(clip, name="prior_diffusion", **data):
 
 
 def embed(clip, folder, process=0, processes=1):
-    command.embed(config_of(clip), folder, process, processes)
+    embedding.embed_dataset(config_of(clip), folder, process, processes)
 
 
 @pytest.fixture
@@ -207,7 +208,7 @@ def test_killed_and_run_again_goes_on(clip, folder, tmp_path, monkeypatch, capsy
     said = capsys.readouterr().err
     assert "8 of 14 records were done before" in said and "14 records are in" in said and "2 could not be read" in said
 
-    monkeypatch.setattr(command._Towers, "_call", None)
+    monkeypatch.setattr(embedding._Towers, "_call", None)
     embed(clip, stopped)  # nothing is left to do
 
 
@@ -292,16 +293,16 @@ def test_damaged_and_foreign_files_are_refused(clip, folder, data):
 
 
 def test_a_folder_begun_for_other_data_is_not_gone_on_with(clip, folder, monkeypatch, data):
-    monkeypatch.setattr(command, "open_source", lambda *_: data["test"])
+    monkeypatch.setattr(embedding, "open_source", lambda *_: data["test"])
     refused("was begun for records 11 of train, 3 of test, now there are 3 of train", embed, clip, folder)
 
 
 def test_mistakes_are_refused_before_clip_is_loaded(clip, tmp_path):
     nobody = SimpleNamespace(folder="", identity="")
-    refused("data.crop is 'dalle'", command.embed, config_of(clip, crop="dalle"), tmp_path, 0, 1)
-    refused("clip.bundle is empty", command.embed, config_of(nobody), tmp_path, 0, 1)
-    refused("data.source is empty", command.embed, config_of(clip, source=""), tmp_path, 0, 1)
-    refused("clip is not trained on CLIP's embeddings", command.embed, small_config("clip"), tmp_path, 0, 1)
+    refused("data.crop is 'dalle'", embedding.embed_dataset, config_of(clip, crop="dalle"), tmp_path, 0, 1)
+    refused("clip.bundle is empty", embedding.embed_dataset, config_of(nobody), tmp_path, 0, 1)
+    refused("data.source is empty", embedding.embed_dataset, config_of(clip, source=""), tmp_path, 0, 1)
+    refused("clip is not trained on CLIP's embeddings", embedding.embed_dataset, small_config("clip"), tmp_path, 0, 1)
     refused("expected python -m unclip_jax.data embed", command.main, ["data"])
     refused("--out is None", command.main, ["data", "embed", "--config=configs/prior_ar.py:tiny"])
     assert not list(tmp_path.iterdir())

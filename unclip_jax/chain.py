@@ -1,0 +1,255 @@
+"""Trained stages chained: caption → prior → decoder → upsamplers (unCLIP, arXiv 2204.06125, figure 2; GLIDE's chain,
+2112.10741, is caption → decoder → upsampler).
+
+A cascade is a folder of bundles: decoder/, beside it clip/ and prior/ where the decoder draws CLIP embeddings, and, if
+they are there, upsampler_256/, upsampler_1024/ and, to guide the decoder, noised_clip/. Each arrow is one jitted
+function of arrays; guidance scales and keys are arguments, so no choice of them compiles anew.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+import jax
+import numpy as np
+
+from unclip_jax.arrays import Key
+from unclip_jax.bundle import load_description
+from unclip_jax.data.transforms import center_square
+from unclip_jax.errors import UserError
+from unclip_jax.keys import RowKeys, seed_key
+from unclip_jax.model import Model
+from unclip_jax.paths import to_path
+from unclip_jax.pictures import to_float, to_uint8
+from unclip_jax.stages.conditions import Conditions
+
+UPSAMPLERS = ("upsampler_256", "upsampler_1024")
+PRIORS = ("prior_diffusion", "prior_ar")
+
+
+class Drawn(TypedDict):
+    """Result of drawing N pictures."""
+
+    embeddings: np.ndarray | None  # CLIP image embeddings (N, dim) they were drawn from; None from GLIDE
+    images: list[np.ndarray]  # uint8 (N, H, W, 3): the decoder's first, the largest last
+
+
+class Chain:
+    """The models of a cascade, from captions to pictures. Pictures are uint8 (N, H, W, 3), embeddings float32 (N, dim)
+    of unit norm where the CLIP's are.
+
+    A cascade without a prior draws pictures for embeddings alone, one without a CLIP for captions alone.
+    """
+
+    def __init__(
+        self,
+        clip: Model | None,
+        prior: Model | None,
+        decoder: Model,
+        upsamplers: list[Model],
+        noised_clip: Model | None = None,
+    ):
+        self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, upsamplers
+        self.noised_clip = noised_clip
+
+    @classmethod
+    def load(cls, folder: str, devices: Sequence[jax.Device] | None = None) -> Self:
+        """Reads a folder of bundles, on a disk or gs://...
+
+        devices: which of this process's rows are split over; None: all rows are on the first. Raises UserError for what
+        is missing or does not belong together.
+        """
+        root = to_path(folder)
+        if not root.is_dir():
+            raise UserError(f"no bundle at {root}: expected a folder with decoder/ and what it needs")
+        clip = prior = noised_clip = None
+        if load_description(root / "decoder")["stage"] == "decoder":
+            clip = Model.load(root / "clip", ("clip",), devices=devices)
+            prior = Model.load(root / "prior", PRIORS, clip, devices) if (root / "prior").exists() else None
+        decoder = Model.load(root / "decoder", ("decoder", "glide"), clip, devices)
+        if (root / "noised_clip").exists():
+            noised_clip = Model.load(root / "noised_clip", ("clip",), devices=devices)
+            _check_noised_clip(root, noised_clip, decoder)
+        upsamplers = [root / name for name in UPSAMPLERS if (root / name).exists()]
+        upsamplers = [Model.load(path, ("upsampler", "glide"), clip, devices) for path in upsamplers]
+        return cls(clip, prior, decoder, upsamplers, noised_clip)
+
+    def text_embeddings(self, texts: list[str]) -> np.ndarray:
+        """CLIP text embeddings (N, dim)."""
+        return self.clip.embed_texts(texts)
+
+    def image_embeddings(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """CLIP image embeddings (N, dim) of the squares in the middle of pictures, uint8 (H, W, 3) of any size.
+
+        Raises UserError where the CLIP is a text tower alone.
+        """
+        m = self.clip.stage.config.model
+        if not m.image:
+            raise UserError("this cascade's CLIP reads captions alone: pictures need one that has its image tower too")
+        return self.clip.embed_images(np.stack([center_square(image, m.image_size, m.resize) for image in images]))
+
+    def embeddings(self, texts: list[str], key: Key | RowKeys, guidance_scale: float | None = None) -> np.ndarray:
+        """Draws image embeddings (N, dim) for captions by the prior. guidance_scale: None is the trained config's."""
+        self._check_prior()
+        conditions = self._captions(self.prior, texts)._replace(text_embedding=self.text_embeddings(texts))
+        return self._draw(self.prior, conditions, key, guidance_scale)
+
+    def decode(
+        self, embeddings: np.ndarray | None, texts: list[str], key: Key | RowKeys, guidance_scale: float | None = None
+    ) -> np.ndarray:
+        """Draws the decoder's pictures for image embeddings (None: GLIDE takes none) and captions ("" for none)."""
+        return to_uint8(self._decode(embeddings, texts, key, guidance_scale))
+
+    def upsample(self, images: np.ndarray, texts: list[str], key: Key | RowKeys) -> list[np.ndarray]:
+        """Enlarges pictures by each upsampler in turn; gives them after each. texts: read by GLIDE's alone."""
+        return [to_uint8(larger) for larger in self._upsample(to_float(images), texts, key)]
+
+    def identities(self) -> dict[str, str]:
+        """SHA-256 of each model's bundle, by its folder's name in a cascade."""
+        named = {"clip": self.clip, "prior": self.prior, "decoder": self.decoder, "noised_clip": self.noised_clip}
+        named |= dict(zip(UPSAMPLERS, self.upsamplers, strict=False))
+        return {name: model.identity for name, model in named.items() if model}
+
+    def check_prompts(self, texts: list[str]) -> None:
+        """Raises UserError for a prompt that is empty or longer than the models read, and without a prior."""
+        self._check_prior()
+        limits = {}
+        if self.clip:
+            limits["CLIP"] = self.clip.tokenizer, self.clip.stage.config.model.text.context - 2
+        for name, model in {"the prior": self.prior, "the decoder": self.decoder}.items():
+            if model and "tokens" in model.stage.texts:
+                limits[name] = model.tokenizer, model.stage.texts["tokens"][1]
+        for text in texts:
+            if not text.strip():
+                raise UserError("the prompt is empty: say what to draw")
+            for name, (tokenizer, limit) in limits.items():
+                count = tokenizer.count(text)
+                if count > limit:
+                    raise UserError(f"the prompt {text[:40]!r}… has {count} tokens: {name} reads {limit}; shorten it")
+
+    def _check_prior(self) -> None:
+        if self.clip and not self.prior:
+            raise UserError("this cascade has no prior/: it draws pictures for image embeddings, not for captions")
+
+    def _generate(
+        self,
+        texts: list[str],
+        seed: int,
+        guidance_scale: float | None = None,
+        prior_guidance_scale: float | None = None,
+        clip_guidance_scale: float = 0.0,
+        embeddings: np.ndarray | None = None,
+        decoder: Model | None = None,
+        sketch: np.ndarray | None = None,
+        known: Callable[[int], dict[str, np.ndarray]] = lambda size: {},
+        rows: Sequence[int] | None = None,
+        draws: Sequence[int] | None = None,
+    ) -> Drawn:
+        """Implements `generate`; may replace the decoder, start it from a sketch, and keep known pixels.
+
+        known: side of a picture → its fields `known_image` and `known` of `Conditions`, at that size.
+        """
+        if not texts:
+            raise UserError("no captions: give at least one")
+        if clip_guidance_scale and not self.noised_clip:
+            raise UserError("CLIP guidance needs a noised CLIP: put its bundle into the cascade, as noised_clip/")
+        keys = RowKeys.of(seed_key(seed), len(texts))
+        keys = keys._replace(rows=np.array(keys.rows if rows is None else rows))
+        keys = keys._replace(draws=np.array(keys.draws if draws is None else draws))
+        key_prior, key_decoder, key_upsampler = keys.split(3)
+        if embeddings is None and self.clip:
+            embeddings = self.embeddings(texts, key_prior, prior_guidance_scale)
+        fields = {"sketch": sketch} | known(self.decoder.stage.config.model.image_size)
+        small = self._decode(embeddings, texts, key_decoder, guidance_scale, clip_guidance_scale, decoder, fields)
+        larger = self._upsample(small, texts, key_upsampler, known)
+        return {"embeddings": embeddings, "images": [to_uint8(images) for images in (small, *larger)]}
+
+    def _decode(
+        self,
+        embeddings: np.ndarray | None,
+        texts: list[str],
+        key: Key | RowKeys,
+        guidance_scale: float | None,
+        clip_guidance_scale: float = 0.0,
+        decoder: Model | None = None,
+        fields: dict[str, Any] | None = None,
+    ) -> np.ndarray:
+        """Draws the decoder's pictures, float32. fields: more of its conditions."""
+        model = decoder or self.decoder
+        if model.stage.needs_clip and embeddings is None:
+            raise UserError("no embeddings: this decoder draws pictures for CLIP embeddings, which a prior makes")
+        check_finite(clip_guidance_scale=clip_guidance_scale)
+        conditions = self._captions(model, texts)._replace(image_embedding=embeddings, **(fields or {}))
+        if not clip_guidance_scale:
+            return self._draw(model, conditions, key, guidance_scale)
+        conditions = conditions._replace(clip_scale=np.float32(clip_guidance_scale))
+        noised_text = unit(self.noised_clip.embed_texts(texts))
+        return self._draw(model, conditions, key, guidance_scale, self.noised_clip, noised_text)
+
+    def _upsample(
+        self,
+        images: np.ndarray,
+        texts: list[str],
+        key: Key | RowKeys,
+        known: Callable[[int], dict[str, np.ndarray]] = lambda size: {},
+    ) -> list[np.ndarray]:
+        """Enlarges float32 pictures by each upsampler in turn. known: as in `_generate`."""
+        sizes = []
+        keys = RowKeys.of(key, len(images)).split(len(self.upsamplers) or 1)
+        for key, model in zip(keys, self.upsamplers, strict=False):
+            images = np.clip(images, -1, 1)
+            if model.stage.config.model.round_low_res:
+                images = to_float(to_uint8(images))
+            fields = known(images.shape[1] * model.stage.config.model.factor)
+            conditions = self._captions(model, texts)._replace(low_res=images, **fields)
+            images = self._draw(model, conditions, key, None)
+            sizes.append(images)
+        return sizes
+
+    def _captions(self, model: Model, texts: list[str]) -> Conditions:
+        """Encodes texts in every form of tokens that the model's stage reads."""
+        arrays = {}
+        for name, (whose, context, ends) in model.stage.texts.items():
+            tokenizer = (model if whose == "own" else self.clip).tokenizer
+            arrays[name], arrays[f"{name}_length"] = tokenizer.encode(texts, context, ends)
+        return Conditions(**arrays)
+
+    def _draw(
+        self,
+        model: Model,
+        conditions: Conditions,
+        key: Key | RowKeys,
+        guidance_scale: float | None,
+        noised_clip: Model | None = None,
+        noised_text: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Draws by a model, guided where it can be; guidance_scale None is its config's. Rest: of `Model.draw`."""
+        sampling = model.stage.config.sampling
+        check_finite(guidance_scale=guidance_scale)
+        if not model.stage.guided and guidance_scale not in (None, 1.0):
+            raise UserError(f"guidance {guidance_scale}: this model was never trained without captions, which guidance "
+                            "needs: fine-tune it with --config.diffusion.drop_caption=0.2")  # fmt: skip
+        if model.stage.guided and "guidance_scale" in sampling:
+            scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+            conditions = conditions._replace(guidance_scale=np.float32(scale))
+        frozen = self.clip.params if model.stage.needs_clip else {}
+        return model.draw(frozen, conditions, key, noised_clip, noised_text)
+
+
+def check_finite(**numbers: float | None) -> None:
+    """Raises UserError for a number that is not finite."""
+    for name, value in numbers.items():
+        if value is not None and not np.isfinite(value):
+            raise UserError(f"{name} is {value}: expected a finite number")
+
+
+def _check_noised_clip(root: Path, noised_clip: Model, decoder: Model) -> None:
+    m, d = noised_clip.stage.config.model, decoder.stage.config
+    theirs, ours = (m.image_size, m.image.timesteps if m.image else 0), (d.model.image_size, d.diffusion.timesteps)
+    if theirs != ours:
+        raise UserError(f"{root}/noised_clip sees {theirs[0]} px at {theirs[1]} timesteps, the decoder draws {ours[0]} "
+                        f"px at {ours[1]}: it must be trained for the decoder")  # fmt: skip
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)

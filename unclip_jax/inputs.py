@@ -1,0 +1,130 @@
+"""Inputs of a training run: its batches, its held-out batch, its tokenizer, and the CLIP that it is trained against."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from unclip_jax.arrays import Batch, Params
+from unclip_jax.bundle import Bundle
+from unclip_jax.config_checks import embedded
+from unclip_jax.data.embeddings import EmbeddedSource, Provenance
+from unclip_jax.data.pipeline import batches, evaluation_batch
+from unclip_jax.data.sources import open_source
+from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
+from unclip_jax.data.transforms import ToExample
+from unclip_jax.errors import UserError
+from unclip_jax.paths import to_path, write_bytes
+from unclip_jax.stages import Stage
+from unclip_jax.stages.base import ClipTowers
+from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
+from unclip_jax.training.sharding import global_batch
+
+TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
+
+
+class Upstream(NamedTuple):
+    """The CLIP that a stage is trained against; all empty for a stage that needs none."""
+
+    stage: ClipTowers | None
+    params: Params
+    tokenizer: Tokenizer | None
+    identity: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The data of one run, as its stage reads it.
+
+    tokenizer: the stage's own; None where it has none. held_out: numpy arrays of `train.eval_size` examples that are
+    never trained on, the same on every process.
+    """
+
+    config: ConfigDict
+    source: Any  # of `data.split`: examples by index
+    to_example: ToExample
+    tokenizer: Tokenizer | None
+    held_out: dict
+
+    @classmethod
+    def open(
+        cls, config: ConfigDict, stage: Stage, upstream: Upstream, workdir: str, origin: Bundle | None
+    ) -> "Inputs":
+        """Opens the datasets that `config.data` names, and finds or trains the tokenizer.
+
+        origin: the trained model that the run starts from, whose tokenizer is kept. Raises UserError where the data
+        cannot be read, and where a tokenizer does not belong to the model or to the earlier run in WORKDIR.
+        """
+        source = _open_source(config, config.data.split, upstream.identity)
+        unseen = _open_source(config, config.data.eval_split, upstream.identity)
+        own = _own_tokenizer(config, stage, source, workdir, origin)
+        tokenizers = {"own": own, "clip": upstream.tokenizer}
+        texts = {name: (tokenizers[owner], context, ends) for name, (owner, context, ends) in stage.texts.items()}
+        to_example = ToExample(
+            stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors
+        )
+        held_out = evaluation_batch(unseen, to_example, config.train.eval_size, config.train.seed)
+        return cls(config, source, to_example, own, held_out)
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Yields this process's rows of the batches of steps start + 1, start + 2, …, without end."""
+        return batches(
+            self.source,
+            self.to_example,
+            self.config.train.batch_size,
+            self.config.train.seed,
+            start,
+            threads=self.config.data.threads,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def first_batches(self, mesh: Mesh) -> Iterator[Batch]:
+        """Yields the batches of the first steps over the mesh, for `Stage.prepare`; reads them when asked, and reports
+        progress."""
+        said = time.monotonic()
+        for k, rows in enumerate(self.batches(0)):
+            if time.monotonic() - said > SECONDS_BETWEEN_LINES and jax.process_index() == 0:
+                said = time.monotonic()
+                print(f"{self.config.stage}: preparing, {k} training batches read", file=sys.stderr, flush=True)
+            yield global_batch(rows, mesh)
+
+
+def _open_source(config: ConfigDict, split: str, clip_identity: str) -> Any:
+    d = config.data
+    source = open_source(d.source, split, d.data_dir, d.image_feature, d.caption_feature)
+    if not embedded(config):
+        return source
+    provenance = Provenance(clip_identity, d.source, d.image_feature, d.caption_feature)
+    return EmbeddedSource(source, to_path(d.embeddings), provenance, split)
+
+
+def _own_tokenizer(
+    config: ConfigDict, stage: Stage, source: Any, workdir: str, origin: Bundle | None
+) -> Tokenizer | None:
+    """Finds the stage's own tokenizer: that of the model it starts from, the file named, the one that an earlier run
+    left in WORKDIR, or a new one."""
+    if "own" not in {owner for owner, _, _ in stage.texts.values()}:
+        return None
+    vocab_size = (config.model if "vocab_size" in config.model else config.model.text).vocab_size
+    stored = to_path(workdir) / "tokenizer.model"
+    named = to_path(config.data.tokenizer) if config.data.tokenizer else stored
+    if origin:
+        if stored.exists() and stored.read_bytes() != origin.tokenizer_bytes:
+            raise UserError(f"{workdir} holds a run with another tokenizer than init.bundle's: give a new one")
+        tokenizer = Tokenizer(origin.tokenizer_bytes)
+    elif named.exists():
+        tokenizer = Tokenizer(named.read_bytes())
+    else:
+        count = min(len(source), TOKENIZER_CAPTIONS)
+        tokenizer = train_tokenizer((source[i]["caption"] for i in range(count)), vocab_size)
+    if not named.exists() and jax.process_index() == 0:
+        write_bytes(stored, tokenizer.model_bytes, alone=True)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"{named} has {tokenizer.vocab_size} pieces, more than the model's vocab_size={vocab_size}")
+    return tokenizer
