@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from shrink import CONFIGS, random_batch, small_config, tokenizer_bytes
+from shrink import CONFIGS, fake_clip, random_batch, small_config, tokenizer_bytes
 
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import ToExample
@@ -64,7 +64,7 @@ def test_clip_sees_pixels_as_it_was_trained_to():
         raise Looked(images.dtype)
 
     for name in ("prior_diffusion", "decoder"):
-        stage = make_stage(small_config(name), SimpleNamespace(config=clip.config, dim=clip.dim, embed_images=look))
+        stage = make_stage(small_config(name), fake_clip(config=clip.config, dim=clip.dim, embed_images=look))
         with pytest.raises(Looked, match="uint8"):
             stage.loss({}, {}, random_batch(stage, 2), jax.random.key(0))
 

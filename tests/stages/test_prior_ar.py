@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shrink import random_batch, small_config, small_stage
+from shrink import fake_clip, random_batch, small_config, small_stage
 
 from unclip_jax.errors import UserError
 from unclip_jax.stages import codes, make_stage
@@ -111,7 +111,7 @@ def clip(unit_norm=True):
     config = small_config("clip").unlock()
     config.model.unit_norm = unit_norm
     same = {"embed_images": lambda frozen, z: z, "embed_texts": lambda frozen, z, length: z}
-    return SimpleNamespace(config=config.lock(), dim=DIM, **same)
+    return fake_clip(config=config.lock(), dim=DIM, **same)
 
 
 def stage_of(kind=PriorAR, clip=None, **sections):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from shrink import small_config
+from shrink import fake_clip, small_config
 
 from unclip_jax import train
 from unclip_jax.diffusion.schedule import make_schedule, table_at
@@ -16,7 +16,7 @@ from unclip_jax.stages.conditions import Conditions
 from unclip_jax.stages.prior_diffusion import PriorDiffusion
 
 ROWS, DIM, VARIANCE, STEPS = 4096, 4, 0.289, 64
-CLIP = SimpleNamespace(config=ConfigDict({"model": {"unit_norm": False}}))
+CLIP = fake_clip(config=ConfigDict({"model": {"unit_norm": False}}))
 SCHEDULE = make_schedule("cosine", 1000)
 
 

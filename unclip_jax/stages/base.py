@@ -35,6 +35,7 @@ Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, original timestep
 MORE_ON_CHIP = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 
 
+@runtime_checkable
 class ClipTowers(Protocol):
     """A CLIP, as the stages that live in its space use it; `params` are its own."""
 
