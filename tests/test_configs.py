@@ -244,7 +244,7 @@ def test_values_are_those_that_are_written_down(name):
     """Types included: 1 is not 1.0, and a list is no tuple."""
     found = [leaves(load(name, size)) for size in SIZES]
     assert {key: repr(tuple(config[key] for config in found)) for key in found[0]} == {
-        key: repr(cli.tuples(values)) for key, values in VALUES[name].items()
+        key: repr(cli.lists_to_tuples(values)) for key, values in VALUES[name].items()
     }
 
 

@@ -39,7 +39,7 @@ class KnownPrior(PriorDiffusion):
         return jnp.float32(0), {}
 
     def sample(self, params, frozen, conditions, key):
-        return params
+        return params["drawn"]
 
 
 class CoarseUpsampler(Upsampler):
@@ -57,7 +57,7 @@ def test_reported_metrics_are_means_over_rows():
     # On a circle: three pairs that find each other; of the last, only the picture finds its caption.
     z_i, z_t = circle(0, 90, 180, 271, 50, 40), circle(0, 90, 180, 5, 10, 15)
     clip = known_clip(z_i, z_t)
-    scalars, _ = clip.evaluate({}, {}, random_batch(small_stage("clip")[0], ROWS), None)
+    scalars, _ = clip.evaluate({}, {}, random_batch(small_stage("clip")[0], ROWS), jax.random.key(0))
     pictures = sum(np.argmax([z_i[k] @ z for z in z_t]) == k for k in range(ROWS))
     captions = sum(np.argmax([z_t[k] @ z for z in z_i]) == k for k in range(ROWS))
     assert (pictures, captions) == (4, 3)
@@ -67,7 +67,7 @@ def test_reported_metrics_are_means_over_rows():
     embeds = {name: lambda *_, z=z: jnp.asarray(z, jnp.float32) for name, z in (("images", z_i), ("texts", z_t))}
     clip = fake_clip(config=small_config("clip"), embed_images=embeds["images"], embed_texts=embeds["texts"])
     prior = KnownPrior(small_config("prior_diffusion"), clip)
-    scalars, _ = prior.evaluate(jnp.asarray(drawn, jnp.float32), {}, random_batch(prior, ROWS), None)
+    scalars, _ = prior.evaluate({"drawn": jnp.asarray(drawn, jnp.float32)}, {}, random_batch(prior, ROWS), jax.random.key(0))
     mean = z_i.mean(0) / np.linalg.norm(z_i.mean(0))
     pairs = {
         "model": [(drawn[k] / 2, z_i[k]) for k in range(ROWS)],
@@ -86,7 +86,7 @@ def test_psnr_is_the_mean_of_each_pictures_own():
     stage = CoarseUpsampler(config.lock())
     spread = np.linspace(5, 120, ROWS).reshape(ROWS, 1, 1, 1)  # from nearly plain to noise
     truth = (128 + spread * RNG.uniform(-1, 1, (ROWS, 16, 16, 3))).astype(np.uint8)
-    scalars, pictures = jax.jit(stage.evaluate)({}, {}, {"image": truth}, None)
+    scalars, pictures = jax.jit(stage.evaluate)({}, {}, {"image": truth}, jax.random.key(0))
     drawn, plain, shown = np.split(np.asarray(pictures, np.float64), 3, axis=1)
     np.testing.assert_array_equal(shown, truth)
     for name, images in (("psnr", drawn), ("psnr_interpolated", plain)):

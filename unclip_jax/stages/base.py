@@ -74,6 +74,7 @@ class Sampler(Protocol):
         """
 
 
+@runtime_checkable
 class Inverter(Sampler, Protocol):
     """A stage that also finds the noise from which pictures are drawn: unCLIP's decoder."""
 
