@@ -128,8 +128,8 @@ def test_config_is_found_here_then_where_it_came_with_the_package(tmp_path, monk
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-def test_a_config_needs_ml_collections_alone(path):
+def test_a_config_needs_unclip_jax_alone(path):
     """It may be copied to any folder and run from there."""
     imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {getattr(node, "module", None) or node.names[0].name for node in imports}
-    assert names <= {"ml_collections"}
+    assert names <= {"unclip_jax"}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from unclip_jax.config import flat_keys
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path
 
@@ -172,13 +173,8 @@ def _check_key(config: ConfigDict, key: str, spec: str) -> None:
     node = config
     for i, name in enumerate(key.split(".")):
         if not isinstance(node, ConfigDict) or name not in node:
-            known = sorted(_keys(config))
+            known = sorted(flat_keys(config))
             nearest = difflib.get_close_matches(key, known, 1, 0) or known[:1]
             wrong = ".".join(key.split(".")[: i + 1])
             raise UserError(f"--config.{key}: {spec} has no key {wrong!r}; the nearest is --config.{nearest[0]}")
         node = node[name]
-
-
-def _keys(config: ConfigDict, prefix: str = ""):
-    for name, value in config.items():
-        yield from _keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [f"{prefix}{name}"]
