@@ -1,8 +1,8 @@
-"""Sections that configs are made of: the meaning of each key that several models have, once.
+"""Sections that configs are made of: each key that several models have is explained here, once.
 
-Each function returns a section of a config, or some keys of one, as a dict. No argument has a default: the numbers of a
-model stand in its own file of configs/, and so does the meaning of a key that no other model has. A config of your own
-is written in the same way:
+A function returns its arguments as a dict: a section of a config, or some keys of one. No argument has a default: the
+numbers of a model stand in its own file of configs/, and so does the meaning of a key that no other model has. A config
+of your own is written in the same way:
 
     from unclip_jax import config
 
@@ -50,13 +50,13 @@ def flat_keys(config: ConfigDict | dict, prefix: str = "") -> Iterator[str]:
 
 
 def _extended(arguments: dict, section: Callable[..., dict]) -> dict:
-    """A function's own arguments, and `section` of the rest."""
+    """Returns the section that the rest of a function's arguments make, together with its own."""
     return section(**arguments.pop("rest")) | arguments
 
 
 def recipe(
     *,
-    stage: str,  # Kind of model: a file of unclip_jax/stages/ that has one.
+    stage: str,  # Kind of model: "clip", "prior_diffusion", "prior_ar", "decoder", "upsampler" or "glide".
     dtype: str,  # Type of matrix products and convolutions: "bfloat16" or "float32". All else is float32.
     model: dict,  # Form and size of the networks.
     data: dict,  # Pictures and captions.
@@ -69,7 +69,7 @@ def recipe(
     return dict(stage=stage, dtype=dtype, model=model, data=data, optim=optim, train=train, mesh=mesh, **sections)
 
 
-# Keys of the section model, and the sections within it.
+# Keys of the section `model`, and sections within it.
 
 
 def pictures(*, image_size: int) -> dict:  # Side of the model's square pictures, in pixels.

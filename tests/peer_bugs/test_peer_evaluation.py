@@ -67,7 +67,8 @@ def test_reported_metrics_are_means_over_rows():
     embeds = {name: lambda *_, z=z: jnp.asarray(z, jnp.float32) for name, z in (("images", z_i), ("texts", z_t))}
     clip = fake_clip(config=small_config("clip"), embed_images=embeds["images"], embed_texts=embeds["texts"])
     prior = KnownPrior(small_config("prior_diffusion"), clip)
-    scalars, _ = prior.evaluate({"drawn": jnp.asarray(drawn, jnp.float32)}, {}, random_batch(prior, ROWS), jax.random.key(0))
+    params = {"drawn": jnp.asarray(drawn, jnp.float32)}
+    scalars, _ = prior.evaluate(params, {}, random_batch(prior, ROWS), jax.random.key(0))
     mean = z_i.mean(0) / np.linalg.norm(z_i.mean(0))
     pairs = {
         "model": [(drawn[k] / 2, z_i[k]) for k in range(ROWS)],
