@@ -1,7 +1,7 @@
 """Base of every stage, and the few lines that all diffusion stages share."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -19,7 +19,7 @@ from unclip_jax.diffusion.guidance import (
     known_states,
 )
 from unclip_jax.diffusion.losses import training_loss
-from unclip_jax.diffusion.process import make_denoiser, q_sample
+from unclip_jax.diffusion.process import Network, make_denoiser, q_sample
 from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_invert, ddim_step, ddpm_step, sample
 from unclip_jax.diffusion.schedule import first_steps, make_schedule, respace
 from unclip_jax.keys import draw_rows, split
@@ -28,7 +28,6 @@ from unclip_jax.stages.conditions import Conditions
 Scalars = Mapping[str, Array]
 Metrics = Mapping[str, Array | tuple[Array, Array]]  # pairs: see `Stage.loss`
 Pictures = UInt8[Array, "B H W 3"]
-Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, original timesteps (B,)) → the network's output
 
 # What a fusion may hold on the chip: 96 MiB, or all that there is, instead of 16. Products of transformers stream their
 # operands a third faster by the compiler's estimate, for two to five times its own time.

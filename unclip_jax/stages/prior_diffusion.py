@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float
 from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.analytic import estimate_C, squared_errors
 from unclip_jax.diffusion.guidance import clip_x0
-from unclip_jax.diffusion.process import make_denoiser
+from unclip_jax.diffusion.process import Network, make_denoiser
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.keys import fold_in
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.stages.base import Metrics, Network, Scalars, diffusion_loss, draw, empty_caption, trained
+from unclip_jax.stages.base import Metrics, Scalars, diffusion_loss, draw, empty_caption, trained
 from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.stages.prior import Prior
 
@@ -102,8 +102,8 @@ class PriorDiffusion(Prior):
         """Computes the network's caption, length and text embedding; the caption is dropped where `keep` is False."""
         scale = self.config.diffusion.embedding_scale
         if self._own_text:
-            length = jnp.where(keep, captions["tokens_length"], 0)
-            return captions["tokens"], length, jnp.where(keep[:, None], scale * text_embedding, 0.0)
+            own_length = jnp.where(keep, captions["tokens_length"], 0)
+            return captions["tokens"], own_length, jnp.where(keep[:, None], scale * text_embedding, 0.0)
         tokens, length = captions["clip_tokens"], captions["clip_tokens_length"]
         nothing, no_length = empty_caption(tokens, length)
         tokens, length = jnp.where(keep[:, None], tokens, nothing), jnp.where(keep, length, no_length)
