@@ -3,9 +3,11 @@
     python -m unclip_jax.pretrained glide SOURCE --out DIR
     python -m unclip_jax.pretrained openai_clip SOURCE --out DIR
     python -m unclip_jax.pretrained karlo SOURCE --out DIR
+    python -m unclip_jax.pretrained inception SOURCE --out DIR
 
-SOURCE is the folder (of CLIP: or the file) that the weights were downloaded to, with their vocabulary files; the README
-lists them. DIR becomes a cascade, of `openai_clip` a single bundle.
+SOURCE is the folder (of CLIP and Inception: or the file) that the weights were downloaded to, with their vocabulary
+files; the README lists them. DIR becomes a cascade, of `openai_clip` a single bundle, of `inception` what
+docs/evaluation.md measures with.
 """
 
 import importlib
@@ -21,7 +23,7 @@ from unclip_jax.paths import is_remote, output_folder, to_path
 from unclip_jax.pretrained import Converted, Options
 from unclip_jax.stages import make_stage
 
-FAMILIES = ("glide", "openai_clip", "karlo")
+FAMILIES = ("glide", "openai_clip", "karlo", "inception")
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +45,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{out} is in the way: give a new or empty folder")
 
     family = importlib.import_module(f"unclip_jax.pretrained.{args.family}")
+    if args.family == "inception":  # no stage: it neither trains nor draws
+        return family.save(source, out)
     options = Options(args.dtype, args.head_channels, args.heads, args.image_size)
     clip, clip_identity = None, ""
     for model in family.read_folder(source, options):
