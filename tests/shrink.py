@@ -109,8 +109,12 @@ def random_batch(stage, batch_size, seed=0):
 
 def fake_clip(**parts):
     """What stands in for a CLIP: only the given parts of its protocol work."""
-    missing = dict.fromkeys(("config", "dim", "init", "embed_images", "embed_texts", "embed_texts_with_states"))
-    return SimpleNamespace(**(missing | parts))
+
+    def missing(*_):
+        raise AssertionError("this CLIP was not given that part")
+
+    names = ("config", "dim", "init", "embed_images", "embed_texts", "embed_texts_with_states")
+    return SimpleNamespace(**(dict.fromkeys(names, missing) | parts))
 
 
 THINGS = ("apple", "castle", "fox", "ghost", "lemon", "rocket", "tent", "whale")

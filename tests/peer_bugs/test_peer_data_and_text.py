@@ -54,7 +54,7 @@ def test_clip_sees_pixels_as_it_was_trained_to():
     clip = SeeingClip(small_config("clip"))
     m, batch = clip.config.model, random_batch(clip, 2)
     clip.embed_images({}, batch["image"])
-    clip.loss({}, {}, batch, None)
+    clip.loss({}, {}, batch, jax.random.key(0))
     expected = (batch["image"] / 255.0 - np.array(m.mean)) / np.array(m.std)
     assert len(clip.seen) == 2
     for images in clip.seen:

@@ -85,7 +85,7 @@ def test_a_component_without_variance_is_coded():
     np.testing.assert_allclose(codes.decode(fitted, found, 16), [[1, 1]], atol=1e-6)
 
 
-@pytest.mark.parametrize("percentile", [0, 50, 95])
+@pytest.mark.parametrize("percentile", [0.0, 50.0, 95.0])
 def test_dot_products_are_drawn_as_in_training_above_a_percentile(percentile):
     dot = RNG.beta(2, 5, 20_000).astype(F32)
     fitted = codes.fit(np.ones((len(dot), 1), F32), dot, 1, 0.0)

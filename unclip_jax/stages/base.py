@@ -192,17 +192,17 @@ def trained(params: Params) -> Params:
     return {name: value for name, value in params.items() if name != "fixed"}
 
 
-def to_float(images: UInt8[Array, "*B H W C"]) -> Float[Array, "*B H W C"]:
+def to_float(images: UInt8[Array, "..."]) -> Float[Array, "..."]:
     """Maps 8-bit pictures to [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_uint8(images: Float[Array, "*B H W C"]) -> UInt8[Array, "*B H W C"]:
+def to_uint8(images: Float[Array, "..."]) -> UInt8[Array, "..."]:
     """Rounds pictures in [-1, 1] to 8 bits; clips what is outside."""
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def rounded(images: Float[Array, "*B H W C"]) -> Float[Array, "*B H W C"]:
+def rounded(images: Float[Array, "..."]) -> Float[Array, "..."]:
     """Rounds pictures in [-1, 1] to the nearest 8-bit values, still as float."""
     return to_float(to_uint8(images))
 
