@@ -11,6 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, UInt8
+
+from unclip_jax.arrays import Array
 
 SIDE = 299  # pixels that every picture is resized to
 CLASSES = 1008
@@ -96,7 +99,7 @@ class Inception(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images: UInt8[Array, "B H W 3"]) -> dict[str, jax.Array]:
         x = (resize(images.astype(jnp.float32), SIDE) - 128) / 128
         x = _conv("Conv2d_1a_3x3", 32, 3, 2)(x)
         x = _conv("Conv2d_2a_3x3", 32, 3, padding="VALID")(x)
@@ -127,10 +130,10 @@ class Block(nn.Module):
     branches: tuple
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w c"]:
         return jnp.concatenate([self._branch(x, branch) for branch in self.branches], axis=-1)
 
-    def _branch(self, x, steps):
+    def _branch(self, x: jax.Array, steps: Any) -> jax.Array:
         for step in steps:
             if isinstance(step, str):
                 x = POOLS[step](x)
@@ -149,7 +152,7 @@ def _conv(name: str, channels: int, sides: int | tuple[int, int], stride: int = 
     return lambda x: nn.relu(conv(x))
 
 
-def resize(images, side: int):
+def resize(images: Float[Array, "B H W C"], side: int) -> Float[Array, "B R R C"]:
     """float32 (B, H, W, C) → (B, side, side, C), as TensorFlow 1's `resize_bilinear` does without half-pixel centres.
 
     Pixel i lies at i * length / side. Nothing is averaged where the picture shrinks, and the last pixels of one that

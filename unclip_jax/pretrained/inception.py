@@ -16,7 +16,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.evaluation.features import INCEPTION
 from unclip_jax.models.inception import CLASSES, parameter_shapes
 from unclip_jax.pretrained.layers import dense
-from unclip_jax.pretrained.state_dict import StateDict, read
+from unclip_jax.pretrained.state_dict import StateDict, read_tensors
 from unclip_jax.training.leaves import named_leaves
 
 EPSILON = 1e-3  # of batch normalisation
@@ -36,7 +36,7 @@ def save(source: Path, out: Path) -> int:
     stated = re.search(r"-([0-9a-f]{8,})$", path.stem)
     if stated and not sha256.startswith(stated[1]):
         raise UserError(f"{path} is not the file that its name says: its sha256 is {sha256}; download it again")
-    params = convert(StateDict(read(path), str(path)))
+    params = convert(StateDict(read_tensors(path), str(path)))
     identity = save_bundle(
         out, INCEPTION, ConfigDict(), params, None, "", {"source": path.name, "source_sha256": sha256}
     )

@@ -1,0 +1,138 @@
+"""The command that measures: what it reads, that its numbers are the library's, and what it refuses."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from shrink import CAPTIONS, random_params, small_config, tokenizer_bytes
+
+from unclip_jax import evaluate, pictures
+from unclip_jax.bundle import save_bundle
+from unclip_jax.errors import UserError
+from unclip_jax.evaluation import features, frechet
+from unclip_jax.evaluation.clip_score import clip_score
+from unclip_jax.stages import make_stage
+
+
+class Means:
+    """In Inception's place: the mean of each colour, its square, and products with its neighbour."""
+
+    card = {"network": "means", "weights": "0" * 64}  # noqa: RUF012
+
+    def __init__(self, folder, names):
+        self.names = names
+
+    def __call__(self, batches):
+        rows = np.concatenate([batch.reshape(len(batch), -1, 3).mean(axis=1) / 255 for batch in batches])
+        found = np.concatenate([rows, rows**2, rows * np.roll(rows, 1, axis=1)], axis=1).astype(np.float32)
+        return dict.fromkeys(self.names, found)
+
+
+@pytest.fixture(autouse=True)
+def means(monkeypatch):
+    monkeypatch.setattr(features, "inception", Means)
+
+
+def drawn(count, seed, low=0):
+    return np.random.default_rng(seed).integers(low, 256, (count, 8, 8, 3)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Two folders of the same pictures, as files with captions beside them and as tars that `sample` would draw."""
+    root = tmp_path_factory.mktemp("pictures")
+    images = drawn(40, 0)
+    (root / "tars").mkdir()
+    (root / "files").mkdir()
+    for start in (0, 24):
+        with tarfile.open(root / "tars" / f"{start:06}.tar", "w") as archive:
+            for i in range(start, min(start + 24, 40)):
+                data = pictures.png(images[i], {"prompt": CAPTIONS[i % 48]})
+                member = tarfile.TarInfo(f"{i:03}.png")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(root / "files" / f"{i:03}.png")
+        (root / "files" / f"{i:03}.txt").write_text(CAPTIONS[i % 48] + "\n")
+    (root / "files" / "grid.png").write_bytes(pictures.png(images[0]))
+    (root / "others").mkdir()
+    for i, image in enumerate(drawn(30, 1, low=60)):
+        Image.fromarray(image).save(root / "others" / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    config, folder = small_config("clip"), tmp_path_factory.mktemp("clip") / "clip"
+    save_bundle(folder, "clip", config, random_params(make_stage(config)), tokenizer_bytes(), "", {})
+    return folder
+
+
+def run(capsys, *arguments):
+    assert evaluate.main(["evaluate", *map(str, arguments), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_files_and_tars_are_read_alike(places):
+    for place in ("files", "tars"):
+        found = list(evaluate.read_pictures(str(places / place), None))
+        np.testing.assert_array_equal(np.stack([picture.image for picture in found]), drawn(40, 0))
+        assert [picture.caption for picture in found] == [CAPTIONS[i % 48] for i in range(40)]
+    assert next(evaluate.read_pictures(str(places / "files"), 4)).image.shape == (4, 4, 3)
+
+
+def test_numbers_are_the_librarys_and_say_what_they_depend_on(places, capsys):
+    options = ["--pictures", places / "tars", "--reference", places / "others", "--inception", "x"]
+    fid, kid, *four = run(capsys, "fid", "kid", "precision_recall", *options)
+    network = Means("", ("pool",))
+    ours, theirs = (network([images])["pool"] for images in (drawn(40, 0), drawn(30, 1, low=60)))
+    groups, reference = frechet.grouped_statistics([ours], 10, {}), frechet.statistics([theirs], {})
+    assert fid["value"] == pytest.approx(frechet.fid(groups, reference).value) and fid["n"] == 40
+    assert fid["low"] < fid["value"] < fid["high"]
+    card = fid["card"]["pictures"]
+    assert card["crop"] == "center" and card["resize"] == "area, 8" and card["source"] == str(places / "tars")
+    assert kid["value"] == pytest.approx(frechet.kid(ours, theirs).value) and kid["card"]["weights"] == "0" * 64
+    assert len(four) == 4
+
+
+def test_statistics_stand_in_for_the_reference(places, tmp_path, capsys):
+    options = ["fid", "--pictures", places / "files", "--inception", "x", "--reference"]
+    first = run(capsys, *options, places / "others", "--save-reference", tmp_path / "others.npz")
+    again = run(capsys, *options, tmp_path / "others.npz")
+    assert again[0]["value"] == first[0]["value"] > 0.01
+    same = run(capsys, *options, places / "tars")
+    assert abs(same[0]["value"]) < 1e-9
+
+
+def test_captions_are_scored_by_a_clip(places, clip_folder, capsys):
+    score, precision = run(capsys, "clip_score", "r_precision", "--pictures", places / "files", "--clip", clip_folder)
+    clip = features.clip(clip_folder)
+    texts = clip.captions([CAPTIONS[i % 48] for i in range(40)])
+    assert score["value"] == pytest.approx(clip_score(clip.pictures(drawn(40, 0))["image"], texts).value, abs=1e-4)
+    assert precision["card"]["distractors"] == 39 and score["n"] == precision["n"] == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["fid", "--pictures", "{0}/files", "--reference", "{0}/others"], "no --inception"),
+        (["fid", "--pictures", "{0}/files", "--inception", "x"], "no --reference"),
+        (["clip_score", "--pictures", "{0}/files"], "no --clip"),
+        (["kid", "--pictures", "{0}/files", "--inception", "x", "--reference", "a.npz"], "enough for fid and sfid"),
+        (["fid", "--pictures", "{0}/none", "--inception", "x", "--reference", "{0}/others"], "is no folder"),
+        (["fid", "--pictures", "{0}/empty", "--inception", "x", "--reference", "{0}/others"], "no pictures in"),
+        (["fid", "--pictures", "{0}/broken", "--inception", "x", "--reference", "{0}/others"], "can be read"),
+        (["r_precision", "--pictures", "{0}/others", "--clip", "{1}"], "30 of 30 pictures .* have no caption"),
+        (["lpips", "--pictures", "{0}/files"], "invalid choice"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(places, clip_folder, arguments, says):
+    (places / "empty").mkdir(exist_ok=True)
+    (places / "broken").mkdir(exist_ok=True)
+    (places / "broken" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=says) as caught:
+        evaluate.main(["evaluate", *(text.format(places, clip_folder) for text in arguments)])
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,215 @@
+"""Measures pictures: FID and its kin against a reference, and how well pictures show their captions.
+
+    python -m unclip_jax.evaluate fid precision_recall --pictures drawn --reference coco --inception inception
+    python -m unclip_jax.evaluate clip_score r_precision --pictures drawn --clip runs/clip/bundle
+
+Pictures and reference are folders of pictures, or of tars as `sample --prompts` draws them; for fid and sfid the
+reference may be statistics (.npz), which --save-reference stores. Captions are those inside the PNG files or beside the
+pictures (.txt). Prints each number with its 95 % interval and n, and with --json what else it depends on.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from unclip_jax import cli
+from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
+from unclip_jax.errors import UserError
+from unclip_jax.paths import files_below, to_path
+
+METRICS = {
+    "fid": "pool",
+    "sfid": "spatial",
+    "kid": "pool",
+    "inception_score": "logits",
+    "precision_recall": "pool",
+    "cmmd": "image",
+    "clip_score": "image",
+    "r_precision": "image",
+}  # metric → the features it needs; "image" is a CLIP's
+ALONE = ("inception_score", "clip_score", "r_precision")  # need no reference
+KINDS = (".png", ".jpg", ".jpeg", ".webp")
+BATCH, GROUPS = 64, 10
+
+
+class Picture(NamedTuple):
+    """A picture, uint8 (R, R, 3), and its caption, or "" where it has none."""
+
+    image: np.ndarray
+    caption: str
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line. Raises UserError for what is wrong with it."""
+    parser = cli.Parser("evaluate", __doc__)
+    parser.add_argument("metric", nargs="+", choices=METRICS)
+    parser.add_argument("--pictures", required=True, help="folder of pictures, or of tars of them")
+    parser.add_argument("--reference", help="true pictures, likewise, or their statistics, .npz")
+    parser.add_argument("--inception", help="folder that `pretrained inception` wrote")
+    parser.add_argument("--clip", help="bundle of a CLIP, which is not the one that drew")
+    parser.add_argument("--size", type=int, help="side of the square cut from each picture; default: the first's")
+    parser.add_argument("--save-reference", help="file to store the reference's statistics in, .npz")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line, with the card of each number")
+    args = parser.parse_args(argv[1:])
+    features = {METRICS[name] for name in args.metric}
+    if "image" in features and not args.clip:
+        raise UserError("no --clip: name the bundle of a CLIP to measure by")
+    if features - {"image"} and not args.inception:
+        raise UserError("no --inception: name the folder that `pretrained inception` wrote")
+    if set(args.metric) - set(ALONE) and not args.reference:
+        raise UserError("no --reference: name a folder of true pictures, or their statistics (.npz)")
+    if args.reference and args.reference.endswith(".npz") and set(args.metric) - {"fid", "sfid", *ALONE}:
+        raise UserError(f"--reference {args.reference} is enough for fid and sfid alone: give a folder of pictures")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    cli.enable_compilation_cache()
+    found: list[Any] = []
+    names = {METRICS[name] for name in args.metric}
+    if names - {"image"}:
+        found += _by_inception(args, tuple(sorted(names - {"image"})))
+    if "image" in names:
+        found += _by_clip(args)
+    for result in found:
+        print(json.dumps(result._asdict()) if args.json else result)
+    return 0
+
+
+def _by_inception(args: argparse.Namespace, names: tuple[str, ...]) -> list[Any]:
+    from unclip_jax.evaluation import features, frechet
+    from unclip_jax.evaluation.inception_score import inception_score
+    from unclip_jax.evaluation.manifold import precision_recall
+
+    network = features.inception(args.inception, names)
+    drawn, size = _features(network, args.pictures, args.size)
+    card = network.card | {"crop": "center", "resize": f"area, {size}"}
+    statistics = args.reference if args.reference and args.reference.endswith(".npz") else ""
+    known = _features(network, args.reference, size)[0] if args.reference and not statistics else {}
+
+    found = []
+    for name in [name for name in args.metric if METRICS[name] != "image"]:
+        kind = METRICS[name]
+        if name in ("fid", "sfid"):
+            about = card | {"features": kind}
+            if statistics:
+                reference = frechet.Statistics.load(to_path(statistics))
+            else:
+                reference = frechet.statistics([known[kind]], about | {"source": args.reference})
+            if args.save_reference:
+                reference.save(to_path(args.save_reference))
+            groups = frechet.grouped_statistics([drawn[kind]], GROUPS, about | {"source": args.pictures})
+            found.append(frechet.fid(groups, reference))
+        elif name == "kid":
+            found.append(frechet.kid(drawn[kind], known[kind]).noting(**card))
+        elif name == "inception_score":
+            found.append(inception_score(drawn[kind]).noting(**card))
+        else:
+            found += [result.noting(**card) for result in precision_recall(drawn[kind], known[kind]).values()]
+    return found
+
+
+def _by_clip(args: argparse.Namespace) -> list[Any]:
+    from unclip_jax.evaluation import features, frechet
+    from unclip_jax.evaluation.clip_score import clip_score, r_precision
+
+    network = features.clip(args.clip)
+    captions: list[str] = []
+    drawn, size = _features(network.pictures, args.pictures, args.size, captions)
+    card, drawn = network.pictures.card | {"crop": "center", "resize": f"area, {size}"}, drawn["image"]
+    asked = [name for name in args.metric if METRICS[name] == "image"]
+    texts = None
+    if set(asked) - {"cmmd"}:
+        if "" in captions:
+            raise UserError(f"{captions.count('')} of {len(captions)} pictures in {args.pictures} have no caption: "
+                            "expected it inside each PNG file, or beside each picture in a .txt")  # fmt: skip
+        texts = network.captions(captions)
+    found = []
+    for name in asked:
+        if name == "cmmd":
+            known, _ = _features(network.pictures, args.reference, size)
+            found.append(frechet.cmmd(drawn, known["image"]).noting(**card))
+        else:
+            measure = clip_score if name == "clip_score" else r_precision
+            found.append(measure(drawn, texts).noting(**card))
+    return found
+
+
+def _features(
+    network: Any, place: str, size: int | None, captions: list[str] | None = None
+) -> tuple[dict[str, np.ndarray], int]:
+    """Computes the features of all pictures of a place, and the side that they were cut to; notes their captions."""
+    pictures = read_pictures(place, size)
+    first = next(pictures, None)
+    if first is None:
+        raise UserError(f"no pictures in {place}: expected files that end in {', '.join(KINDS)}, or tars of them")
+    count = itertools.count(1)
+
+    def batches() -> Iterator[np.ndarray]:
+        for group in _batched(itertools.chain([first], pictures)):
+            if captions is not None:
+                captions.extend(picture.caption for picture in group)
+            yield np.stack([picture.image for picture in group])
+            print(f"\r{place}: {next(count) * BATCH} pictures", end="", file=sys.stderr, flush=True)
+
+    found = network(batches())
+    print(f"\r{place}: {len(next(iter(found.values())))} pictures   ", file=sys.stderr)
+    return found, len(first.image)
+
+
+def read_pictures(place: str, size: int | None) -> Iterator[Picture]:
+    """Yields the pictures of a folder, and of tars in it, by name: squares of `size`, or of the first's shorter side.
+
+    Raises UserError where there is no such folder, and for a picture that cannot be read.
+    """
+    folder = to_path(place)
+    if not folder.is_dir():
+        raise UserError(f"{place} is no folder: expected one of pictures, or of tars of them")
+    names = files_below(folder)
+    for name in names:
+        if name.endswith(".tar"):
+            with (folder / name).open("rb") as file, tarfile.open(fileobj=file) as archive:
+                files = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+            for inner in sorted(files):
+                if inner.lower().endswith(KINDS):
+                    beside = files.get(f"{inner.rpartition('.')[0]}.txt", b"")
+                    yield (picture := _picture(files[inner], beside, f"{name}/{inner}", size))
+                    size = size or len(picture.image)
+        elif name.lower().endswith(KINDS) and name != "grid.png":
+            text = folder / f"{name.rpartition('.')[0]}.txt"
+            yield (picture := _picture((folder / name).read_bytes(), _text(text), name, size))
+            size = size or len(picture.image)
+
+
+def _text(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _picture(data: bytes, beside: bytes, name: str, size: int | None) -> Picture:
+    try:
+        image = decode(data)
+        with Image.open(io.BytesIO(data)) as file:
+            inside = getattr(file, "text", {}).get("prompt", "")
+    except (UnreadableRecord, OSError) as error:
+        raise UserError(f"{name} is not a picture that can be read ({error})") from error
+    caption = beside.decode("utf-8-sig").strip() or inside
+    return Picture(center_square(image, size or min(image.shape[:2]), "area"), caption)
+
+
+def _batched(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:
+    while group := list(itertools.islice(pictures, BATCH)):
+        yield group
+
+
+if __name__ == "__main__":
+    cli.run(main)
