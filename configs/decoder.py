@@ -11,178 +11,62 @@ tiny   Emoji scenes of one object, for two CPU cores; trains its CLIP first if n
        Given true embeddings of 64 held-out scenes, object right in 92%, background in 100%.
 """
 
-from ml_collections import ConfigDict
+from unclip_jax import config
+
+PAPER = config.recipe(
+    stage="decoder", dtype="bfloat16", mesh=config.mesh(data=-1, fsdp=1),
+    model=dict(
+        **config.pictures(image_size=64),
+        **config.embedding(embedding_dim=1024),
+        image_tokens=4,  # Tokens of context that are made of the CLIP embedding.
+        **config.reader(caption="own"),
+        learned_null=False,  # A learned vector stands for a dropped CLIP embedding; False: zeros do.
+        unet=config.attention_unet(channels=512, channel_mult=(1, 2, 3, 4), res_blocks=3, attention=(2, 4, 8),
+                                   middle_attention=True, head_channels=64, heads=(0, 0), norm_groups=32,
+                                   scale_shift=True, resample_blocks=True, dropout=0.1, remat=False),
+        text=config.text(vocab_size=50257, context=256, width=2048, depth=24, heads=32),
+    ),
+    diffusion=dict(
+        **config.caption_diffusion(schedule="cosine", timesteps=1000, predicts="eps", learned_variance=True,
+                                   snr_clip=(), drop_caption=0.5),
+        drop_embedding=0.1,  # Share of training examples without their CLIP embedding, from 0 to 1; for guidance.
+    ),
+    sampling=config.guided_sampling(sampler="ddpm", steps="250", eta=0.0, clip_x0=1.0, temperature=1.0,
+                                    guidance_scale=1.25),  # the paper's for its FID table
+    clip=config.clip(bundle="", config=""),
+    data=config.embedding_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
+                               image_feature="image", caption_feature="caption", tokenizer="", embeddings="",
+                               crop="dalle", threads=16),
+    optim=config.adam(learning_rate=1.2e-4, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, eps=1e-8,
+                      weight_decay=0.0, clip_norm=0.0, ema_decay=0.9999, accumulate=1),
+    train=config.train(steps=800_000, batch_size=2048, seed=0, log_every=50, checkpoint_every=4000, eval_size=64,
+                       sample_every=10000, keep=3, keep_every=0, max_skips=20, watchdog_minutes=60.0, expected_loss=()),
+)
+
+SMALL = dict(
+    model=dict(embedding_dim=512, learned_null=True, unet=dict(channels=128, res_blocks=2),
+               text=dict(vocab_size=1024, context=32, width=512, depth=6, heads=8)),
+    sampling=dict(guidance_scale=2.0),
+    data=dict(source="tfds:emoji_scenes/pair_256", crop="center"),
+    optim=dict(warmup_steps=1000, ema_decay=0.999),
+    train=dict(steps=100000, batch_size=128, sample_every=5000),
+)
+
+TINY = dict(
+    dtype="float32",
+    model=dict(image_size=16, embedding_dim=64, learned_null=True,
+               unet=dict(channels=24, channel_mult=(1, 2, 4), res_blocks=1, attention=(2, 4), head_channels=24,
+                         norm_groups=8, dropout=0.0),
+               text=dict(vocab_size=512, context=24, width=64, depth=2, heads=2)),
+    diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(0.3, 5.0)),
+    sampling=dict(sampler="ddim", steps="25", guidance_scale=1.5),
+    clip=dict(config="configs/clip.py:tiny"),
+    data=dict(source="tfds:emoji_scenes/single_64", crop="center", threads=2),
+    optim=dict(learning_rate=0.003, warmup_steps=100, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.995),
+    train=dict(steps=1300, batch_size=32, checkpoint_every=400, sample_every=100000, keep=2,
+               expected_loss=((100, 0.065, 0.17), (600, 0.03, 0.08), (1300, 0.012, 0.045))),
+)
 
 
-def get_config(size: str = "paper") -> ConfigDict:
-    config = ConfigDict()
-    config.stage = "decoder"  # the kind of model: a name of unclip_jax/stages/__init__.py
-    config.dtype = "bfloat16"  # of matrix products and convolutions, or "float32"; all else is float32
-    config.model = ConfigDict(
-        dict(
-            image_size=64,  # side of its square pictures, pixels
-            embedding_dim=1024,  # numbers of CLIP's embeddings
-            image_tokens=4,  # context tokens made of the CLIP embedding
-            caption="own",  # read in tokens of its own; "clip": as CLIP's text tower does
-            learned_null=False,  # a dropped embedding is a learned vector; else zeros
-            unet=dict(  # the ADM U-Net
-                channels=512,  # of the first level; a multiple of norm_groups and head_channels
-                channel_mult=(1, 2, 3, 4),  # times channels, level by level; each further one has half the side
-                res_blocks=3,  # per level; one more on the way up
-                attention=(2, 4, 8),  # downsampling factors: 32, 16 and 8 pixels
-                middle_attention=True,  # attention between the way down and the way up too
-                head_channels=64,  # channels of an attention head; 0: heads tells
-                heads=(0, 0),  # where head_channels is 0: their number, on the way down and up
-                norm_groups=32,  # groups of group normalisation
-                scale_shift=True,  # the timestep scales and shifts what is normed; else it is added before
-                resample_blocks=True,  # residual blocks halve and double the side; else convolutions do
-                dropout=0.1,  # share of features dropped in training
-                remat=False,  # activations are computed twice instead of kept: less memory, more time
-            ),
-            text=dict(  # the transformer that reads captions
-                vocab_size=50257,  # pieces that its tokenizer may have
-                context=256,  # tokens of a caption; longer ones are cut
-                width=2048,  # channels; a multiple of heads
-                depth=24,  # blocks
-                heads=32,  # of attention, in each block
-            ),
-        )
-    )
-    config.diffusion = ConfigDict(
-        dict(
-            schedule="cosine",  # of noise: "cosine" or "linear"
-            timesteps=1000,  # of the whole chain, which is trained
-            predicts="eps",  # "eps": the noise; "x0": what it was added to
-            learned_variance=True,  # the network gives the steps' variances too; else they are fixed
-            snr_clip=(),  # (low, high): an x0 error counts clip(SNR, low, high) times; (): plain mean
-            drop_embedding=0.1,  # share of examples without the CLIP embedding, for guidance
-            drop_caption=0.5,  # share of examples without the caption, for guidance
-        )
-    )
-    config.sampling = ConfigDict(
-        dict(
-            sampler="ddpm",  # "ddpm", "ddim" or, in the diffusion prior, "analytic"
-            steps="250",  # sampling steps: a number, numbers by section, "ddimN" or "fast27" (diffusion/schedule.py)
-            eta=0.0,  # of ddim: 0 adds no noise, 1 as much as ddpm
-            # the paper's for its FID table
-            guidance_scale=1.25,  # 1: none; more: nearer the caption
-            clip_x0=1.0,  # x0 is clipped to at most this magnitude; 0: no clipping
-            temperature=1.0,  # times the noise that sampling starts from
-        )
-    )
-    config.clip = ConfigDict(
-        dict(
-            bundle="",  # the trained CLIP: its run's workdir/bundle
-            config="",  # if no bundle is named: the CLIP config to train first, into workdir/clip
-        )
-    )
-    config.data = ConfigDict(
-        dict(
-            source="",  # "tfds:NAME" or "folder:/pictures/with/captions"
-            data_dir="~/tensorflow_datasets",  # where TFDS datasets lie; emoji scenes are drawn into it
-            split="train",  # trained on
-            eval_split="test",  # never trained on
-            image_feature="image",  # the picture's name in a TFDS record
-            caption_feature="caption",  # the text's name, or that of several texts
-            tokenizer="",  # a sentencepiece model; "": one is trained on the captions
-            crop="dalle",  # random square crop and scale (arXiv 2102.12092); "center": none
-            embeddings="",  # folder written by `python -m unclip_jax.data embed`; "": CLIP runs in the step
-            threads=16,  # that read and cut pictures, in each process
-        )
-    )
-    config.optim = ConfigDict(
-        dict(
-            learning_rate=1.2e-4,  # after warm-up
-            warmup_steps=0,  # in which it rises linearly; 0: none
-            schedule="constant",  # "constant", or "cosine" or "linear" to zero at train.steps
-            b1=0.9,  # Adam's, of the mean gradient
-            b2=0.999,  # Adam's, of the mean square
-            eps=1e-8,  # Adam's, beside the root of the mean square
-            weight_decay=0.0,  # times the learning rate; of matrices and kernels, not of gains and biases
-            clip_norm=0.0,  # largest norm of the whole gradient; 0: no clipping
-            ema_decay=0.9999,  # of the parameters' moving average, per step
-            accumulate=1,  # microbatches per step
-        )
-    )
-    config.train = ConfigDict(
-        dict(
-            steps=800_000,  # of the whole run
-            batch_size=2048,  # examples in a step, over all devices
-            seed=0,  # of parameters, order of the data and noise
-            log_every=50,  # steps between lines of metrics
-            checkpoint_every=4000,  # steps between checkpoints
-            sample_every=10000,  # steps between evaluations, with pictures of held-out examples
-            eval_size=64,  # held-out examples that are evaluated
-            keep=3,  # checkpoints
-            keep_every=0,  # besides those, checkpoints of every step that this divides; 0: none
-            max_skips=20,  # steps in a row whose loss or gradient is not finite, before the run stops
-            watchdog_minutes=60.0,  # without a step, before a run writes where its threads stand and exits; 0: never
-            expected_loss=(),  # (step, low, high), ...: what runs showed; a loss outside is warned of
-        )
-    )
-    config.mesh = ConfigDict(
-        dict(
-            data=-1,  # copies of the model, which share each batch; -1: as many as fsdp leaves devices for
-            fsdp=1,  # devices over which a copy's parameters and Adam's state are split
-        )
-    )
-    if size == "small":
-        config.update(
-            dict(
-                model=dict(
-                    embedding_dim=512,
-                    learned_null=True,
-                    unet=dict(channels=128, res_blocks=2, remat=False),
-                    text=dict(vocab_size=1024, context=32, width=512, depth=6, heads=8),
-                ),
-                sampling=dict(guidance_scale=2.0),
-                data=dict(source="tfds:emoji_scenes/pair_256", crop="center"),
-                optim=dict(warmup_steps=1000, ema_decay=0.999),
-                train=dict(steps=100000, batch_size=128, sample_every=5000),
-            )
-        )
-    elif size == "tiny":
-        config.update(
-            dict(
-                dtype="float32",
-                model=dict(
-                    image_size=16,
-                    embedding_dim=64,
-                    learned_null=True,
-                    unet=dict(
-                        channels=24,
-                        channel_mult=(1, 2, 4),
-                        res_blocks=1,
-                        attention=(2, 4),
-                        head_channels=24,
-                        norm_groups=8,
-                        dropout=0.0,
-                        remat=False,
-                    ),
-                    text=dict(vocab_size=512, context=24, width=64, depth=2, heads=2),
-                ),
-                diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(0.3, 5.0)),
-                sampling=dict(sampler="ddim", steps="25", guidance_scale=1.5),
-                clip=dict(config="configs/clip.py:tiny"),
-                data=dict(source="tfds:emoji_scenes/single_64", crop="center", threads=2),
-                optim=dict(
-                    learning_rate=0.003,
-                    warmup_steps=100,
-                    schedule="cosine",
-                    b2=0.99,
-                    clip_norm=1.0,
-                    ema_decay=0.995,
-                ),
-                train=dict(
-                    steps=1300,
-                    batch_size=32,
-                    checkpoint_every=400,
-                    sample_every=100000,
-                    keep=2,
-                    expected_loss=((100, 0.065, 0.17), (600, 0.03, 0.08), (1300, 0.012, 0.045)),
-                ),
-            )
-        )
-    elif size != "paper":
-        raise ValueError(f"config size {size!r}: expected paper, small or tiny")
-    return config
+def get_config(size: str = "paper") -> config.ConfigDict:
+    return config.sized(size, PAPER, SMALL, TINY)

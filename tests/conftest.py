@@ -1,4 +1,4 @@
-"""Every test runs on eight simulated devices, with strict dtype and rank promotion."""
+"""Every test runs on eight simulated devices, with strict dtype and rank promotion, and with shapes checked."""
 
 import os
 
@@ -10,6 +10,10 @@ import re
 import fake_gcs
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports the package: every call in these folders is checked against its annotations.
+install_import_hook(["unclip_jax.diffusion", "unclip_jax.models", "unclip_jax.stages"], "beartype.beartype")
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import tempfile
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,16 @@ def random_batch(stage, batch_size, seed=0):
         else:
             batch[name] = rng.integers(1, 200, spec.shape).astype(spec.dtype)
     return batch
+
+
+def fake_clip(**parts):
+    """What stands in for a CLIP: only the given parts of its protocol work."""
+
+    def missing(*_):
+        raise AssertionError("this CLIP was not given that part")
+
+    names = ("config", "dim", "init", "embed_images", "embed_texts", "embed_texts_with_states")
+    return SimpleNamespace(**(dict.fromkeys(names, missing) | parts))
 
 
 THINGS = ("apple", "castle", "fox", "ghost", "lemon", "rocket", "tent", "whale")

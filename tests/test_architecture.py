@@ -5,7 +5,14 @@ import graphlib
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from jaxtyping import TypeCheckError
+
+from unclip_jax.diffusion.process import q_sample
+from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.models.clip import normalize
+from unclip_jax.models.transformer import TextTransformer
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "unclip_jax"
@@ -14,9 +21,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lower numbers may not import higher ones; equals may. A package's command is an entry, above the package's own layer.
 ENTRIES = ("__main__", "train", "sample", "edit", "evaluate", "plan", "quickstart", "doctor")
 ENTRIES += ("data.__main__", "pretrained.__main__")
-LAYERS = {"__init__": 0, "arrays": 0, "errors": 0, "keys": 0, "paths": 0}
+LAYERS = {"__init__": 0, "arrays": 0, "config": 0, "errors": 0, "keys": 0, "paths": 0}
 LAYERS |= {"diffusion": 1, "models": 1, "data": 1, "training": 1, "cli": 1, "pictures": 1, "config_checks": 1}
-LAYERS |= {"evaluation": 2, "stages": 2, "bundle": 2, "model": 3, "chain": 3, "cascade": 3, "embed": 3, "inputs": 3}
+LAYERS |= {"evaluation": 2, "stages": 2, "bundle": 2, "inputs": 3, "embed": 3}
+LAYERS |= {"model": 3, "chain": 3, "cascade": 3, "drawing": 3}
 LAYERS |= {"pretrained": 3, "planning": 3} | dict.fromkeys(ENTRIES, 4)
 FORBIDDEN = {("data", "training"), ("training", "data")} | {("models", p) for p in ("data", "training", "diffusion")}
 LONG_FUNCTIONS = {"train.py": 120, "models/unet.py": 120}  # the training loop and the U-Net's call; 60 elsewhere
@@ -82,6 +90,40 @@ def test_imports_make_no_circle():
                 names += [name if name in modules else node.module for name in there]
         graph[module] = modules.keys() & set(names)
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names a circle
+
+
+# Least share of arguments that have a type, in percent, by folder; "": of the whole package.
+TYPED = {"diffusion": 100, "models": 100, "stages": 100, "training": 100, "": 85}
+
+
+def arguments(path):
+    """Every argument of every function in a file, but self and cls."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            yield from (argument for argument in every if argument and argument.arg not in ("self", "cls"))
+
+
+@pytest.mark.parametrize("folder", TYPED)
+def test_arguments_have_types(folder):
+    found = [(path.stem, argument) for path in (PACKAGE / folder).rglob("*.py") for argument in arguments(path)]
+    untyped = [(name, argument.arg) for name, argument in found if not argument.annotation]
+    assert 100 * (1 - len(untyped) / len(found)) >= TYPED[folder], untyped
+
+
+def test_calls_are_checked_against_their_annotations():
+    schedule, x = make_schedule("cosine", 10), jnp.zeros((2, 3))
+    with pytest.raises(TypeCheckError, match="'noise'"):
+        q_sample(schedule, x, 1, jnp.zeros((2, 4)))
+    with pytest.raises(TypeCheckError, match="'t'"):
+        q_sample(schedule, x, jnp.zeros((3,), jnp.int32), x)
+    with pytest.raises(TypeCheckError, match="'x'"):
+        normalize(jnp.zeros((2, 3), jnp.int32))
+    network = TextTransformer(5, 4, 8, 1, 2, jnp.float32, False)
+    with pytest.raises(TypeCheckError, match="'tokens'"):
+        network.apply({}, jnp.zeros((2, 3), jnp.int32), jnp.ones((2,), jnp.int32))
+    with pytest.raises(TypeCheckError, match="'width'"):
+        TextTransformer(5, 4, 8.0, 1, 2, jnp.float32, False)
 
 
 # A docstring opens with a verb or a noun phrase that stands alone.

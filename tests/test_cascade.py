@@ -54,8 +54,8 @@ def test_a_seed_is_a_picture(cascade, drawn):
 
 
 def test_captions_of_one_batch_are_drawn_apart(small):
-    both = small.generate(TEXTS, seed=0)
-    swapped = small.generate([TEXTS[0], "a green tent"], seed=0)
+    both = small.generate(TEXTS, 0, 300.0)  # at no scale do random models make much of a caption
+    swapped = small.generate([TEXTS[0], "a green tent"], 0, 300.0)
     np.testing.assert_array_equal(both["images"][0][0], swapped["images"][0][0])
     assert not np.array_equal(both["images"][0][1], swapped["images"][0][1])
     copies = small.generate([TEXTS[0]] * 2, seed=0)["images"][0]
@@ -110,10 +110,11 @@ def test_seventeen_prompts_are_seventeen_pictures(small):
 def test_chunks_fill_up_the_last_and_stay_small(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_ROWS", 16)
     numbers, squares = np.arange(17), np.arange(17) ** 2
-    chunks = list(module.chunks(numbers, squares))
+    chunks = list(module.chunks(numbers, squares, size=16))
     assert [[len(part) for part in chunk] for chunk in chunks] == [[16, 16], [16, 16]]
     np.testing.assert_array_equal(chunks[1][1], [256] * 16)
-    assert [len(part) for (part,) in module.chunks(numbers[:3])] == [3]
+    assert [module.chunk_rows(count) for count in (3, 16, 17)] == [3, 16, 16]
+    assert [module.chunk_rows(count, 8) for count in (3, 16, 17, 200)] == [8, 16, 24, 128]
 
 
 def test_without_upsamplers_the_decoders_picture_is_the_last(small):
@@ -165,6 +166,24 @@ def test_prompts_that_cannot_be_drawn(cascade, prompt, says):
     with pytest.raises(UserError, match=says) as caught:
         cascade.check_prompts(["a red apple", prompt])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda c: c.generate([], 0), "no captions"),
+        (lambda c: c.generate(TEXTS, 2**70), "expected a whole number from 0 to"),
+        (lambda c: c.generate(TEXTS, 0, float("nan")), "guidance_scale is nan"),
+        (lambda c: c.generate(TEXTS, 0, embeddings=np.eye(8, dtype=np.float32)[:3]), "give as many of each"),
+        (lambda c: c.decode(None, TEXTS, jax.random.key(0)), "no embeddings: this decoder draws"),
+        (lambda c: c.decode(np.eye(8, dtype=np.float32)[:2], TEXTS, 0), "key 0: expected a key of JAX"),
+        (lambda c: c.redraw(np.eye(8)[:2], np.zeros((2, 8, 8, 3)), 0, steps=1), "1 steps of DDIM: expected 3 to 1000"),
+    ],
+)
+def test_what_python_callers_get_wrong_is_named(small, call, says):
+    with pytest.raises(UserError, match=says) as caught:
+        call(small)
+    assert "\n" not in str(caught.value)
 
 
 def test_good_prompts_pass(cascade):

@@ -1,5 +1,8 @@
 """The shipped configs: the papers' numbers, typed in here from the papers, and every size fit to run."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +18,8 @@ from unclip_jax.training.sharding import make_mesh
 from unclip_jax.training.state import init_state, make_train_step, root_key
 
 SIZES = ("paper", "small", "tiny")
+# config → key → its values in SIZES. A key or value that is changed on purpose is changed there by hand.
+VALUES = json.loads((Path(__file__).parent / "config_values.json").read_text())
 
 
 def load(name, size):
@@ -232,6 +237,15 @@ def test_config_is_locked_and_fits_the_code(name, size, tmp_path):
     kind, _, scenes = config.data.source.partition("/")
     assert kind == "tfds:emoji_scenes" and scenes in EmojiScenes.builder_configs
     assert EmojiScenes.builder_configs[scenes].size >= config.model.get("image_size", 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_are_those_that_are_written_down(name):
+    """Types included: 1 is not 1.0, and a list is no tuple."""
+    found = [leaves(load(name, size)) for size in SIZES]
+    assert {key: repr(tuple(config[key] for config in found)) for key in found[0]} == {
+        key: repr(cli.lists_to_tuples(values)) for key, values in VALUES[name].items()
+    }
 
 
 @pytest.mark.parametrize("name", CONFIGS)

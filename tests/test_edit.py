@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from shrink import compilation_cache, save_cascade, small_config
+from shrink import compilation_cache, save_cascade, small_config, small_stage, tokenizer_bytes
 
 from unclip_jax import edit
+from unclip_jax.bundle import save_bundle
 from unclip_jax.cascade import Cascade, ddim_to_and_fro, slerp
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
@@ -62,7 +63,7 @@ def test_without_noise_the_seed_does_not_matter_and_with_it_it_does(cascade, pic
 def test_variations_differ_and_eta_never_compiles_anew(cascade, pictures):
     first = cascade.variations(pictures[0], 3, 1.0, 0, steps=STEPS)
     assert len({image.tobytes() for image in first["images"][0]}) == 3
-    model = cascade.decoder.sampled_by(**ddim_to_and_fro(STEPS))
+    model = cascade.decoder.sampled_by(**ddim_to_and_fro(STEPS, 1000))
     before = model._sample._cache_size()
     assert before
     cascade.variations(pictures[1], 3, 0.5, 1, steps=STEPS, guidance_scale=2.0)
@@ -152,6 +153,16 @@ def test_sdedit_starts_from_the_sketch_noised_as_far_as_was_said():
         np.testing.assert_allclose(x_t.std(), schedule.sqrt_beta_bars[step], rtol=0.03)
 
 
+def test_templates_average_the_embeddings_of_a_label(cascade, pictures):
+    labels, templates = ["red apple", "blue fox"], ["a {}", "one {}"]
+    each = [cascade.text_embeddings([template.replace("{}", label) for template in templates]) for label in labels]
+    z_t = np.stack(each)
+    z_t = z_t.mean(axis=1) / np.linalg.norm(z_t.mean(axis=1), axis=-1, keepdims=True)
+    logits = np.exp(np.float64(cascade.clip.params["logit_scale"])) * (z_t @ cascade.image_embeddings(pictures[:1])[0])
+    found = cascade.classify(pictures[0], labels, templates)
+    np.testing.assert_allclose(found, np.exp(logits) / np.exp(logits).sum(), rtol=1e-4)
+
+
 def test_probabilities_are_clips(cascade, pictures):
     labels = ["a red apple", "a blue fox", "one green tent"]
     probabilities = cascade.classify(pictures[0], labels)
@@ -213,6 +224,22 @@ def test_command_writes_pictures_and_a_sheet(folder, files, tmp_path, command, o
     assert about["command"] == command and about["seed"] == 0
 
 
+@pytest.mark.parametrize("drop_caption", [0.0, 0.2])
+def test_glide_follows_sketches_and_is_guided_only_where_it_was_trained_for_it(tmp_path, files, drop_caption):
+    stage, _, params = small_stage("glide")
+    config = stage.config.copy_and_resolve_references().unlock()
+    config.diffusion.drop_caption = drop_caption
+    save_bundle(tmp_path / "glide" / "decoder", "glide", config.lock(), params, tokenizer_bytes(), "", {})
+    options = [f"--image={files['one']}", "--prompt=a fox", "-n", "1"]
+    assert run(tmp_path / "glide", tmp_path / "out", "sdedit", *options) == 0
+    cascade = Cascade.load(str(tmp_path / "glide"))
+    if drop_caption:
+        assert cascade.generate(["a fox"], 0, 3.0)["images"][0].shape == (1, 8, 8, 3)
+    else:
+        with pytest.raises(UserError, match=r"guidance 3.0: this model was never trained without captions"):
+            cascade.generate(["a fox"], 0, 3.0)
+
+
 def test_classify_prints_labels_by_probability(folder, files, tmp_path, capsys):
     assert run(folder, tmp_path / "out", "classify", f"--image={files['one']}", "--label=a fox", "--label=a tent") == 0
     *lines, sheet = capsys.readouterr().out.splitlines()
@@ -254,6 +281,13 @@ def test_command_reads_and_writes_a_bucket(folder, files, bucket, tmp_path, caps
         ("variations", ["--image={one}", "-n", "0"], "--n 0"),
         ("variations", ["--image={one}", "--eta", "2"], "--eta 2.0: expected a number from 0 to 1"),
         ("text_diff", ["--image={one}", "--before=a fox"], "text_diff needs --after"),
+        ("text_diff", ["--image={one}", "--before=a fox", "--after=a fox"], "'a fox' and 'a fox' are the same"),
+        ("variations", ["--image={one}", "--steps=1001"], "1001 steps of DDIM: expected 3 to 1000"),
+        ("variations", ["--image={one}", "--steps=0"], "0 steps of DDIM: expected 3 to 1000"),
+        ("variations", ["--image={one}", "--guidance=nan"], "guidance_scale is nan: expected a finite number"),
+        ("inpaint", ["--image={one}", "--mask={mask}", "--prompt=a fox", "--guidance=inf"], "guidance_scale is inf"),
+        ("classify", ["--image={one}", "--label=a fox", "--label=a fox"], "are the same to this CLIP"),
+        ("classify", ["--image={one}", "--label=a fox", "--template=a photo"], "expected {} in it"),
         ("text_diff", ["--image={one}", "--before=a", "--after=b", "--theta=-1"], "--theta -1.0"),
         ("inpaint", ["--image={one}", "--prompt=a fox"], "inpaint needs --mask"),
         ("inpaint", ["--image={one}", "--mask={mask}", "--prompt=a", "--prompt=b"], "1 masks and 2 prompts"),

@@ -7,6 +7,7 @@ every call in `diffusion`, `models` and `stages` against its annotations; outsid
 The module is not called `types`, which would hide Python's own from a script run inside this folder.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -20,4 +21,4 @@ Scalar = chex.Scalar | Float[Array, ""]  # a setting that may be traced
 Tree = chex.ArrayTree  # any pytree of arrays
 
 Params = dict[str, Any]  # nested dicts of float32 arrays, by the names of modules
-Batch = dict[str, Array]  # one entry per input, rows first
+Batch = Mapping[str, Array]  # one entry per input, rows first

@@ -15,15 +15,15 @@ from unclip_jax.pictures import to_float, to_uint8
 STEPS = 250  # of DDIM, to and fro: what reproduces a picture (arXiv 2105.05233, appendix F)
 
 
-def ddim_to_and_fro(steps: int) -> dict[str, Any]:
+def ddim_to_and_fro(steps: int, timesteps: int) -> dict[str, Any]:
     """Settings of sampling by which DDIM runs up from a picture to its x_T and down again.
 
     Nothing is clipped, which would lose what the way up has found. The noisiest step is left out, as in the paper's
     "first 249" of 250: there, x0 follows from eps by a division by sqrt(alpha_bar), which makes an error in eps 126
     times as large.
     """
-    if not isinstance(steps, int | np.integer) or steps < 3:
-        raise UserError(f"{steps} steps of DDIM: expected at least 3, to run up to the noise and down again")
+    if not isinstance(steps, int | np.integer) or not 3 <= steps <= timesteps:
+        raise UserError(f"{steps} steps of DDIM: expected 3 to {timesteps}, those of the model's chain")
     return {"sampler": "ddim", "clip_x0": 0.0, "steps": f"{steps - 1}/{steps}"}
 
 
@@ -57,7 +57,7 @@ class Cascade(Chain):
         """Encodes pictures in the two parts that the decoder draws them from: the CLIP embedding (N, dim) and, by DDIM
         inversion, x_T (N, R, R, 3)."""
         embeddings = self.image_embeddings(pictures)
-        model = self.decoder.sampled_by(**ddim_to_and_fro(steps))
+        model = self.decoder.sampled_by(**ddim_to_and_fro(steps, self.decoder.stage.config.diffusion.timesteps))
         conditions = self._captions(model, [""] * len(pictures))._replace(image_embedding=embeddings)
         return embeddings, model.invert(self.clip.params, conditions, to_float(self._squares(pictures)))
 
@@ -72,7 +72,7 @@ class Cascade(Chain):
     ) -> Drawn:
         """Draws pictures from embeddings (N, dim) and x_T (N, R, R, 3) by DDIM. eta 0 adds no noise, so that `encode`d
         pictures come out as they were."""
-        model = self.decoder.sampled_by(**ddim_to_and_fro(steps))
+        model = self.decoder.sampled_by(**ddim_to_and_fro(steps, self.decoder.stage.config.diffusion.timesteps))
         conditions = self._captions(model, [""] * len(embeddings))
         conditions = conditions._replace(image_embedding=embeddings, x_T=x_T, eta=np.float32(eta))
         key_decoder, key_upsampler = RowKeys.of(seed_key(seed), len(embeddings)).split(2)
@@ -110,10 +110,16 @@ class Cascade(Chain):
         self, picture: np.ndarray, before: str, after: str, theta: float, count: int, seed: int, **options: Any
     ) -> Drawn:
         """Draws `count` pictures on the way from a picture to one changed as caption `before` is to `after`: embeddings
-        by slerp to the normalised difference of the text embeddings, from 0 to `theta` of the way (section 3.3)."""
+        by slerp to the normalised difference of the text embeddings, from 0 to `theta` of the way (section 3.3).
+
+        before: "" where there is none, as in the paper. Raises UserError where the two are the same to the CLIP.
+        """
         embeddings, x_T = self.encode([picture], options.get("steps", STEPS))
         source, target = self.text_embeddings([before, after])
-        direction = (target - source) / np.linalg.norm(target - source) * np.linalg.norm(embeddings[0])
+        distance = np.linalg.norm(target - source)
+        if distance < 1e-4 * np.linalg.norm(source):
+            raise UserError(f"{before!r} and {after!r} are the same to this CLIP: say how the picture is to change")
+        direction = (target - source) / distance * np.linalg.norm(embeddings[0])
         path = [slerp(embeddings[0], direction, share) for share in np.linspace(0, theta, count)]
         return self.redraw(np.stack(path), np.repeat(x_T, count, axis=0), seed, **options)
 
@@ -184,9 +190,24 @@ class Cascade(Chain):
         pictures, captions = (unit(z) for z in both)
         return pictures @ captions.T
 
-    def classify(self, picture: np.ndarray, labels: list[str]) -> np.ndarray:
-        """Computes CLIP's probability of each label for a picture (zero-shot classification): (labels,)."""
-        logits = np.exp(self.clip.params["logit_scale"]) * self.similarity([picture], labels)[0]
+    def classify(self, picture: np.ndarray, labels: list[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
+        """Computes CLIP's probability of each label for a picture (zero-shot classification): (labels,).
+
+        templates: captions with {} for the label, such as "a photo of a {}."; the embeddings of a label's captions are
+        averaged (arXiv 2103.00020, section 3.1.4). Raises UserError for labels that the CLIP cannot tell apart.
+        """
+        for template in templates:
+            if "{}" not in template:
+                raise UserError(f"template {template!r}: expected {{}} in it, where the label goes")
+        captions = [template.replace("{}", label) for template in templates for label in labels]
+        z_t = unit(self.text_embeddings(captions)).reshape(len(templates), len(labels), -1)
+        z_t = unit(z_t.mean(axis=0))
+        alike = np.argwhere(np.triu(z_t @ z_t.T, 1) > 1 - 1e-6)
+        if len(alike):
+            raise UserError(f"labels {labels[alike[0][0]]!r} and {labels[alike[0][1]]!r} are the same to this CLIP, "
+                            "which may have cut them: give others")  # fmt: skip
+        similarity = (unit(self.image_embeddings([picture])) @ z_t.T)[0]
+        logits = np.exp(self.clip.params["logit_scale"]) * similarity
         weights = np.exp(logits - logits.max())
         return weights / weights.sum()
 

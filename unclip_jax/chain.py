@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
+import jax
 import numpy as np
 
 from unclip_jax.arrays import Key
@@ -52,24 +53,25 @@ class Chain:
         self.noised_clip = noised_clip
 
     @classmethod
-    def load(cls, folder: str) -> Self:
+    def load(cls, folder: str, devices: Sequence[jax.Device] | None = None) -> Self:
         """Reads a folder of bundles, on a disk or gs://...
 
-        Raises UserError for what is missing or does not belong together.
+        devices: which of this process's rows are split over; None: all rows are on the first. Raises UserError for what
+        is missing or does not belong together.
         """
         root = to_path(folder)
         if not root.is_dir():
             raise UserError(f"no bundle at {root}: expected a folder with decoder/ and what it needs")
         clip = prior = noised_clip = None
         if load_description(root / "decoder")["stage"] == "decoder":
-            clip = Model.load(root / "clip", ("clip",))
-            prior = Model.load(root / "prior", PRIORS, clip) if (root / "prior").exists() else None
-        decoder = Model.load(root / "decoder", ("decoder", "glide"), clip)
+            clip = Model.load(root / "clip", ("clip",), devices=devices)
+            prior = Model.load(root / "prior", PRIORS, clip, devices) if (root / "prior").exists() else None
+        decoder = Model.load(root / "decoder", ("decoder", "glide"), clip, devices)
         if (root / "noised_clip").exists():
-            noised_clip = Model.load(root / "noised_clip", ("clip",))
+            noised_clip = Model.load(root / "noised_clip", ("clip",), devices=devices)
             _check_noised_clip(root, noised_clip, decoder)
         upsamplers = [root / name for name in UPSAMPLERS if (root / name).exists()]
-        upsamplers = [Model.load(path, ("upsampler", "glide"), clip) for path in upsamplers]
+        upsamplers = [Model.load(path, ("upsampler", "glide"), clip, devices) for path in upsamplers]
         return cls(clip, prior, decoder, upsamplers, noised_clip)
 
     def text_embeddings(self, texts: list[str]) -> np.ndarray:
@@ -147,6 +149,8 @@ class Chain:
 
         known: side of a picture → its fields `known_image` and `known` of `Conditions`, at that size.
         """
+        if not texts:
+            raise UserError("no captions: give at least one")
         if clip_guidance_scale and not self.noised_clip:
             raise UserError("CLIP guidance needs a noised CLIP: put its bundle into the cascade, as noised_clip/")
         keys = RowKeys.of(seed_key(seed), len(texts))
@@ -172,6 +176,9 @@ class Chain:
     ) -> np.ndarray:
         """Draws the decoder's pictures, float32. fields: more of its conditions."""
         model = decoder or self.decoder
+        if model.stage.needs_clip and embeddings is None:
+            raise UserError("no embeddings: this decoder draws pictures for CLIP embeddings, which a prior makes")
+        check_finite(clip_guidance_scale=clip_guidance_scale)
         conditions = self._captions(model, texts)._replace(image_embedding=embeddings, **(fields or {}))
         if not clip_guidance_scale:
             return self._draw(model, conditions, key, guidance_scale)
@@ -218,11 +225,22 @@ class Chain:
     ) -> np.ndarray:
         """Draws by a model, guided where it can be; guidance_scale None is its config's. Rest: of `Model.draw`."""
         sampling = model.stage.config.sampling
-        if "guidance_scale" in sampling:
+        check_finite(guidance_scale=guidance_scale)
+        if not model.stage.guided and guidance_scale not in (None, 1.0):
+            raise UserError(f"guidance {guidance_scale}: this model was never trained without captions, which guidance "
+                            "needs: fine-tune it with --config.diffusion.drop_caption=0.2")  # fmt: skip
+        if model.stage.guided and "guidance_scale" in sampling:
             scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
             conditions = conditions._replace(guidance_scale=np.float32(scale))
         frozen = self.clip.params if model.stage.needs_clip else {}
         return model.draw(frozen, conditions, key, noised_clip, noised_text)
+
+
+def check_finite(**numbers: float | None) -> None:
+    """Raises UserError for a number that is not finite."""
+    for name, value in numbers.items():
+        if value is not None and not np.isfinite(value):
+            raise UserError(f"{name} is {value}: expected a finite number")
 
 
 def _check_noised_clip(root: Path, noised_clip: Model, decoder: Model) -> None:

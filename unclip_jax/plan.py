@@ -40,7 +40,7 @@ FLAGS = {
 }
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> "cli.FlagValues":
     """Reads the command line: FLAGS and `config`. Raises UserError for what is wrong with it."""
     return cli.parse(argv, FLAGS)
 

@@ -35,7 +35,7 @@ STAGES = {
 }
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("quickstart", __doc__)
     parser.add_argument("--out", default="quickstart", help="folder to write to")

@@ -1,11 +1,15 @@
 """Draws pictures for captions with a trained cascade.
 
     python -m unclip_jax.sample --bundle OUT/bundle --prompt "a red apple on a yellow background" -n 4
+    python -m unclip_jax.sample --bundle OUT/bundle --prompts captions.txt -n 1 --out drawn
     python -m unclip_jax.sample --again samples/a_red_apple_on_a_yellow_background_0_2.png --out again
 
 Writes OUT/PROMPT_SEED_I.png, with all that it takes to draw it again inside, and OUT/grid.png. A picture depends on its
 prompt and the prompt's place on the command line, the seed, its number among the prompt's pictures, and the scales; not
 on -n. A second run finds its programs compiled, whatever the prompt, seed and guidance scales.
+
+--prompts takes a file of captions (.txt, .jsonl or .csv), which all devices of all processes draw, into tars of
+WebDataset or, by --format png, a file each. Stopped, the same command draws what is missing.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +28,8 @@ from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder, to_path
 
 if TYPE_CHECKING:
+    import jax
+
     from unclip_jax.cascade import Cascade
 
 SCALES = ("guidance", "prior_guidance", "clip_guidance")
@@ -33,6 +40,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("sample", __doc__)
     parser.add_argument("--bundle", help="folder of a trained cascade")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
+    parser.add_argument("--prompts", help="file of captions: a line each of .txt; field prompt of .jsonl or .csv")
+    parser.add_argument("--format", choices=("tar", "png"), default="tar", help="of what --prompts draws")
     parser.add_argument("--again", help="a picture that this command drew: draws it again, by what is stored in it")
     parser.add_argument("-n", "--n", type=int, default=4, help="pictures per prompt")
     parser.add_argument("--rerank", type=int, default=0, help="draw so many a prompt, keep the n that CLIP likes best")
@@ -42,14 +51,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clip-guidance", type=float, default=0.0, help="of the decoder, by noised_clip/")
     parser.add_argument("--out", default="samples", help="folder to write to")
     args = parser.parse_args(argv[1:])
-    if bool(args.prompt) == bool(args.again):
-        raise UserError("give either --prompt, which may be repeated, or --again")
+    if sum(map(bool, (args.prompt, args.prompts, args.again))) != 1:
+        raise UserError("give one of --prompt, which may be repeated, --prompts and --again")
     if not args.bundle and not args.again:
         raise UserError("no --bundle: name the folder of a trained cascade, such as --bundle quickstart/bundle")
     if args.n < 1:
         raise UserError(f"--n {args.n}: expected at least 1 picture per prompt")
     if args.rerank and args.rerank < args.n:
         raise UserError(f"--rerank {args.rerank}: expected at least --n {args.n}, the pictures to be kept")
+    if args.rerank and args.prompts:
+        raise UserError("--rerank goes with --prompt alone: leave it out beside --prompts")
     return args
 
 
@@ -58,6 +69,8 @@ def main(argv: list[str]) -> int:
     out = output_folder(args.out)
     if args.again:
         return _again(args, out)
+    if args.prompts:
+        return _bulk(args, out)
 
     began = time.monotonic()
     cascade, compiles = _load(args.bundle)
@@ -89,15 +102,34 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _load(bundle: str) -> "tuple[Cascade, cli.CompileCount]":
+def _load(bundle: str, devices: "list[jax.Device] | None" = None) -> "tuple[Cascade, cli.CompileCount]":
     cli.enable_compilation_cache()
     compiles = cli.CompileCount()
     from unclip_jax.cascade import Cascade
 
-    return Cascade.load(bundle), compiles
+    return Cascade.load(bundle, devices), compiles
 
 
-def _again(args: argparse.Namespace, out) -> int:
+def _bulk(args: argparse.Namespace, out: Path) -> int:
+    """Draws the captions of a file."""
+    from unclip_jax.drawing import draw_file, read_prompts
+    from unclip_jax.training import preflight
+
+    prompts = read_prompts(args.prompts)
+    preflight.join("", -1, -1, wait=300)
+    import jax
+
+    began = time.monotonic()
+    cascade, compiles = _load(args.bundle, jax.local_devices())
+    cascade.check_prompts(prompts)
+    scales = [getattr(args, name) for name in SCALES]
+    who = jax.process_index(), jax.process_count()
+    count = draw_file(cascade, prompts, out, args.n, args.seed, scales, _settings(cascade, args), args.format, *who)
+    print(f"{count} pictures in {time.monotonic() - began:.1f} s, {compiles}: {out}", file=sys.stderr)
+    return 0
+
+
+def _again(args: argparse.Namespace, out: Path) -> int:
     """Draws the picture of a PNG file again. Raises UserError where the models are not those that drew it."""
     path = to_path(args.again)
     if not path.is_file():

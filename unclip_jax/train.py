@@ -71,7 +71,7 @@ FLAGS = {
 }
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> "cli.FlagValues":
     """Reads the command line: FLAGS and `config`. Raises UserError for what is wrong with it."""
     flags = cli.parse(argv, FLAGS)
     if not flags.workdir:

@@ -1,6 +1,7 @@
 """Analytic-DPM against Gaussian data N(0, v I), where all is known: V_t = alpha_bar_t v + beta_bar_t is the variance of
 x_t, and C_t = v beta_bar_t / V_t that of x_0 given x_t."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,15 +71,12 @@ def test_float32_holds_the_formula(schedule, eta):
     assert computed.dtype == jnp.float32
     np.testing.assert_allclose(computed, analytic_variance(schedule, C, eta), rtol=2e-6)
     weights = jax.jit(reverse_weights)(schedule, jnp.float32(eta))
-    for computed, expected in zip(weights, reverse_weights(schedule, eta), strict=True):
-        np.testing.assert_allclose(computed, expected, rtol=2e-6)
+    chex.assert_trees_all_close(weights, reverse_weights(schedule, eta), rtol=2e-6)
 
 
 def test_reverse_weights_of_ddpms_chain_are_the_posteriors():
-    x0_weight, x_t_weight, variance = reverse_weights(SCHEDULE, 1.0)
-    np.testing.assert_allclose(x0_weight, SCHEDULE.posterior_x0_weight, rtol=1e-12)
-    np.testing.assert_allclose(x_t_weight, SCHEDULE.posterior_x_t_weight, rtol=1e-12)
-    np.testing.assert_allclose(variance, SCHEDULE.posterior_variance, rtol=1e-12)
+    posterior = SCHEDULE.posterior_x0_weight, SCHEDULE.posterior_x_t_weight, SCHEDULE.posterior_variance
+    chex.assert_trees_all_close(reverse_weights(SCHEDULE, 1.0), posterior, rtol=1e-12)
 
 
 def test_the_last_step_adds_no_noise():

@@ -1,9 +1,13 @@
 """Blur and resizing against hand-computed values, PIL, and torch's documented kernels."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 from PIL import Image
 
 from unclip_jax.diffusion.corruption import area_downsample, gaussian_blur, maybe_blur, upsample
@@ -66,14 +70,18 @@ def test_bicubic_by_hand():
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("method", "resample"), [
-    ("bilinear", Image.Resampling.BILINEAR), ("antialiased_bicubic", Image.Resampling.BICUBIC)])
-@pytest.mark.parametrize("size", [(20, 28), (11, 9)])
-def test_against_pil(method, resample, size):
-    image = np.random.default_rng(0).uniform(-1, 1, (5, 7)).astype(np.float32)
-    expected = np.asarray(Image.fromarray(image).resize((size[1], size[0]), resample))
-    ours = upsample(jnp.asarray(image)[None, :, :, None], size, method)[0, :, :, 0]
-    np.testing.assert_allclose(ours, expected, atol=2e-6)
+class TestAgainstPIL(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(
+        method=[("bilinear", Image.Resampling.BILINEAR), ("antialiased_bicubic", Image.Resampling.BICUBIC)],
+        size=[(20, 28), (11, 9)],
+    )
+    def test_upsample(self, method, size):
+        name, resample = method
+        image = np.random.default_rng(0).uniform(-1, 1, (5, 7)).astype(np.float32)
+        expected = np.asarray(Image.fromarray(image).resize((size[1], size[0]), resample))
+        ours = self.variant(functools.partial(upsample, size=size, method=name))(jnp.asarray(image)[None, :, :, None])
+        np.testing.assert_allclose(ours[0, :, :, 0], expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic", "antialiased_bicubic"])

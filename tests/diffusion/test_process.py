@@ -1,9 +1,11 @@
 """The forward process and what is read from a network's output."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 from unclip_jax.diffusion.process import (
     eps_from_x0,
@@ -37,12 +39,16 @@ def test_q_sample_moments(t):
     assert x_t[1].var() == pytest.approx(1 - COSINE.alpha_bars[0], rel=0.015)
 
 
-@pytest.mark.parametrize("shape", [(2,), (2, 5), (2, 4, 4, 3)])
-def test_x0_and_eps_are_inverse(shape):
-    x0, eps, t = normal(0, *shape), normal(1, *shape), jnp.array([0, 600])
-    x_t = q_sample(COSINE, x0, t, eps)
-    np.testing.assert_allclose(x0_from_eps(COSINE, x_t, t, eps), x0, atol=1e-5)
-    np.testing.assert_allclose(eps_from_x0(COSINE, x_t, t, x0), eps, atol=1e-4)
+class TestInverses(chex.TestCase):
+    """With the schedule as a constant in float64, and as an argument of the program in float32."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.product(shape=[(2,), (2, 5), (2, 4, 4, 3)])
+    def test_x0_and_eps_are_inverse(self, shape):
+        x0, eps, t = normal(0, *shape), normal(1, *shape), jnp.array([0, 600])
+        x_t = self.variant(q_sample)(COSINE, x0, t, eps)
+        np.testing.assert_allclose(self.variant(x0_from_eps)(COSINE, x_t, t, eps), x0, atol=1e-5)
+        np.testing.assert_allclose(self.variant(eps_from_x0)(COSINE, x_t, t, x0), eps, atol=1e-4)
 
 
 def test_q_step_composes_to_q_sample():

@@ -1,5 +1,6 @@
 """Samplers against closed forms: Gaussian data, whose best denoiser is linear, and denoisers that know the answer."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,13 +80,16 @@ def test_ddim_step_keeps_an_exact_trajectory():
         np.testing.assert_allclose(x_prev, q_sample(schedule, x0, i - 1, eps), atol=2e-5)
 
 
-def test_ddim_with_eta_one_is_ddpm():
-    """DDIM paper, section 4.1: the posterior q(x_{t-1} | x_t, x_0) itself."""
-    schedule = respace(COSINE, "20")
-    x_t, noise, x0 = (jax.random.normal(jax.random.fold_in(KEY, k), (1, 50)) for k in range(3))
-    for i in range(20):
-        arguments = x_t, jnp.int32(i), oracle(schedule, x0)(x_t, jnp.int32(i)), schedule, noise
-        np.testing.assert_allclose(ddim_step(1.0)(*arguments), ddpm_step(*arguments), atol=2e-5)
+class TestSteps(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_ddim_with_eta_one_is_ddpm(self):
+        """DDIM paper, section 4.1: the posterior q(x_{t-1} | x_t, x_0) itself."""
+        schedule = respace(COSINE, "20")
+        x_t, noise, x0 = (jax.random.normal(jax.random.fold_in(KEY, k), (1, 50)) for k in range(3))
+        ddim, ddpm = self.variant(ddim_step(1.0)), self.variant(ddpm_step)
+        for i in map(jnp.int32, range(20)):
+            arguments = x_t, i, oracle(schedule, x0)(x_t, i), schedule, noise
+            np.testing.assert_allclose(ddim(*arguments), ddpm(*arguments), atol=2e-5)
 
 
 @pytest.mark.parametrize("spec", ["7", "fast27", "ddim25"])

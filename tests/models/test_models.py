@@ -4,10 +4,12 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 from unclip_jax import cli, plan
 from unclip_jax.models import layers, mesh
@@ -98,8 +100,7 @@ def test_remat_changes_nothing():
     value, grads = loss(plain)
     other_value, other_grads = loss(plain.clone(remat=True))
     np.testing.assert_allclose(value, other_value, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(grads, other_grads, rtol=1e-4, atol=1e-4)
 
 
 def test_remat_keeps_the_norms_sums():
@@ -110,13 +111,16 @@ def test_remat_keeps_the_norms_sums():
     assert str(program).count("f32[6,2,5]") == 4  # from the forward loop to the backward one: two norms of each block
 
 
-@pytest.mark.parametrize("name", ["gelu", "quick_gelu"])
-def test_activations_slopes_are_those_of_jaxs_own(name):
-    own = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
-    x = jnp.linspace(-8, 8, 161)
-    for function in (jax.jit, lambda f: f):
-        slopes = function(jax.grad(lambda x: jnp.sum(activated(name, x))))(x)
-        np.testing.assert_allclose(slopes, jax.vmap(jax.grad(own[name]))(x), atol=1e-6)
+class TestActivations(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(
+        ("gelu", "gelu", lambda x: jax.nn.gelu(x, approximate=False)),
+        ("quick_gelu", "quick_gelu", lambda x: x * jax.nn.sigmoid(1.702 * x)),
+    )
+    def test_slopes_are_those_of_jaxs_own(self, name, own):
+        x = jnp.linspace(-8, 8, 161)
+        slopes = self.variant(jax.grad(lambda x: jnp.sum(activated(name, x))))(x)
+        np.testing.assert_allclose(slopes, jax.vmap(jax.grad(own))(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -163,8 +167,7 @@ def test_attention_is_softmax_of_scaled_products(mask, seen):
     ours, back = jax.vjp(lambda *x: attention(*x, mask), *map(jnp.asarray, (q, k, v)))
     np.testing.assert_allclose(ours, expected, atol=1e-5)
     theirs = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, mask=jnp.asarray(seen)), *map(jnp.asarray, (q, k, v)))
-    for a, b in zip(back(jnp.sin(ours)), theirs[1](jnp.sin(ours)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    chex.assert_trees_all_close(back(jnp.sin(ours)), theirs[1](jnp.sin(ours)), atol=1e-5)
 
 
 def test_resampling_is_mean_and_nearest():
@@ -238,8 +241,7 @@ def test_cudnn_gives_the_plain_forms_values_and_gradients(length, keys, mask, op
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in_for_cudnn(asked))
     ours, by_cudnn = jax.vjp(lambda *x: attention(*x, mask), *inputs)
     assert asked == ([] if options is None else [options])
-    for a, b in zip((ours, *by_cudnn(back)), (expected, *plain(back)), strict=True):
-        np.testing.assert_allclose(a.astype(F32), b.astype(F32), atol=0.05)
+    chex.assert_trees_all_close((ours, *by_cudnn(back)), (expected, *plain(back)), atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from diffusers.schedulers import scheduling_unclip
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -146,7 +146,7 @@ def pipelines(name, folder):
     prior = {"prior": shared.pop("prior"), "prior_scheduler": UnCLIPScheduler(**v["prior_scheduler"])}
     image = {
         "image_encoder": randomized(CLIPVisionModelWithProjection(vision), 8),
-        "feature_extractor": CLIPImageProcessor(
+        "feature_extractor": CLIPImageProcessorPil(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         ),
     }

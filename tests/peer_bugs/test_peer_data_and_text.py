@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from shrink import CONFIGS, random_batch, small_config, tokenizer_bytes
+from shrink import CONFIGS, fake_clip, random_batch, small_config, tokenizer_bytes
 
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import ToExample
@@ -54,7 +54,7 @@ def test_clip_sees_pixels_as_it_was_trained_to():
     clip = SeeingClip(small_config("clip"))
     m, batch = clip.config.model, random_batch(clip, 2)
     clip.embed_images({}, batch["image"])
-    clip.loss({}, {}, batch, None)
+    clip.loss({}, {}, batch, jax.random.key(0))
     expected = (batch["image"] / 255.0 - np.array(m.mean)) / np.array(m.std)
     assert len(clip.seen) == 2
     for images in clip.seen:
@@ -64,7 +64,7 @@ def test_clip_sees_pixels_as_it_was_trained_to():
         raise Looked(images.dtype)
 
     for name in ("prior_diffusion", "decoder"):
-        stage = make_stage(small_config(name), SimpleNamespace(config=clip.config, dim=clip.dim, embed_images=look))
+        stage = make_stage(small_config(name), fake_clip(config=clip.config, dim=clip.dim, embed_images=look))
         with pytest.raises(Looked, match="uint8"):
             stage.loss({}, {}, random_batch(stage, 2), jax.random.key(0))
 

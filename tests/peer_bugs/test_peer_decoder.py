@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from shrink import random_batch, small_config, small_stage
+from shrink import fake_clip, random_batch, small_config, small_stage
 
 from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.stages.decoder import Decoder
@@ -31,7 +31,7 @@ def test_unconditional_decoder_is_told_nothing_of_the_embedding():
     config.diffusion.update(dict(drop_embedding=1.0, drop_caption=0.0))
     dim = config.model.embedding_dim
     embed = lambda frozen, images: images.reshape(len(images), -1)[:, :dim].astype(jnp.float32) / 255  # noqa: E731
-    stage = Listener(config.lock(), SimpleNamespace(config=small_config("clip"), embed_images=embed))
+    stage = Listener(config.lock(), fake_clip(config=small_config("clip"), embed_images=embed))
     params = {"conditioner": small_stage("decoder")[2]["conditioner"], "unet": {}}
     batch = random_batch(stage, ROWS)
     conditions = Conditions(**captions(batch))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shrink import random_batch, small_config, small_stage
+from shrink import fake_clip, random_batch, small_config, small_stage
 
 from unclip_jax.stages.clip import Clip
 from unclip_jax.stages.prior_diffusion import PriorDiffusion
@@ -21,11 +21,15 @@ def circle(*degrees):
     return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
 
 
-class KnownClip(Clip):
+def known_clip(z_i, z_t):
     """CLIP whose embeddings are given."""
 
-    def _model(self):
-        return SimpleNamespace(apply=lambda *_: (*(jnp.asarray(z, jnp.float32) for z in self.clip), jnp.float32(3.0)))
+    class KnownClip(Clip):
+        def _model(self):
+            pair = (jnp.asarray(z, jnp.float32) for z in (z_i, z_t))
+            return SimpleNamespace(apply=lambda *_: (*pair, jnp.float32(3)))
+
+    return KnownClip(small_config("clip"))
 
 
 class KnownPrior(PriorDiffusion):
@@ -35,7 +39,7 @@ class KnownPrior(PriorDiffusion):
         return jnp.float32(0), {}
 
     def sample(self, params, frozen, conditions, key):
-        return params
+        return params["drawn"]
 
 
 class CoarseUpsampler(Upsampler):
@@ -52,8 +56,8 @@ def test_reported_metrics_are_means_over_rows():
     """DALLE2-pytorch#49: an evaluation that averaged the wrong thing; here each number is counted out by hand."""
     # On a circle: three pairs that find each other; of the last, only the picture finds its caption.
     z_i, z_t = circle(0, 90, 180, 271, 50, 40), circle(0, 90, 180, 5, 10, 15)
-    clip = KnownClip(small_config("clip"), (z_i, z_t))
-    scalars, _ = clip.evaluate({}, {}, random_batch(small_stage("clip")[0], ROWS), None)
+    clip = known_clip(z_i, z_t)
+    scalars, _ = clip.evaluate({}, {}, random_batch(small_stage("clip")[0], ROWS), jax.random.key(0))
     pictures = sum(np.argmax([z_i[k] @ z for z in z_t]) == k for k in range(ROWS))
     captions = sum(np.argmax([z_t[k] @ z for z in z_i]) == k for k in range(ROWS))
     assert (pictures, captions) == (4, 3)
@@ -61,9 +65,10 @@ def test_reported_metrics_are_means_over_rows():
 
     drawn = 2 * circle(*RNG.uniform(0, 360, ROWS))
     embeds = {name: lambda *_, z=z: jnp.asarray(z, jnp.float32) for name, z in (("images", z_i), ("texts", z_t))}
-    clip = SimpleNamespace(config=small_config("clip"), embed_images=embeds["images"], embed_texts=embeds["texts"])
+    clip = fake_clip(config=small_config("clip"), embed_images=embeds["images"], embed_texts=embeds["texts"])
     prior = KnownPrior(small_config("prior_diffusion"), clip)
-    scalars, _ = prior.evaluate(jnp.asarray(drawn, jnp.float32), {}, random_batch(prior, ROWS), None)
+    params = {"drawn": jnp.asarray(drawn, jnp.float32)}
+    scalars, _ = prior.evaluate(params, {}, random_batch(prior, ROWS), jax.random.key(0))
     mean = z_i.mean(0) / np.linalg.norm(z_i.mean(0))
     pairs = {
         "model": [(drawn[k] / 2, z_i[k]) for k in range(ROWS)],
@@ -82,7 +87,7 @@ def test_psnr_is_the_mean_of_each_pictures_own():
     stage = CoarseUpsampler(config.lock())
     spread = np.linspace(5, 120, ROWS).reshape(ROWS, 1, 1, 1)  # from nearly plain to noise
     truth = (128 + spread * RNG.uniform(-1, 1, (ROWS, 16, 16, 3))).astype(np.uint8)
-    scalars, pictures = jax.jit(stage.evaluate)({}, {}, {"image": truth}, None)
+    scalars, pictures = jax.jit(stage.evaluate)({}, {}, {"image": truth}, jax.random.key(0))
     drawn, plain, shown = np.split(np.asarray(pictures, np.float64), 3, axis=1)
     np.testing.assert_array_equal(shown, truth)
     for name, images in (("psnr", drawn), ("psnr_interpolated", plain)):

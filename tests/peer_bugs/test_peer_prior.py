@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shrink import random_batch, random_params, small_config, small_stage
+from shrink import fake_clip, random_batch, random_params, small_config, small_stage
 
 from unclip_jax import cli
 from unclip_jax.models.clip import normalize
@@ -100,7 +100,7 @@ def test_prior_without_text_still_hears_the_noised_embedding():
     def loss(drop_text):
         config = small_config("prior_diffusion").unlock()
         config.diffusion.drop_text = drop_text
-        clip = SimpleNamespace(embed_images=lambda *_: z_t, embed_texts=lambda *_: z_t)
+        clip = fake_clip(embed_images=lambda *_: z_t, embed_texts=lambda *_: z_t)
         return EchoingPrior(config.lock(), clip).loss({}, {}, random_batch(prior()[0], ROWS), jax.random.key(0))[0]
 
     assert float(loss(1.0)) == float(loss(0.0))

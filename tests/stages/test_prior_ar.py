@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shrink import random_batch, small_config, small_stage
+from shrink import fake_clip, random_batch, small_config, small_stage
 
 from unclip_jax.errors import UserError
 from unclip_jax.stages import codes, make_stage
@@ -85,7 +85,7 @@ def test_a_component_without_variance_is_coded():
     np.testing.assert_allclose(codes.decode(fitted, found, 16), [[1, 1]], atol=1e-6)
 
 
-@pytest.mark.parametrize("percentile", [0, 50, 95])
+@pytest.mark.parametrize("percentile", [0.0, 50.0, 95.0])
 def test_dot_products_are_drawn_as_in_training_above_a_percentile(percentile):
     dot = RNG.beta(2, 5, 20_000).astype(F32)
     fitted = codes.fit(np.ones((len(dot), 1), F32), dot, 1, 0.0)
@@ -111,7 +111,7 @@ def clip(unit_norm=True):
     config = small_config("clip").unlock()
     config.model.unit_norm = unit_norm
     same = {"embed_images": lambda frozen, z: z, "embed_texts": lambda frozen, z, length: z}
-    return SimpleNamespace(config=config.lock(), dim=DIM, **same)
+    return fake_clip(config=config.lock(), dim=DIM, **same)
 
 
 def stage_of(kind=PriorAR, clip=None, **sections):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,7 +208,7 @@ def test_ema_and_meta_are_read_alone(toy, at_step, tmp_path):
     for other in ("params", "opt_state"):
         shutil.rmtree(tmp_path / "checkpoints" / "2" / other)
     ema = restore_ema(str(tmp_path), jax.eval_shape(toy.Stage().init, jax.random.key(0)))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), ema, state.ema)
+    chex.assert_trees_all_equal(ema, state.ema)
     meta = read_meta(str(tmp_path))
     assert meta["step"] == 2 and meta["version"] == __version__ and meta["config"]["optim"]["b2"] == 0.99
 

@@ -65,22 +65,22 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path):
 
 
 def test_differences_are_named_by_process_and_value(monkeypatch):
-    told = {"code": "a", "config.train.seed": 0, "mesh": [8, 1]}
-    everyone = [{"host": f"host-{i}", "told": dict(told)} for i in range(3)]
+    values = {"code": "a", "config.train.seed": 0, "mesh": [8, 1]}
+    everyone = [{"host": f"host-{i}", "values": dict(values)} for i in range(3)]
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(preflight, "_gathered", lambda text: everyone)
-    preflight.agree(told)
-    everyone[2]["told"] |= {"code": "b", "extra": 1}
+    preflight.agree(values)
+    everyone[2]["values"] |= {"code": "b", "extra": 1}
     with pytest.raises(UserError) as caught:
-        preflight.agree(told)
+        preflight.agree(values)
     assert str(caught.value) == (
         "the processes of this run differ: process 2 on host-2 has code = b, process 0 has a; "
         "process 2 on host-2 has extra = 1, process 0 has None"
     )
     for i in range(7):
-        everyone[1]["told"][f"k{i}"] = i
+        everyone[1]["values"][f"k{i}"] = i
     with pytest.raises(UserError, match=r"k4 = 4, process 0 has None; and 4 more$"):
-        preflight.agree(told)
+        preflight.agree(values)
 
 
 def test_facts_tell_code_packages_devices_and_every_key(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 import hashlib
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +22,6 @@ def train(toy, stage, config, mesh, steps, batch=None):
     return state, log
 
 
-def assert_close(tree, other, **tolerance):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), **tolerance), tree, other)
-
-
 def test_the_start_is_the_same_on_every_mesh_and_depends_on_the_seed(toy):
     config = toy.config()
     states = [init_state(toy.Stage(), toy.optimizer(config), mesh, 0) for mesh in (toy.mesh(1, 1), toy.mesh(2, 4))]
@@ -36,7 +33,7 @@ def test_the_start_is_the_same_on_every_mesh_and_depends_on_the_seed(toy):
 def test_ema_starts_as_the_parameters(toy):
     state = init_state(toy.Stage(), toy.optimizer(toy.config()), toy.mesh(2, 4), 0)
     assert int(state.step) == 0
-    jax.tree.map(lambda e, p: np.testing.assert_array_equal(np.asarray(e), np.asarray(p)), state.ema, state.params)
+    chex.assert_trees_all_equal(state.ema, state.params)
 
 
 def test_training_starts_from_another_key_than_the_parameters():
@@ -63,8 +60,8 @@ def test_sharded_training_equals_one_device(toy):
     one, one_log = train(toy, toy.Stage(), config, toy.mesh(1, 1), 3)
     for mesh in (toy.mesh(2, 4), toy.mesh(8, 1)):
         many, many_log = train(toy, toy.Stage(), config, mesh, 3)
-        assert_close(many_log, one_log, rtol=1e-5)
-        assert_close((many.params, many.ema), (one.params, one.ema), rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(many_log, one_log, rtol=1e-5)
+        chex.assert_trees_all_close((many.params, many.ema), (one.params, one.ema), rtol=1e-5, atol=1e-6)
 
 
 def test_compiled_step_gathers_and_never_permutes(toy):
@@ -143,8 +140,8 @@ def test_four_microbatches_equal_one_batch(toy):
 
     one, one_log = train(toy, Quiet(), toy.config(accumulate=1), toy.mesh(2, 2), 1)
     four, four_log = train(toy, Quiet(), toy.config(accumulate=4), toy.mesh(2, 2), 1)
-    assert_close(four_log, one_log, rtol=1e-5, atol=1e-7)
-    assert_close(four.opt_state[1].mu, one.opt_state[1].mu, rtol=1e-4, atol=1e-8)
+    chex.assert_trees_all_close(four_log, one_log, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(four.opt_state[1].mu, one.opt_state[1].mu, rtol=1e-4, atol=1e-8)
 
 
 def test_noise_is_a_function_of_seed_step_and_microbatch(toy):

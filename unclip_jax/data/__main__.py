@@ -17,7 +17,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> "cli.FlagValues":
     """Reads the command line: `out` and `config`. Raises UserError for what is wrong with it."""
     if argv[1:2] != ["embed"]:
         raise UserError(f"expected {COMMAND} --config=configs/prior_diffusion.py:tiny --out=DIR")

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from unclip_jax.data import varied_scenes
-from unclip_jax.data.drawings import colours, draw, objects, with_article
+from unclip_jax.data.openmoji import colours, draw, objects, with_article
 
 # Place of the first object relative to the second: direction (right, down), and the words for it.
 _RELATIONS = {

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from unclip_jax.data.drawings import colours, objects, rasterize, svg, with_article
+from unclip_jax.data.openmoji import colours, objects, rasterize, svg, with_article
 
 COUNTS = {"train": 48_000, "test": 1_920}  # scenes: 1000 of each object, and 10 of each held-out combination
 

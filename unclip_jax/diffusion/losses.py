@@ -9,28 +9,32 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Float32
 
+from unclip_jax.arrays import Array
 from unclip_jax.diffusion.process import posterior_mean_variance, predict
-from unclip_jax.diffusion.schedule import NoiseSchedule, table_at
+from unclip_jax.diffusion.schedule import NoiseSchedule, Rows, StepIndices, table_at
 
 
 def training_loss(
     schedule: NoiseSchedule,
-    output,
-    x0,
-    x_t,
-    noise,
-    t,
+    output: Float[Array, "B *places outputs"],
+    x0: Rows,
+    x_t: Rows,
+    noise: Rows,
+    t: StepIndices,
     predicts: str,
     learned_variance: bool,
     snr_clip: tuple[float, float] | None,
-):
-    """Loss of a network's `output` at x_t = q_sample(x0, t, noise): (loss (B,), {"mse": (B,)[, "vb": (B,)]}).
+) -> tuple[Float32[Array, " B"], dict[str, Float32[Array, " B"]]]:
+    """Loss of a network's `output` at x_t = q_sample(x0, t, noise), and its terms "mse" and, where learned, "vb".
 
     predicts, learned_variance: as in `process.predict`.
     snr_clip: None, or (low, high): an x0 error counts clip(SNR_t, low, high) times, SNR_t = alpha_bar_t / beta_bar_t.
+
     The "mse" term is unweighted, "vb" is scaled by n / 1000. L_vb trains the variance alone: the mean in it is held
-    fixed, or its noisy gradient would drown that of L_simple.
+    fixed, or its noisy gradient would drown that of L_simple. Raises ValueError for snr_clip with a network that
+    predicts eps.
     """
     if snr_clip is not None and predicts != "x0":
         raise ValueError(f"snr_clip weighs errors of x0, but the network predicts {predicts!r}: set snr_clip to None")
@@ -48,11 +52,18 @@ def training_loss(
     return loss, terms
 
 
-def vlb_bits(schedule: NoiseSchedule, x0, x_t, t, x0_hat, log_variance):
-    """The term of the variational bound at step t, in bits per element, shape (B,).
+def vlb_bits(
+    schedule: NoiseSchedule,
+    x0: Rows,
+    x_t: Rows,
+    t: StepIndices,
+    x0_hat: Rows,
+    log_variance: Float[Array, "#B *#dims"] | None,
+) -> Float32[Array, " B"]:
+    """Term of the variational bound at step t, in bits per element.
 
-    p(x_{t-1} | x_t) has the posterior's mean for `x0_hat` and the given log variance, which broadcasts against x_t;
-    None stands for the posterior's own variance. x0 in [-1, 1] counts as 8-bit pixels at t = 0.
+    p(x_{t-1} | x_t) has the posterior's mean for `x0_hat` and the given log variance; None stands for the posterior's
+    own variance. x0 in [-1, 1] counts as 8-bit pixels at t = 0.
     """
     mean, _, posterior_log_variance = posterior_mean_variance(schedule, x0_hat, x_t, t)
     if log_variance is None:
@@ -65,7 +76,7 @@ def vlb_bits(schedule: NoiseSchedule, x0, x_t, t, x0_hat, log_variance):
     return jnp.where(t == 0, _mean_per_example(nll), _mean_per_example(kl)) / math.log(2)
 
 
-def _pixel_log_likelihood(x, mean, log_scale):
+def _pixel_log_likelihood(x: Rows, mean: Rows, log_scale: Float[Array, "..."]) -> Rows:
     """Log mass that N(mean, exp(log_scale)^2) gives the 8-bit bin around x; the bins of -1 and 1 are open outwards."""
     inverse_scale = jnp.exp(-log_scale)
     below_top = _normal_cdf((x - mean + 1 / 255) * inverse_scale)
@@ -74,10 +85,10 @@ def _pixel_log_likelihood(x, mean, log_scale):
     return jnp.log(jnp.maximum(mass, 1e-12))
 
 
-def _normal_cdf(x):
+def _normal_cdf(x: Rows) -> Rows:
     # The tanh form is part of the published loss, not a shortcut.
     return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _mean_per_example(x):
+def _mean_per_example(x: Rows) -> Float[Array, " B"]:
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))

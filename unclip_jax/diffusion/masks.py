@@ -1,25 +1,30 @@
-"""Masks of the pixels that training gives, to fill in the others (GLIDE, arXiv 2112.10741, section 4.3, where
-"random regions are erased": which ones it does not say)."""
+"""Random masks that train a network to inpaint (GLIDE, arXiv 2112.10741, section 4.3).
+
+The paper says that "random regions are erased", but not how they are drawn: the kinds and shares here are ours.
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
+
+from unclip_jax.arrays import Array, Key
 
 ALL, RECTANGLES = 0.25, 0.45  # shares of the pictures erased whole, and by rectangles; the others by a stroke
 COUNT = 4  # most rectangles in a picture, and lines in a stroke
-SIDES = (0.1, 0.8)  # of rectangles; shares of the picture's side, here and below
-THICKNESS = (0.1, 0.25)  # of strokes
+SIDES = (0.1, 0.8)  # range of a rectangle's sides, as shares of the picture's side
+THICKNESS = (0.1, 0.25)  # range of a stroke's thickness, likewise
 
 
-def random_known(key, rows: int, size: int):
-    """Masks bool (rows, size, size, 1), True where known, each drawn by itself.
+def random_known(key: Key, rows: int, size: int) -> Bool[Array, "{rows} {size} {size} 1"]:
+    """Draws one mask per row, independently: True where the pixel is known.
 
-    A quarter know nothing, as in drawing from a caption alone. 45 % know all but 1 to 4 rectangles, with sides of 10 to
-    80 % of the picture's; 30 % all but a stroke, 1 to 4 lines long and 10 to 25 % thick.
+    25 % of the masks know no pixel, as in drawing from a caption alone. 45 % know all but 1 to 4 rectangles, with sides
+    of 10 to 80 % of the picture's. 30 % know all but a stroke of 1 to 4 lines, 10 to 25 % of the picture's side thick.
     """
 
-    def known(key):
+    def known(key: Key) -> Bool[Array, "H W"]:
         key_kind, key_rectangles, key_stroke = jax.random.split(key, 3)
         kind = jax.random.uniform(key_kind)
         rectangles, stroke = _rectangles(key_rectangles, size), _stroke(key_stroke, size)
@@ -28,8 +33,8 @@ def random_known(key, rows: int, size: int):
     return jax.vmap(known)(jax.random.split(key, rows))[..., None]
 
 
-def _rectangles(key, size: int):
-    """The pixels, bool (size, size), of at least one of 1 to COUNT rectangles within the picture."""
+def _rectangles(key: Key, size: int) -> Bool[Array, "{size} {size}"]:
+    """True for the pixels of 1 to COUNT rectangles within the picture."""
     key_count, key_sides, key_corners = jax.random.split(key, 3)
     real = jnp.arange(COUNT) < jax.random.randint(key_count, (), 1, COUNT + 1)
     smallest, largest = math.ceil(SIDES[0] * size), math.floor(SIDES[1] * size)
@@ -40,8 +45,8 @@ def _rectangles(key, size: int):
     return jnp.any(rows[:, :, None] & columns[:, None, :] & real[:, None, None], axis=0)
 
 
-def _stroke(key, size: int):
-    """The pixels, bool (size, size), near one of 1 to COUNT straight lines, each from where the last one ends."""
+def _stroke(key: Key, size: int) -> Bool[Array, "{size} {size}"]:
+    """True for the pixels near one of 1 to COUNT straight lines, each of which starts where the last one ends."""
     key_count, key_points, key_thickness = jax.random.split(key, 3)
     real = jnp.arange(COUNT) < jax.random.randint(key_count, (), 1, COUNT + 1)
     points = jax.random.uniform(key_points, (COUNT + 1, 2), maxval=float(size))

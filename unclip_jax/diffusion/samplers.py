@@ -1,24 +1,26 @@
 """Sampling: one scan over the steps of a schedule, from the noisiest to the cleanest.
 
 A step is a function (x_t, i, prediction, schedule, noise) -> x_{t-1}, with i a scalar step index and noise standard
-normal of x_t's shape. It moves x_t given what the denoiser said of it; guidance and clipping are the denoiser's matter.
+normal of x_t's shape. The prediction is the denoiser's for x_t, guidance and clipping included.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
+from unclip_jax.arrays import Array, Key, Scalar
 from unclip_jax.diffusion.analytic import analytic_variance, reverse_weights
 from unclip_jax.diffusion.process import Denoiser, Prediction, posterior_mean_variance
-from unclip_jax.diffusion.schedule import NoiseSchedule, table_at
+from unclip_jax.diffusion.schedule import NoiseSchedule, Rows, StepIndex, Table, table_at
 from unclip_jax.keys import draw_rows, fold_in
 
-Step = Callable[[jax.Array, jax.Array, Prediction, NoiseSchedule, jax.Array], jax.Array]
+Step = Callable[[Rows, StepIndex, Prediction, NoiseSchedule, Rows], Rows]
 
 
-def ddpm_step(x_t, i, prediction: Prediction, schedule: NoiseSchedule, noise):
-    """Ancestral step: x_{t-1} ~ N(posterior mean for the predicted x0, variance), without noise at i = 0.
+def ddpm_step(x_t: Rows, i: StepIndex, prediction: Prediction, schedule: NoiseSchedule, noise: Rows) -> Rows:
+    """Takes an ancestral step: x_{t-1} ~ N(posterior mean for the predicted x0, variance), without noise at i = 0.
 
     The variance is the prediction's, or the posterior's (DDPM's smaller choice) where none is predicted.
     """
@@ -28,13 +30,10 @@ def ddpm_step(x_t, i, prediction: Prediction, schedule: NoiseSchedule, noise):
     return mean + jnp.where(i > 0, jnp.exp(0.5 * log_variance) * noise, 0.0)
 
 
-def ddim_step(eta) -> Step:
-    """The DDIM step (arXiv 2010.02502, eq. 12): sigma = eta sqrt(beta-tilde_t); eta = 0 is deterministic.
+def ddim_step(eta: Scalar) -> Step:
+    """Makes the DDIM step (arXiv 2010.02502, eq. 12): sigma = eta sqrt(beta-tilde_t); eta = 0 is deterministic."""
 
-    `eta` may be traced.
-    """
-
-    def step(x_t, i, prediction, schedule, noise):
+    def step(x_t: Rows, i: StepIndex, prediction: Prediction, schedule: NoiseSchedule, noise: Rows) -> Rows:
         variance = jnp.square(jnp.asarray(eta, jnp.float32)) * table_at(schedule.posterior_variance, i, x_t)
         signal = jnp.sqrt(table_at(schedule.alpha_bars_prev, i, x_t))
         direction = jnp.sqrt(jnp.maximum(table_at(schedule.beta_bars_prev, i, x_t) - variance, 0.0))
@@ -43,14 +42,14 @@ def ddim_step(eta) -> Step:
     return step
 
 
-def analytic_dpm_step(C, eta) -> Step:
-    """The step of ddim_step(eta) with Analytic-DPM's variance (arXiv 2201.06503), and without noise at i = 0.
+def analytic_dpm_step(C: Table, eta: Scalar) -> Step:
+    """Makes the step of ddim_step(eta) with Analytic-DPM's variance (arXiv 2201.06503), and without noise at i = 0.
 
-    C (num_steps,): the table of `analytic.estimate_C` for the schedule that is sampled, with guidance too. eta = 1 is
-    DDPM's chain. Both may be traced.
+    C: the table of `analytic.estimate_C` for the schedule that is sampled, with or without guidance.
+    eta: 1 is DDPM's chain.
     """
 
-    def step(x_t, i, prediction, schedule, noise):
+    def step(x_t: Rows, i: StepIndex, prediction: Prediction, schedule: NoiseSchedule, noise: Rows) -> Rows:
         x0_weight, x_t_weight, _ = reverse_weights(schedule, eta)
         mean = table_at(x0_weight, i, x_t) * prediction.x0 + table_at(x_t_weight, i, x_t) * x_t
         variance = table_at(analytic_variance(schedule, C, eta), i, x_t)
@@ -59,18 +58,28 @@ def analytic_dpm_step(C, eta) -> Step:
     return step
 
 
-def sample(denoiser: Denoiser, schedule: NoiseSchedule, x_T, key, step: Step = ddpm_step, noise=None):
-    """x_0 from x_T, the state at the schedule's last step; both float32 (B, ...).
+def sample(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x_T: Rows,
+    key: Key | None,
+    step: Step = ddpm_step,
+    noise: Float[Array, "n B *dims"] | None = None,
+) -> Rows:
+    """Samples x_0 from x_T, the state at the schedule's last step.
 
-    key: one for all rows, or keys (B,), one for each. The noise of step i is drawn from fold_in(key, i). `noise`
-    (num_steps, *x_T.shape) stands in for it: noise[k] goes to the k-th step taken, and `key` is then unused.
+    key: one for all rows, or keys (B,), one for each. The noise of step i is drawn from fold_in(key, i).
+    noise: in place of it; noise[k] goes to the k-th step taken, and `key` is then not used.
+
+    Raises ValueError when `noise` does not have one x_T per step.
     """
     if noise is not None and noise.shape != (schedule.num_steps, *x_T.shape):
         raise ValueError(f"noise of shape {noise.shape}: expected one x_T per step, {(schedule.num_steps, *x_T.shape)}")
 
-    def body(x_t, i_and_noise):
+    def body(x_t: Rows, i_and_noise: tuple[Int[Array, ""], Rows | None]) -> tuple[Rows, None]:
         i, step_noise = i_and_noise
         if step_noise is None:
+            assert key is not None, "a key, or the noise of every step"
             step_noise = draw_rows(jax.random.normal, fold_in(key, i), x_t.shape)
         return step(x_t, i, denoiser(x_t, i), schedule, step_noise), None
 
@@ -78,16 +87,17 @@ def sample(denoiser: Denoiser, schedule: NoiseSchedule, x_T, key, step: Step = d
     return jax.lax.scan(body, x_T, (indices, noise))[0]
 
 
-def ddim_invert(denoiser: Denoiser, schedule: NoiseSchedule, x_0):
-    """x_T from which `sample` with ddim_step(0) gives x_0 back, nearly: DDIM run upwards (arXiv 2105.05233, app. F).
+def ddim_invert(denoiser: Denoiser, schedule: NoiseSchedule, x_0: Rows) -> Rows:
+    """Inverts x_0 to the x_T from which `sample` with ddim_step(0) nearly restores it (arXiv 2105.05233, app. F).
 
-    The image stands in for the state at step 0 and is carried up to the last step, where `sample` starts: one step
-    fewer than the schedule has. For exact reconstruction the denoiser should neither clip nor guide.
+    This is DDIM run upwards. x_0 stands in for the state at step 0 and is carried up to the last step, where `sample`
+    starts: one step fewer than the schedule has. For exact reconstruction the denoiser should neither clip nor guide.
+    Raises ValueError for a schedule of a single step.
     """
     if schedule.num_steps < 2:
         raise ValueError("DDIM inversion over a schedule of one step: expected at least 2 steps")
 
-    def body(x_t, i):
+    def body(x_t: Rows, i: Int[Array, ""]) -> tuple[Rows, None]:
         prediction = denoiser(x_t, i)
         signal = jnp.sqrt(table_at(schedule.alpha_bars_next, i, x_t))
         direction = jnp.sqrt(table_at(schedule.beta_bars_next, i, x_t))

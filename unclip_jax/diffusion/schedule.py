@@ -13,41 +13,47 @@ argument: each table is rounded to float32 by itself, and no difference of nearl
 import re
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, Int, Shaped
 
-Array = jax.Array | np.ndarray
+from unclip_jax.arrays import Array
 
 SCHEDULES = ("cosine", "linear")
 
+Table = Float[Array, " n"]
+Rows = Float[Array, "B *dims"]  # float32 examples: pictures (B, H, W, C) or vectors (B, d)
+StepIndex = int | Int[Array, ""]  # shared by the batch
+StepIndices = StepIndex | Int[Array, " B"]  # shared, or one per row
+
 
 class NoiseSchedule(NamedTuple):
-    """Tables of one chain of n steps, each of shape (n,), entry 0 the least noisy step."""
+    """Tables of one chain of n steps; entry 0 is the least noisy step."""
 
-    betas: Array  # beta_t: noise variance added by the step
-    timesteps: Array  # int32: index of the step in the original chain; what networks are told
-    alpha_bars: Array
-    alpha_bars_prev: Array  # one step less noisy; entry 0 is 1
-    alpha_bars_next: Array  # one step noisier; the last entry is 0
-    beta_bars: Array  # 1 - alpha_bars
-    beta_bars_prev: Array  # 1 - alpha_bars_prev
-    beta_bars_next: Array  # 1 - alpha_bars_next
-    sqrt_alpha_bars: Array
-    sqrt_beta_bars: Array
-    log_betas: Array
-    posterior_x0_weight: Array  # mean of q(x_{t-1} | x_t, x_0) = posterior_x0_weight x_0 + posterior_x_t_weight x_t
-    posterior_x_t_weight: Array
-    posterior_variance: Array  # beta-tilde_t; entry 0 is 0
-    posterior_log_variance: Array  # log beta-tilde_t; entry 0 is entry 1, since log 0 has no use
+    betas: Table  # beta_t: noise variance added by the step
+    timesteps: Int[Array, " n"]  # index of the step in the original chain, which the networks receive
+    alpha_bars: Table
+    alpha_bars_prev: Table  # one step less noisy; entry 0 is 1
+    alpha_bars_next: Table  # one step noisier; the last entry is 0
+    beta_bars: Table  # 1 - alpha_bars
+    beta_bars_prev: Table  # 1 - alpha_bars_prev
+    beta_bars_next: Table  # 1 - alpha_bars_next
+    sqrt_alpha_bars: Table
+    sqrt_beta_bars: Table
+    log_betas: Table
+    posterior_x0_weight: Table  # mean of q(x_{t-1} | x_t, x_0) = posterior_x0_weight x_0 + posterior_x_t_weight x_t
+    posterior_x_t_weight: Table
+    posterior_variance: Table  # beta-tilde_t; entry 0 is 0
+    posterior_log_variance: Table  # log beta-tilde_t; entry 0 is entry 1, since log 0 has no use
 
     @property
     def num_steps(self) -> int:
+        """The length n of the chain."""
         return self.betas.shape[0]
 
 
 def make_schedule(name: str, num_timesteps: int) -> NoiseSchedule:
-    """The full chain of `num_timesteps` steps.
+    """Makes the full chain of `num_timesteps` steps.
 
     "cosine": improved DDPM (arXiv 2102.09672, eq. 17), beta capped at 0.999.
     "linear": DDPM's 1e-4 to 0.02, scaled by 1000 / num_timesteps so that a chain of any length ends in noise.
@@ -70,7 +76,7 @@ def make_schedule(name: str, num_timesteps: int) -> NoiseSchedule:
 
 
 def respace(schedule: NoiseSchedule, spec: str) -> NoiseSchedule:
-    """The chain that visits only some steps of `schedule`, with the noise levels of those steps unchanged.
+    """Makes the chain that visits only some steps of `schedule`, whose noise levels stay as they were.
 
     `spec` is one of
       "n1,n2,...": the chain cut into equal sections, n1 steps spread evenly over the first (least noisy), and so on;
@@ -88,12 +94,12 @@ def respace(schedule: NoiseSchedule, spec: str) -> NoiseSchedule:
 
 
 def first_steps(schedule: NoiseSchedule, count: int) -> NoiseSchedule:
-    """The `count` least noisy steps alone: a chain that starts from a picture that is noised only so far."""
+    """Keeps the `count` least noisy steps: the chain that denoises a picture noised up to the last of them."""
     return NoiseSchedule(*(table[:count] for table in schedule))
 
 
-def table_at(table: Array, t: Array, like: Array) -> jax.Array:
-    """table[t] as float32, shaped to go with `like` (B, ...): () for a scalar t, (B, 1, ..., 1) for t of shape (B,)."""
+def table_at(table: Table, t: StepIndices, like: Shaped[Array, " B *dims"]) -> Float32[Array, "..."]:
+    """table[t], shaped to broadcast against `like`: () for a shared t, (B, 1, ..., 1) for one per row."""
     values = jnp.asarray(table, jnp.float32)[t]
     return values.reshape(values.shape + (1,) * (like.ndim - 1)) if values.ndim else values
 

@@ -1,4 +1,4 @@
-"""Does a picture of an emoji scene show what its caption asks for? Measured without any network.
+"""Measures whether a picture of an emoji scene shows what its caption asks for, without any network.
 
 The drawings are known, so the object is the drawing nearest to the picture, once put in the asked-for place on the
 picture's own background; the background is the named colour nearest to the picture's border.
@@ -10,22 +10,22 @@ import numpy as np
 
 from unclip_jax.data import emoji_scenes
 
-_GRID = 16  # what pictures and drawings are averaged to: coarse, so that a shift by a few percent costs little
-_FILL = 0.875  # side of a drawing within the window that is looked at
-_SHIFTS = (-0.02, 0.0, 0.02)  # fractions of the frame by which an object may be out of its place, tried both ways
+_GRID = 16  # cells a side to which pictures and drawings are averaged: so few that a small shift changes little
+_FILL = 0.875  # side of a drawing, as a share of the window that is compared
+_SHIFTS = (-0.02, 0.0, 0.02)  # by which an object may be out of its place, right and down; fractions of the frame
 _CHUNK = 64  # pictures compared at once
 
 
 def chance() -> dict[str, float]:
-    """Computes what `score` gives, on average, to a picture that was not asked for."""
+    """Computes the average `score` of pictures drawn without regard to their captions."""
     per_object, per_background = 1 / len(emoji_scenes.objects()), 1 / len(emoji_scenes.colours())
     return {"object": per_object, "background": per_background, "both": per_object * per_background}
 
 
 def classify(images: np.ndarray) -> tuple[list[str], list[str]]:
-    """Names of the object in the middle and of the background, one each for uint8 RGB (N, S, S, 3).
+    """Names the object in the middle and the background of each picture, uint8 RGB (N, S, S, 3).
 
-    True pictures are told without error from S = 16 on.
+    The data set's own pictures are classified without error from S = 16 on.
     """
     backgrounds = _border(images)
     palette = np.array(list(emoji_scenes.colours().values()), np.float32)
@@ -48,9 +48,10 @@ def score(images: np.ndarray, objects: list[str], colours: list[str]) -> dict[st
 
 
 def score_pairs(images: np.ndarray, objects: list[str], relations: list[str], others: list[str]) -> dict[str, float]:
-    """Fractions of the pictures, uint8 RGB (N, S, S, 3), where `object` is `relation` `other`, each in its place.
+    """Fractions of the pictures, uint8 RGB (N, S, S, 3), in which the objects of a caption stand in their places.
 
-    True pictures are told without error from S = 24 on.
+    The caption is "OBJECT RELATION OTHER", for example "… left of …". The data set's own pictures are scored without
+    error from S = 24 on.
     """
     backgrounds = _border(images)
     right = np.zeros((2, len(images)), bool)
@@ -71,7 +72,7 @@ def _border(images: np.ndarray) -> np.ndarray:
 
 
 def _nearest_drawing(images: np.ndarray, backgrounds: np.ndarray, place: tuple[float, float], side: float) -> list[str]:
-    """Finds the drawing of this side that is at this place (middle; right and down; all fractions of the frame)."""
+    """Finds the drawing nearest to each picture at a place (its middle, right and down), in fractions of the frame."""
     names = emoji_scenes.objects()
     colour, opaque = _drawings()
     found = []

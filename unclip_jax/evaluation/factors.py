@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from unclip_jax.data import varied_scenes
-from unclip_jax.data.drawings import colours, objects
+from unclip_jax.data.openmoji import colours, objects
 from unclip_jax.data.varied_scenes import FRAME, PATTERNS, PLACES, ROTATIONS, SIDES, WORDS, Scene
 
 # The most that may stay unexplained of each part of a readable picture, in root mean square at 32 pixels a side: of the

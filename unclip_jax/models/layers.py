@@ -11,21 +11,24 @@ from dataclasses import dataclass, field
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Float32, Int
 
+from unclip_jax.arrays import Array, Key
 from unclip_jax.models.mesh import compute_capability, platform
 from unclip_jax.models.tpu_attention import supported, tpu_attention
 
-# Uniform in +-1/sqrt(fan_in): what the papers' code leaves its convolutions and linear layers at.
+# Uniform in +-1/sqrt(fan_in): PyTorch's default, which the papers' code keeps for convolutions and linear layers.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 Dense = functools.partial(nn.Dense, kernel_init=fan_in_uniform)
 Conv3x3 = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=fan_in_uniform)
-LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32)  # of float32 input, as the papers' code
+LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=jnp.float32)  # float32 throughout, as in their code
 zeros = {"kernel_init": nn.initializers.zeros, "bias_init": nn.initializers.zeros}
 
 
-def timestep_embedding(timesteps, width: int):
-    """Sinusoids [cos(t f), sin(t f)], f_k = 10000^(-k / (width / 2)): (B,) integers → (B, width) float32."""
+def timestep_embedding(timesteps: Int[Array, " B"], width: int) -> Float32[Array, "B {width}"]:
+    """Sinusoids [cos(t f), sin(t f)], f_k = 10000^(-k / (width / 2)); `width` is even."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -33,13 +36,13 @@ def timestep_embedding(timesteps, width: int):
 
 
 class TimestepMLP(nn.Module):
-    """Timesteps (B,) → (B, out) float32: sinusoid of `width`, linear, SiLU, linear."""
+    """Timestep embedding: sinusoids of `width`, linear, SiLU, linear."""
 
     width: int
     out: int
 
     @nn.compact
-    def __call__(self, timesteps):
+    def __call__(self, timesteps: Int[Array, " B"]) -> Float32[Array, "B {self.out}"]:
         x = Dense(self.out, name="in")(timestep_embedding(timesteps, self.width))
         return Dense(self.out, name="out")(nn.silu(x))
 
@@ -47,28 +50,31 @@ class TimestepMLP(nn.Module):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:
-    """Says which of S keys each of T queries attends to: those that both fields allow.
+    """Attention mask of T queries over S keys: a query attends to the keys that both fields allow.
 
-    They are kept apart because cuDNN's kernel knows causality by itself, and skips what it hides.
+    Causality stands by itself because cuDNN's kernel implements it, and skips the hidden part of the matrix.
     """
 
     causal: bool = field(default=False, metadata={"static": True})  # query i attends to keys 0 ... i + S - T
-    keys: jax.Array | None = None  # bool (B or 1, S): True where attended
+    keys: Bool[Array, "#B S"] | None = None  # True where attended; None: everywhere
 
-    def dense(self, length: int, keys: int) -> jax.Array | None:
-        """Bool (B or 1, 1, T or 1, S) for T = `length` queries and S = `keys`; None where all is attended."""
+    def dense(self, length: int, keys: int) -> Bool[Array, "_ 1 _ {keys}"] | None:
+        """Mask (B or 1, 1, T or 1, S) for T = `length` queries and S = `keys`; None where all is attended."""
         parts = [jnp.tril(jnp.ones((1, 1, length, keys), bool), keys - length)] if self.causal else []
         parts += [] if self.keys is None else [self.keys[:, None, None]]
         return functools.reduce(jnp.logical_and, parts) if parts else None
 
 
-def attention(query, key, value, mask: Mask | None = None):
-    """Scaled dot-product attention, softmax in float32.
+def attention(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S H D"],
+    value: Float[Array, "B S H D"],
+    mask: Mask | None = None,
+) -> Float[Array, "B T H D"]:
+    """Scaled dot-product attention of H heads, softmax in float32; mask None: every query attends to every key.
 
-    query (B, T, H, D), key and value (B, S, H, D); mask None: every query attends to every key.
-
-    Inside of `jit_on_mesh`, which tells the devices, bfloat16 goes to a kernel that never writes the matrix of weights
-    to memory: on a TPU our own, on an NVIDIA GPU from Ampere on cuDNN's.
+    Inside `jit_on_mesh`, which knows the devices, bfloat16 goes to a fused kernel, which never writes the matrix of
+    weights to memory: on a TPU our own, on an NVIDIA GPU cuDNN's (from Ampere on).
     """
     mask = mask or Mask()
     if platform() == "tpu" and supported(query, key):
@@ -79,18 +85,20 @@ def attention(query, key, value, mask: Mask | None = None):
     return plain_attention(*(x.swapaxes(1, 2) for x in (query, key, value)), dense).swapaxes(1, 2)
 
 
-def _cudnn_takes(query) -> bool:
+def _cudnn_takes(query: Array) -> bool:
     length, width = query.shape[1], query.shape[-1]
     fits = query.dtype == jnp.bfloat16 and width % 8 == 0 and width <= 128
-    return compute_capability() >= 8 and fits and length > 1  # one query by itself is no work for a kernel
+    return compute_capability() >= 8 and fits and length > 1  # a single query is too little work for a kernel
 
 
-def _cudnn_attention(query, key, value, mask: Mask):
-    """cuDNN's. JAX refuses odd lengths where there is a gradient, so those get one place more, which is hidden."""
+def _cudnn_attention(query: Array, key: Array, value: Array, mask: Mask) -> Array:
+    """`attention` by cuDNN. JAX refuses to differentiate odd lengths, so these get one more place, which is hidden."""
     rows, length, keys = *query.shape[:2], key.shape[1]
     padded = [jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value)]
+
+    # The cheapest way to hide the padding: causality does, then a length per row, else a mask in memory.
     if mask.keys is None and mask.causal and length == keys:
-        options = {"is_causal": True}  # its causality starts at the first key, and hides the last
+        options = {"is_causal": True}  # cuDNN's starts at the first key, so it hides the padded last one
     elif mask.keys is None and not mask.causal:
         options = {"key_value_seq_lengths": jnp.full((rows,), keys, jnp.int32)} if keys % 2 else {}
     else:
@@ -100,15 +108,20 @@ def _cudnn_attention(query, key, value, mask: Mask):
 
 
 @jax.custom_vjp
-def plain_attention(query, key, value, mask):
-    """`attention` with heads in front of places, (B, H, T, D), and a dense mask, by XLA alone.
+def plain_attention(
+    query: Float[Array, "B H T D"],
+    key: Float[Array, "B H S D"],
+    value: Float[Array, "B H S D"],
+    mask: Bool[Array, "#B 1 #T S"] | None,
+) -> Float[Array, "B H T D"]:
+    """`attention` by XLA alone, with the heads' axis in front of the places' and a dense mask.
 
     Differentiated by hand: dS = P ∘ (dP - rowsum(dO ∘ O)) / √D. JAX's own took a CPU three times as long.
     """
     return _plain_forward(query, key, value, mask)[0]
 
 
-def _plain_forward(query, key, value, mask):
+def _plain_forward(query: Array, key: Array, value: Array, mask: Array | None) -> tuple[Array, tuple]:
     logits = _product("bhtd,bhsd->bhts", query, key) * query.shape[-1] ** -0.5
     if mask is not None:
         logits = jnp.where(mask, logits, -0.7 * jnp.finfo(jnp.float32).max)
@@ -117,18 +130,18 @@ def _plain_forward(query, key, value, mask):
     return out, (query, key, value, mask, weights, out)
 
 
-def _plain_backward(kept, gradient):
-    query, key, value, mask, weights, out = kept
-    of_weights = _product("bhtd,bhsd->bhts", gradient, value)
-    mean = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    of_logits = weights.astype(jnp.float32) * (of_weights - mean) * query.shape[-1] ** -0.5
+def _plain_backward(residuals: tuple, dout: Array) -> tuple[Array, Array, Array, None]:
+    query, key, value, mask, weights, out = residuals
+    dweights = _product("bhtd,bhsd->bhts", dout, value)
+    mean = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    dlogits = weights.astype(jnp.float32) * (dweights - mean) * query.shape[-1] ** -0.5
     if mask is not None:
-        of_logits = jnp.where(mask, of_logits, 0.0)
-    of_logits = of_logits.astype(query.dtype)
+        dlogits = jnp.where(mask, dlogits, 0.0)
+    dlogits = dlogits.astype(query.dtype)
     grads = (
-        _product("bhts,bhsd->bhtd", of_logits, key),
-        _product("bhts,bhtd->bhsd", of_logits, query),
-        _product("bhts,bhtd->bhsd", weights, gradient),
+        _product("bhts,bhsd->bhtd", dlogits, key),
+        _product("bhts,bhtd->bhsd", dlogits, query),
+        _product("bhts,bhtd->bhsd", weights, dout),
     )
     return *(grad.astype(query.dtype) for grad in grads), None
 
@@ -136,21 +149,20 @@ def _plain_backward(kept, gradient):
 plain_attention.defvjp(_plain_forward, _plain_backward)
 
 
-def _product(spec: str, a, b):
+def _product(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 class Projections(nn.Module):
-    """x (..., C) → so many (..., features), by one matrix side by side; each multiplied apart, in the place it is
-    needed in: to cut a product into parts afterwards is to copy it."""
+    """Projects to `parts` outputs from one kernel, split before multiplying to avoid a copy."""
 
-    features: int
+    features: int  # of each output
     parts: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     kernel_init: nn.initializers.Initializer = fan_in_uniform
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*places C"]) -> list[Float[Array, "*places {self.features}"]]:
         total = self.parts * self.features
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], total))
         bias = self.param("bias", nn.initializers.zeros, (total,))
@@ -160,31 +172,32 @@ class Projections(nn.Module):
 
 
 @jax.custom_vjp
-def _add_bias(x, bias):
-    """x (..., C) + bias (C,), whose gradient is summed in float32. JAX sums in bfloat16, which takes a TPU longer."""
+def _add_bias(x: Float[Array, "*places C"], bias: Float[Array, " C"]) -> Float[Array, "*places C"]:
+    """x + bias, whose gradient is summed in float32. JAX's own sums in bfloat16, which takes a TPU longer."""
     bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
     return (x.astype(jnp.float32) + bias).astype(x.dtype)
 
 
-def _add_bias_backward(_, gradient):
-    rows = tuple(range(gradient.ndim - 1))
-    if platform() != "tpu" or gradient.dtype != jnp.bfloat16:
-        return gradient, jnp.sum(gradient.astype(jnp.float32), axis=rows)
-    # Behind an attention's kernel there is nothing to fuse a sum into; the matrix unit takes a third of its time. XLA
-    # would make a plain sum again of a product with a single row.
-    ones = jnp.ones((8, *gradient.shape[:-1]), gradient.dtype)
+def _add_bias_backward(_: None, dout: Array) -> tuple[Array, Array]:
+    rows = tuple(range(dout.ndim - 1))
+    if platform() != "tpu" or dout.dtype != jnp.bfloat16:
+        return dout, jnp.sum(dout.astype(jnp.float32), axis=rows)
+
+    # After an attention kernel there is nothing to fuse the sum into, and the matrix unit needs a third of its time.
+    # Eight rows of ones, because XLA would turn a product with a single row back into a plain sum.
+    ones = jnp.ones((8, *dout.shape[:-1]), dout.dtype)
     contracted = tuple(axis + 1 for axis in rows), rows
-    return gradient, jax.lax.dot_general(ones, gradient, (contracted, ((), ())), preferred_element_type=jnp.float32)[0]
+    return dout, jax.lax.dot_general(ones, dout, (contracted, ((), ())), preferred_element_type=jnp.float32)[0]
 
 
 _add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), None), _add_bias_backward)
 
 
-def dropout(x, rate: float, key):
-    """x with `rate` of its elements zeroed and the others scaled up; the same elements on every mesh.
+def dropout(x: Float[Array, "*shape"], rate: float, key: Key) -> Float[Array, "*shape"]:
+    """Zeroes a share `rate` of x's elements and scales the others up; the same elements on every mesh.
 
-    The random bits are hashes of the elements' numbers ("lowbias32", with the key mixed in), as good as dropout
-    needs. Threefry, which jax.random draws with, took an eighth of an upsampler's training step on TPU.
+    The random bits are hashes of the elements' positions ("lowbias32", with the key mixed in), which is random enough
+    for dropout. Threefry, jax.random's generator, took an eighth of an upsampler's training step on a TPU.
     """
     first, second = jax.random.bits(key, (2,))
     strides = [math.prod(x.shape[axis + 1 :]) for axis in range(x.ndim)]
@@ -197,7 +210,7 @@ def dropout(x, rate: float, key):
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm of x (B, H, W, C) of any type, computed and returned in float32, eps 1e-5 as in the papers' code.
+    """GroupNorm in float32 with eps 1e-5, as in the papers' code.
 
     Sums of x and x² per channel first, then one multiply-add with everything folded in: two passes over x, which XLA
     fuses into its neighbours. (flax.linen.GroupNorm's grouped reductions take up to four times as long on a CPU.)
@@ -206,13 +219,13 @@ class GroupNorm(nn.Module):
     groups: int
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float32[Array, "B H W C"]:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         x = x.astype(jnp.float32)
 
-        def group_mean(values):
+        def group_mean(values: Float[Array, "B H W C"]) -> Float[Array, "B C"]:
             per_channel = jnp.mean(values, axis=(1, 2)).reshape(x.shape[0], self.groups, -1)
             return jnp.repeat(jnp.mean(per_channel, axis=-1), channels // self.groups, axis=1)
 

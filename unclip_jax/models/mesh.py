@@ -1,4 +1,4 @@
-"""Devices as a network may know them, and how a part of it is run on each of them by itself."""
+"""The mesh as seen from inside a network: which devices it is compiled for, and running a function on each of them."""
 
 import contextvars
 import functools
@@ -10,28 +10,31 @@ import jax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-# What YNNPACK computes for XLA on a CPU: all that it does by default but convolutions. It splits those over threads by
-# blocks of 64 channels and 64 columns, so that small models' run on one. By Eigen they draw 1.6 times as fast on two.
+from unclip_jax.arrays import Array
+
+# Operations that XLA hands to YNNPACK on a CPU: its default ones without convolutions. YNNPACK splits convolutions over
+# threads in blocks of 64 channels and 64 columns, so those of small models run on one thread. With Eigen's convolutions
+# small models sample 1.6 times as fast on two cores.
 CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": ",".join(
         f"LIBRARY_FUSION_TYPE_{kind}" for kind in ("DOT", "INDIVIDUAL_DOT", "REDUCE")
     )
 }
 
-# A device of the mesh that a function is being traced for: JAX's abstract meshes do not tell what it is capable of.
+# A device of the mesh that a function is being traced for: JAX's abstract meshes do not know its compute capability.
 _device: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("device", default=None)
 
 
-def jit_on_mesh(function: Callable, mesh: Mesh, tpu_options: dict[str, str] | None = None, **options) -> Callable:
-    """`jax.jit`, for arguments that lie on that mesh; within `function` the rest of this module knows its devices.
+def jit_on_mesh(function: Callable, mesh: Mesh, tpu_options: dict[str, str] | None = None, **options: Any) -> Callable:
+    """`jax.jit` for arguments that lie on `mesh`. Inside `function`, this module's other functions know the mesh.
 
-    tpu_options: to the compiler, on a TPU. options: to `jax.jit`.
+    tpu_options: of the compiler, on a TPU. options: of `jax.jit`.
     """
     device = mesh.devices.flat[0]
     kind = device.platform
 
     @functools.wraps(function)
-    def traced(*args):
+    def traced(*args: Any) -> Any:
         token = _device.set(device)
         try:
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -44,13 +47,13 @@ def jit_on_mesh(function: Callable, mesh: Mesh, tpu_options: dict[str, str] | No
 
 
 def one_device(device: jax.Device | None = None) -> Mesh:
-    """A mesh of that device alone, or of this process's first."""
+    """Makes a mesh of a single device, by default this process's first."""
     return Mesh([device or jax.local_devices()[0]], ("device",))
 
 
 @functools.cache
 def _cpu_options() -> dict[str, str] | None:
-    """CPU_OPTIONS, unless this version of XLA has other names for them."""
+    """CPU_OPTIONS, or None where this version of XLA does not know them."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         try:
             jax.jit(lambda: 0, compiler_options=CPU_OPTIONS).lower().compile()
@@ -60,26 +63,27 @@ def _cpu_options() -> dict[str, str] | None:
 
 
 def platform() -> str:
-    """Returns "cpu", "gpu", "tpu" or another platform's name; "" outside of `jit_on_mesh`."""
+    """The name of the mesh's platform: "cpu", "gpu", "tpu" or another; "" outside `jit_on_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     return "" if mesh.empty else mesh.abstract_device.platform
 
 
 def compute_capability() -> float:
-    """NVIDIA's compute capability of the mesh's devices, such as 9.0; 0 for all others and outside of `jit_on_mesh`."""
-    found = str(getattr(_device.get(), "compute_capability", ""))  # AMD's are no numbers
+    """NVIDIA's compute capability of the mesh's devices, such as 9.0; 0 for other devices and outside `jit_on_mesh`."""
+    found = str(getattr(_device.get(), "compute_capability", ""))  # AMD's is a name, such as gfx942
     return float(found) if found.replace(".", "").isdigit() else 0.0
 
 
-def replicate(x: jax.Array) -> jax.Array:
-    """x on every device, where its rows lay on different ones."""
+def replicate(x: Array) -> Array:
+    """Copies x, whose rows may lie on different devices, to every device in full."""
     return jax.lax.with_sharding_constraint(x, P()) if _split() else x
 
 
 def by_rows(function: Callable, shared: Any, rows: Any) -> Any:
-    """function(shared, rows), each device with its own part of the rows (leading axes) of a pytree, result likewise.
+    """Computes function(shared, rows) on each device for the rows that lie there.
 
-    For what the compiler cannot split by itself, or not well. Where rows do not split evenly, all are done everywhere.
+    For functions that the compiler cannot split over devices, or not well. `rows` and the result are pytrees whose
+    leading axes are rows; every device gets all of `shared`. Where rows do not split evenly, each device computes all.
     """
     mesh, axes = jax.sharding.get_abstract_mesh(), _split()
     devices = math.prod(mesh.shape[name] for name in axes)
@@ -90,7 +94,7 @@ def by_rows(function: Callable, shared: Any, rows: Any) -> Any:
 
 
 def _split() -> tuple[str, ...]:
-    """Axes of the mesh that the compiler splits arrays over: none outside of `jit_on_mesh`, nor inside of `by_rows`."""
+    """Axes of the mesh that the compiler may split arrays over: none outside `jit_on_mesh` or inside `by_rows`."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Auto)

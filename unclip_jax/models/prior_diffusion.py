@@ -1,9 +1,15 @@
-"""The diffusion prior (arXiv 2204.06125, section 2.2): a causal transformer that predicts the un-noised CLIP image
-embedding from a caption, its CLIP text embedding, the timestep and the noised image embedding."""
+"""The diffusion prior (arXiv 2204.06125, section 2.2).
+
+A causal transformer predicts the un-noised CLIP image embedding from a caption, its CLIP text embedding, the timestep
+and the noised image embedding.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int
 
+from unclip_jax.arrays import Array
 from unclip_jax.models.layers import Dense, LayerNorm, Mask, TimestepMLP
 from unclip_jax.models.transformer import Transformer
 
@@ -11,8 +17,8 @@ from unclip_jax.models.transformer import Transformer
 class DiffusionPrior(nn.Module):
     """Sequence: caption tokens | CLIP text embedding | timestep | noised image embedding | query; read at the query.
 
-    Padded caption positions are hidden from everything; the four last places never are. The caption comes in as tokens,
-    for an embedding table of the prior's own, or as the states of CLIP's text tower, for a linear layer (Karlo's form).
+    No place attends to the caption's padding. The caption enters as tokens, through the prior's own embedding table, or
+    as the states of CLIP's text tower, through a linear layer (Karlo's form).
     """
 
     embedding_dim: int
@@ -22,17 +28,25 @@ class DiffusionPrior(nn.Module):
     width: int
     depth: int
     heads: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     remat: bool
 
     @nn.compact
-    def __call__(self, x, timesteps, caption, length, text_embedding):
-        """The un-noised embedding, float32 (B, embedding_dim).
+    def __call__(
+        self,
+        x: Float[Array, "B {self.embedding_dim}"],
+        timesteps: Int[Array, " B"],
+        caption: Int[Array, "B {self.context}"] | Float[Array, "B {self.context} W"],
+        length: Int[Array, " B"],
+        text_embedding: Float[Array, "B d"],
+    ) -> Float32[Array, "B {self.embedding_dim}"]:
+        """Predicts the un-noised embedding from the noised one, x.
 
-        x (B, embedding_dim): noised image embedding; text_embedding likewise; timesteps (B,); caption: tokens
-        (B, context) or states (B, context, W); length (B,) real ones of them.
+        caption: tokens or states, see `caption` above. length: tokens of each caption, padding left out.
         """
         small = nn.initializers.normal(0.01)
+
+        # The caption's places, then the four others.
         if self.caption == "own":
             table = nn.initializers.normal(0.02)
             words = nn.Embed(self.vocab_size, self.width, embedding_init=table, name="tokens")(caption)
@@ -48,6 +62,7 @@ class DiffusionPrior(nn.Module):
         h = jnp.concatenate([words, jnp.stack(conditions, axis=1)], axis=1)
         h = h + self.param("positions", small, (self.context + 4, self.width))[None]
 
+        # Padding is hidden: places from each caption's end up to the four last ones.
         places = jnp.arange(self.context + 4)[None, :]
         mask = Mask(causal=True, keys=(places < length[:, None]) | (places >= self.context))
         h = Transformer(self.depth, self.heads, "gelu", self.dtype, self.remat, name="transformer")(h, mask)

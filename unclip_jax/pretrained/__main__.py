@@ -3,12 +3,14 @@
     python -m unclip_jax.pretrained glide SOURCE --out DIR
     python -m unclip_jax.pretrained openai_clip SOURCE --out DIR
     python -m unclip_jax.pretrained karlo SOURCE --out DIR
+    python -m unclip_jax.pretrained inception SOURCE --out DIR
 
-SOURCE is the folder that the weights were downloaded to (for `openai_clip` it may be the file itself), with their
-vocabulary files beside them; docs/public_weights.md lists all files. DIR becomes a cascade, or with `openai_clip` a
-single bundle.
+SOURCE is the folder that the weights were downloaded to (for `openai_clip` and `inception` it may be the file itself),
+with their vocabulary files beside them; docs/public_weights.md lists all files. DIR becomes a cascade, with
+`openai_clip` a single bundle, with `inception` what docs/evaluation.md measures with.
 """
 
+import argparse
 import sys
 
 import jax
@@ -18,17 +20,17 @@ from unclip_jax.bundle import check_params, save_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, output_folder, to_path
-from unclip_jax.pretrained import Converted, Options, glide, karlo, openai_clip
+from unclip_jax.pretrained import Converted, Options, glide, inception, karlo, openai_clip
 from unclip_jax.stages import make_stage
 
-FAMILIES = {"glide": glide, "openai_clip": openai_clip, "karlo": karlo}
+FAMILIES = {"glide": glide, "openai_clip": openai_clip, "karlo": karlo, "inception": inception}
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("pretrained", __doc__)
     parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("source", help="what was downloaded: a folder, or for openai_clip a file")
+    parser.add_argument("source", help="what was downloaded: a folder, or for openai_clip and inception a file")
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="type to compute in")
     parser.add_argument("--head-channels", type=int, default=64, help="channels of each attention head")
@@ -47,6 +49,9 @@ def main(argv: list[str]) -> int:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is in the way: give a new or empty folder")
 
+    if args.family == "inception":  # which is no stage: it measures pictures
+        inception.save(source, out)
+        return 0
     options = Options(args.dtype, args.head_channels, args.heads, args.image_size)
     clip, clip_identity = None, ""
     for model in FAMILIES[args.family].read_folder(source, options):

@@ -1,7 +1,7 @@
 """Base of every stage, and the few lines that all diffusion stages share."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -19,7 +19,7 @@ from unclip_jax.diffusion.guidance import (
     known_states,
 )
 from unclip_jax.diffusion.losses import training_loss
-from unclip_jax.diffusion.process import make_denoiser, q_sample
+from unclip_jax.diffusion.process import Network, make_denoiser, q_sample
 from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_invert, ddim_step, ddpm_step, sample
 from unclip_jax.diffusion.schedule import first_steps, make_schedule, respace
 from unclip_jax.keys import draw_rows, split
@@ -28,13 +28,13 @@ from unclip_jax.stages.conditions import Conditions
 Scalars = Mapping[str, Array]
 Metrics = Mapping[str, Array | tuple[Array, Array]]  # pairs: see `Stage.loss`
 Pictures = UInt8[Array, "B H W 3"]
-Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x_t, original timesteps (B,)) → the network's output
 
 # What a fusion may hold on the chip: 96 MiB, or all that there is, instead of 16. Products of transformers stream their
 # operands a third faster by the compiler's estimate, for two to five times its own time.
 MORE_ON_CHIP = {"xla_tpu_scoped_vmem_limit_kib": "98304"}
 
 
+@runtime_checkable
 class ClipTowers(Protocol):
     """A CLIP, as the stages that live in its space use it; `params` are its own."""
 
@@ -73,6 +73,7 @@ class Sampler(Protocol):
         """
 
 
+@runtime_checkable
 class Inverter(Sampler, Protocol):
     """A stage that also finds the noise from which pictures are drawn: unCLIP's decoder."""
 
@@ -122,6 +123,11 @@ class Stage:
     def vectors(self) -> dict[str, int]:
         """Lengths of the float32 vectors in a batch, by name: embeddings made beforehand."""
         return {}
+
+    @property
+    def guided(self) -> bool:
+        """Tells whether the model knows what to draw without its condition, which classifier-free guidance needs."""
+        return True
 
     @property
     def runs_clip(self) -> bool:
@@ -186,17 +192,17 @@ def trained(params: Params) -> Params:
     return {name: value for name, value in params.items() if name != "fixed"}
 
 
-def to_float(images: UInt8[Array, "*B H W C"]) -> Float[Array, "*B H W C"]:
+def to_float(images: UInt8[Array, "..."]) -> Float[Array, "..."]:
     """Maps 8-bit pictures to [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
-def to_uint8(images: Float[Array, "*B H W C"]) -> UInt8[Array, "*B H W C"]:
+def to_uint8(images: Float[Array, "..."]) -> UInt8[Array, "..."]:
     """Rounds pictures in [-1, 1] to 8 bits; clips what is outside."""
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def rounded(images: Float[Array, "*B H W C"]) -> Float[Array, "*B H W C"]:
+def rounded(images: Float[Array, "..."]) -> Float[Array, "..."]:
     """Rounds pictures in [-1, 1] to the nearest 8-bit values, still as float."""
     return to_float(to_uint8(images))
 
@@ -239,7 +245,7 @@ def draw(
     conditions: Conditions,
     key: Key,
     network_inpaints: bool = False,
-    C: Float[Array, " steps"] | None = None,
+    C: Float[Array, " timesteps"] | None = None,
 ) -> Float[Array, " B *shape"]:
     """Samples x0 of `shape` by `config.sampling`, as far as it does not depend on the network which conditions hold:
     guidance, x_T, sketch, eta, known pixels and CLIP guidance.
@@ -247,7 +253,7 @@ def draw(
     key: one for all rows, or keys (B,).
     network: answers for 2B rows where the conditions have a guidance scale, the conditional B first.
     network_inpaints: it takes the known pixels in, so that they are put into its x0; else into each step's x_t.
-    C: of the sampler "analytic", a number for each step (arXiv 2201.06503).
+    C: of the sampler "analytic" (arXiv 2201.06503), a number for each timestep of the whole chain.
     """
     s, d = config.sampling, config.diffusion
     schedule = respace(make_schedule(d.schedule, d.timesteps), s.steps)
@@ -276,7 +282,7 @@ def draw(
     if s.sampler == "ddim":
         step = ddim_step(s.eta if conditions.eta is None else conditions.eta)
     else:
-        step = analytic_dpm_step(C, 1.0) if s.sampler == "analytic" else ddpm_step
+        step = analytic_dpm_step(C[schedule.timesteps], 1.0) if s.sampler == "analytic" else ddpm_step
         step = step if gradient is None else condition_mean(step, gradient, scale)
     if conditions.known is not None:
         x0, known = conditions.known_image, conditions.known

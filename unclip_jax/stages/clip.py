@@ -101,7 +101,7 @@ class Clip(Stage):
         text_embedding: this CLIP's, of unit norm.
         """
 
-        def similarity(x_t: jax.Array) -> jax.Array:
+        def similarity(x_t: Array) -> Array:
             z_i = normalize(self.embed_noised(params, x_t, timesteps))
             return jnp.exp(params["logit_scale"]) * jnp.sum(z_i * text_embedding)
 
@@ -130,7 +130,7 @@ class Clip(Stage):
         """Does what `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1)."""
         o = self.config.optim
 
-        def climb(params: Params, rows: Sequence[Array]) -> tuple[jax.Array, ...]:
+        def climb(params: Params, rows: Sequence[Array]) -> tuple[Array, ...]:
             grads = jax.grad(lambda w: _contrastive(*self._embedded(w, rows))[0])(jax.lax.stop_gradient(params))
             step = o.sam_rho / (optax.tree.norm(grads) + 1e-12)
             return self._embedded(jax.tree.map(lambda w, g: w + step * g, params, grads), rows)
@@ -140,7 +140,7 @@ class Clip(Stage):
         z_i, z_t = (z.reshape(-1, self.dim) for z in (z_i, z_t))
         return z_i, z_t, jnp.repeat(scale, o.sam_rows)[:, None]
 
-    def _noised(self, images: Array, timesteps: Array, key: Key) -> jax.Array:
+    def _noised(self, images: Array, timesteps: Array, key: Key) -> Array:
         """Draws from q(x_t | x_0) of the diffusion model that this CLIP is to guide."""
         schedule = make_schedule(self.config.model.noise_schedule, self.config.model.image.timesteps)
         return q_sample(schedule, images, timesteps, jax.random.normal(key, images.shape))
@@ -174,7 +174,7 @@ class Clip(Stage):
         return ((images + 1) / 2 - mean) / std
 
 
-def _contrastive(z_i: jax.Array, z_t: jax.Array, scale: Array) -> tuple[Array, Array]:
+def _contrastive(z_i: Array, z_t: Array, scale: Array) -> tuple[Array, Array]:
     """Computes the loss, and the share of rows that find their own, averaged over both directions.
 
     z_i, z_t (B, dim) of unit norm; scale () or, of each row, (B, 1).
@@ -183,6 +183,6 @@ def _contrastive(z_i: jax.Array, z_t: jax.Array, scale: Array) -> tuple[Array, A
     both = [scale * z_i @ replicate(z_t).T, scale * z_t @ replicate(z_i).T]
     pairs = jnp.eye(len(z_i), dtype=bool)
     own = [jnp.sum(jnp.where(pairs, logits, 0.0), axis=1) for logits in both]
-    loss = 0.5 * sum(jnp.mean(jax.nn.logsumexp(a, axis=1) - b) for a, b in zip(both, own, strict=True))
+    losses = [jnp.mean(jax.nn.logsumexp(a, axis=1) - b) for a, b in zip(both, own, strict=True)]
     hits = jnp.stack([jnp.argmax(logits, axis=1) == jnp.arange(len(z_i)) for logits in both])
-    return loss, jnp.mean(hits.astype(jnp.float32))
+    return 0.5 * (losses[0] + losses[1]), jnp.mean(hits.astype(jnp.float32))

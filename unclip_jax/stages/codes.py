@@ -78,6 +78,6 @@ def draw_dot(statistics: Statistics, key: Key, rows: int, percentile: float) -> 
     return jnp.interp(share, jnp.linspace(0.0, 1.0, DOT_QUANTILES), statistics["dot_quantiles"])
 
 
-def _bucket(value: Array, low: Array, high: Array, buckets: int) -> jax.Array:
+def _bucket(value: Array, low: Array | np.floating, high: Array | np.floating, buckets: int) -> jax.Array:
     width = jnp.maximum((high - low) / buckets, 1e-30)  # 0 of a component in which nothing differs
     return jnp.clip(jnp.floor((value - low) / width), 0, buckets - 1).astype(jnp.int32)

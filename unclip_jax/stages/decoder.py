@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from unclip_jax.arrays import Array, Batch, Key, Params
+from unclip_jax.diffusion.process import Network
 from unclip_jax.models.transformer import TextTransformer
 from unclip_jax.models.unet import ClipConditioner, Conditioner, Conditioning, UNet, read_context
 from unclip_jax.stages.base import (
     ClipTowers,
     Metrics,
-    Network,
     Pictures,
     Scalars,
     Stage,

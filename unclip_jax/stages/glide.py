@@ -45,6 +45,10 @@ class Glide(Stage):
     def texts(self) -> dict[str, tuple[str, int, bool]]:
         return {"tokens": ("own", self.config.model.text.context, False)}
 
+    @property
+    def guided(self) -> bool:
+        return self.config.diffusion.drop_caption > 0
+
     def _unet(self) -> UNet:
         dtype = jnp.dtype(self.config.dtype)
         return UNet(**self.config.model.unet, out_channels=output_channels(self.config, 3), dtype=dtype)
@@ -160,7 +164,7 @@ class Glide(Stage):
         loss, _ = self.loss(params, frozen, batch, key_loss)
         truth = to_float(batch["image"])
         conditions = self._erase(Conditions(**captions(batch)), truth, key_known)
-        if "guidance_scale" in self.config.sampling and self.config.diffusion.drop_caption:
+        if self.guided and "guidance_scale" in self.config.sampling:
             conditions = conditions._replace(guidance_scale=jnp.float32(self.config.sampling.guidance_scale))
         if self.config.model.factor:
             conditions = conditions._replace(low_res=rounded(area_downsample(truth, self.config.model.factor)))

@@ -16,16 +16,16 @@ from jaxtyping import Bool, Float
 from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.analytic import estimate_C, squared_errors
 from unclip_jax.diffusion.guidance import clip_x0
-from unclip_jax.diffusion.process import make_denoiser
-from unclip_jax.diffusion.schedule import NoiseSchedule, make_schedule, respace
+from unclip_jax.diffusion.process import Network, make_denoiser
+from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.keys import fold_in
 from unclip_jax.models.clip import normalize
 from unclip_jax.models.prior_diffusion import DiffusionPrior
-from unclip_jax.stages.base import Metrics, Network, Scalars, diffusion_loss, draw, empty_caption, trained
+from unclip_jax.stages.base import Metrics, Scalars, diffusion_loss, draw, empty_caption, trained
 from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.stages.prior import Prior
 
-NOISE_DRAWS = 8  # for each held-out embedding and timestep, of which the variances are estimated
+NOISE_DRAWS = 4  # for each held-out embedding and timestep, of which the variances are estimated
 
 
 class PriorDiffusion(Prior):
@@ -55,31 +55,27 @@ class PriorDiffusion(Prior):
         whitening = {"embedding_mean": jnp.zeros(m.embedding_dim), "embedding_std": jnp.ones(m.embedding_dim)}
         params = params | whitening if self.config.diffusion.whiten else params
         # C = 0 is the posterior's variance, which serves until the training is done.
-        return params | {"fixed": {"C": jnp.zeros(self._schedule().num_steps)}} if self._analytic else params
+        return params | {"fixed": {"C": jnp.zeros(self.config.diffusion.timesteps)}} if self._analytic else params
 
     @property
     def _analytic(self) -> bool:
         return self.config.sampling.sampler == "analytic"
 
-    def _schedule(self) -> NoiseSchedule:
-        """Noise schedule of sampling."""
-        d = self.config.diffusion
-        return respace(make_schedule(d.schedule, d.timesteps), self.config.sampling.steps)
-
     def finish(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Scalars]:
-        """Estimates the variances of the sampling steps; reports the mean squared error of the first and the last."""
+        """Estimates the analytic variances of all timesteps; reports the error at the least and the most noise."""
         if not self._analytic:
             return params, {}
         C = jax.jit(self._errors)(params, frozen, batch, key)
         return params | {"fixed": {"C": C}}, {"C_least_noise": C[0], "C_most_noise": C[-1]}
 
-    def _errors(self, params: Params, frozen: Params, batch: Batch, key: Key) -> Float[Array, " steps"]:
-        """Estimates C, a number per step, from the network's errors on a batch (analytic.py)."""
+    def _errors(self, params: Params, frozen: Params, batch: Batch, key: Key) -> Float[Array, " timesteps"]:
+        """Estimates C, a number for each timestep, from the network's errors on a batch (analytic.py)."""
         z_i, z_t = self.embeddings(frozen, batch)
         condition = self._condition(frozen, batch, z_t, jnp.ones(len(z_i), bool))
         network, mean, std = self._network(params, condition)
         x0 = self.config.diffusion.embedding_scale * ((z_i - mean) / std)
-        d, schedule, limit = self.config.diffusion, self._schedule(), self.config.sampling.clip_x0
+        d, limit = self.config.diffusion, self.config.sampling.clip_x0
+        schedule = make_schedule(d.schedule, d.timesteps)
         denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
         denoiser = clip_x0(denoiser, schedule, limit) if limit else denoiser
         noises = jax.random.normal(key, (NOISE_DRAWS, *x0.shape))
@@ -106,8 +102,8 @@ class PriorDiffusion(Prior):
         """Computes the network's caption, length and text embedding; the caption is dropped where `keep` is False."""
         scale = self.config.diffusion.embedding_scale
         if self._own_text:
-            length = jnp.where(keep, captions["tokens_length"], 0)
-            return captions["tokens"], length, jnp.where(keep[:, None], scale * text_embedding, 0.0)
+            own_length = jnp.where(keep, captions["tokens_length"], 0)
+            return captions["tokens"], own_length, jnp.where(keep[:, None], scale * text_embedding, 0.0)
         tokens, length = captions["clip_tokens"], captions["clip_tokens_length"]
         nothing, no_length = empty_caption(tokens, length)
         tokens, length = jnp.where(keep[:, None], tokens, nothing), jnp.where(keep, length, no_length)

@@ -82,7 +82,7 @@ class Upsampler(Stage):
         x0 = to_float(batch["image"])
         enlarged = self._enlarged(to_float(batch["low_res"]) if self.bsr_factor else self._blurred(x0, key_blur))
 
-        def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        def network(x_t: Array, t: Array) -> Array:
             x = jnp.concatenate([x_t, enlarged], axis=-1)
             return self._unet().apply({"params": params}, x, t, deterministic=False, rngs={"dropout": key_dropout})
 
@@ -95,10 +95,10 @@ class Upsampler(Stage):
         del frozen
         enlarged = self._enlarged(conditions.low_res)
 
-        def apply(params: Params, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        def apply(params: Params, x_t: Array, t: Array) -> Array:
             return self._unet().apply({"params": params}, jnp.concatenate([x_t, enlarged], axis=-1), t)
 
-        def network(x_t: jax.Array, t: jax.Array) -> jax.Array:
+        def network(x_t: Array, t: Array) -> Array:
             if not self.config.model.last_step:
                 return apply(params, x_t, t)
             first, last = (functools.partial(apply, params[name], x_t, t) for name in ("first", "last"))

@@ -1,9 +1,8 @@
-"""Checkpoints of training: Orbax, one folder a step, written behind the training loop's back.
+"""Checkpoints of training: Orbax, one folder per step, written in the background.
 
-WORKDIR/checkpoints/STEP holds four items: `params`, `ema`, `opt_state` and `meta` (JSON). They are apart so that
-sampling reads the average alone. A folder takes its name when it is complete, so an interrupted save leaves a
-temporary folder that is never read, and that the next run over WORKDIR removes. Arrays are read back onto the mesh
-that is asked for, whatever mesh wrote them.
+WORKDIR/checkpoints/STEP holds four items: `params`, `ema`, `opt_state` and `meta` (JSON), separate so that sampling can
+read the average alone. A folder gets its name when it is complete: an interrupted save leaves a temporary folder, which
+is never read and which the next run over WORKDIR removes. Arrays are restored onto any mesh, whichever wrote them.
 """
 
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 import unclip_jax
+from unclip_jax.arrays import Params
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path
 from unclip_jax.training.leaves import differences
@@ -24,15 +24,17 @@ TREES = ("params", "ema", "opt_state")
 class Checkpointer:
     """Saves and restores the train state under `workdir` (a folder on a disk, or gs://...).
 
-    The last `keep` steps are kept, and of the others those that `keep_every` divides (0: none). Every process must
+    Keeps the last `keep` steps and, of the older ones, those that `keep_every` divides (0: none). Every process must
     make the same calls in the same order.
     """
 
     def __init__(self, workdir: str, keep: int, keep_every: int = 0):
         import orbax.checkpoint as ocp
 
-        if keep < 2 or keep_every < 0:  # older ones go when a new one is written, before it is looked at
+        # With one, Orbax would delete the last good checkpoint before the new one is known to be whole.
+        if keep < 2 or keep_every < 0:
             raise UserError(f"train.keep={keep}, keep_every={keep_every}: expected at least 2, and at least 0")
+
         policies = [ocp.checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
@@ -43,22 +45,26 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = _manager(workdir, options)
-        self._written: int | None = None  # a step whose save was not yet looked at
+        self._written: int | None = None  # a step whose save was not yet checked
 
     def save(self, state: TrainState, meta: dict) -> None:
         """Starts to save `state` under its own step, and returns once the arrays are copied off the devices.
 
-        meta: what JSON can hold, for example the config; `step` and the library's `version` are added. A step that
-        is there already is left alone. When writing fails, the next `check`, `save` or `wait` raises its error.
+        meta: a value that JSON can hold, for example the config; `step` and the library's `version` are added. A step
+        that is stored already is left alone. When writing fails, the next `check`, `save` or `wait` raises the error.
+        Raises UserError when a later step is stored.
         """
         import orbax.checkpoint as ocp
 
         step = int(state.step)
         self.wait()
+
+        # A step that is stored already is left alone, but a broken one is written again.
         if step in self._manager.all_steps():
             if _complete(self._manager, step):
                 return
             self._manager.delete(step)
+
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in TREES}
         skips = {name: int(value) for name, value in state.skips._asdict().items()}
         meta = {**meta, "step": step, "skips": skips, "version": unclip_jax.__version__}
@@ -70,7 +76,7 @@ class Checkpointer:
         self._written = step
 
     def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
-        """The newest complete checkpoint laid out as `abstract_state` says, or None where there is none yet.
+        """Restores the newest complete checkpoint with the shardings of `abstract_state`; None where there is none yet.
 
         Raises UserError, listing leaves and shapes, when the checkpoint was written by another model or optimizer.
         """
@@ -78,12 +84,13 @@ class Checkpointer:
         if step is None:
             return None
         trees = _restore(self._manager, step, {name: getattr(abstract_state, name) for name in TREES})
-        skips = Skips(**_meta(self._manager, step)["skips"])
 
-        def counter(value, like):
+        # Counters are stored in the JSON, not as arrays.
+        def counter(value: int, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
             return jax.device_put(np.asarray(value, like.dtype), like.sharding)
 
-        skips = jax.tree.map(counter, skips, abstract_state.skips)
+        stored = Skips(**_meta(self._manager, step)["skips"])
+        skips = jax.tree.map(counter, stored, abstract_state.skips)
         return TrainState(step=counter(step, abstract_state.step), skips=skips, **trees)
 
     def latest_step(self) -> int | None:
@@ -91,12 +98,12 @@ class Checkpointer:
         return _newest(self._manager)
 
     def preempted(self, step: int) -> bool:
-        """True once the machine is about to be taken away: save, wait and stop. Ask at every step, on every process."""
+        """True once the machine is about to be taken away: save, wait, stop. Ask at every step, on every process."""
         return self._manager.reached_preemption(step)
 
     def check(self) -> None:
         """Raises the error of a save that failed in the background; does not wait for one that is still writing."""
-        # Orbax's own check_for_errors stays silent here: its finishing thread has taken the error by then.
+        # Not Orbax's check_for_errors, which stays silent: its finishing thread has consumed the error by then.
         if not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -113,14 +120,14 @@ class Checkpointer:
         self._manager.close()
 
 
-def restore_ema(workdir: str, abstract_params: Any) -> Any:
-    """The averaged parameters of the newest checkpoint under `workdir`; nothing else is read.
+def restore_ema(workdir: str, abstract_params: Params) -> Params:
+    """Restores the averaged parameters of the newest checkpoint under `workdir`, and reads nothing else.
 
     abstract_params: ShapeDtypeStructs with the shardings to restore onto; a leaf without one comes back whole on the
     first local device. Raises UserError when there is no checkpoint, or when it holds other leaves.
     """
 
-    def placed(leaf):
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -132,7 +139,7 @@ def restore_ema(workdir: str, abstract_params: Any) -> Any:
 
 
 def read_meta(workdir: str) -> dict:
-    """The `meta` of the newest checkpoint under `workdir`: `step`, `version` and what the caller of `save` added."""
+    """Reads the `meta` of the newest checkpoint under `workdir`: `step`, `version` and the meta given to `save`."""
     manager, step = _open_to_read(workdir)
     try:
         return _meta(manager, step)
@@ -162,8 +169,8 @@ def _newest(manager: Any) -> int | None:
 
 
 def _complete(manager: Any, step: int) -> bool:
-    # Orbax merges what the processes wrote under this file, and where it cannot list theirs, goes on without. (An item
-    # that is not there at all was taken away, or never copied: restoring says so.)
+    # Orbax merges the files of all processes into this manifest, and where it cannot list them, goes on without one.
+    # (An item that is missing as a whole was removed, or never copied: restoring says so.)
     items = [manager.directory / str(step) / name for name in TREES]
     return all((item / "manifest.ocdbt").exists() for item in items if item.exists())
 
@@ -184,12 +191,14 @@ def _restore(manager: Any, step: int, abstract: dict[str, Any]) -> dict[str, Any
 
     where = f"{manager.directory}/{step}"
     found = manager.item_metadata(step)
+
     broken = [name for name in abstract if found.get(name) is None]
     if broken:
         raise UserError(
             f"checkpoint {where} lacks {', '.join(broken)}: it is damaged or half copied; copy it again, "
             "or remove that folder to go on from the step before it"
         )
+
     stored = {name: found[name].tree for name in abstract}
     wrong = differences(stored, abstract)
     if wrong:
@@ -197,6 +206,7 @@ def _restore(manager: Any, step: int, abstract: dict[str, Any]) -> dict[str, Any
             f"checkpoint {where} does not fit this config ({wrong}): use the config it was trained with, "
             "or a new workdir"
         )
+
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
     restored = manager.restore(step, args=ocp.args.Composite(**items))
     return {name: restored[name] for name in abstract}

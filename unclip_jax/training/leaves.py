@@ -8,12 +8,12 @@ LISTED = 20
 
 
 def leaf_name(path: tuple) -> str:
-    """A key path of `jax.tree_util` as "text/block_0/kernel"."""
+    """Writes a key path of `jax.tree_util` as "text/block_0/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Every leaf of `tree` under its name, sorted by name.
+    """Collects every leaf of `tree` under its name, sorted by name.
 
     Raises ValueError where two leaves would share a name (a dict key that contains "/").
     """
@@ -29,8 +29,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def differences(found: Any, expected: Any) -> str:
     """Names each leaf that `found` lacks, should not have, or holds in another shape than `expected`.
 
-    Both are pytrees whose leaves have a `.shape`. Empty when names and shapes agree exactly; of more than `LISTED`
-    leaves the rest are only counted.
+    Both are pytrees whose leaves have a `.shape`. "" when names and shapes agree; beyond `LISTED` leaves the others are
+    only counted.
     """
     found, expected = named_leaves(found), named_leaves(expected)
     missing = [f"missing {name} {tuple(expected[name].shape)}" for name in expected if name not in found]

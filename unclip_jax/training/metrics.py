@@ -1,4 +1,4 @@
-"""Logs a run: WORKDIR/metrics.jsonl, TensorBoard events, and a line on the screen."""
+"""Logs of a run: WORKDIR/metrics.jsonl, TensorBoard events, and a line on the screen."""
 
 import contextlib
 import json
@@ -15,26 +15,27 @@ import numpy as np
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path, write_bytes
 
-SECONDS_BETWEEN_LINES = 10.0  # on a screen that is no terminal
+SECONDS_BETWEEN_LINES = 10.0  # where stderr is not a terminal
 SECONDS_BETWEEN_UPLOADS = 60.0  # an object store cannot append: each upload writes the whole file again
 
 
 class MetricLogger:
-    """Writes the metrics of a run; every process makes one, only process 0 writes.
+    """Writes the metrics of a run. Every process makes one; only that of process 0 writes.
 
     workdir: a folder on a disk, or gs://... (TensorBoard events then need the package google-cloud-storage).
-    total_steps, start_step: steps are counted as done, so a resumed run continues at start_step + 1. What an earlier
-    run logged beyond start_step is dropped, so that no step is there twice.
-    batch_size: images (or pairs) of one global batch. label: the name of what is trained, for the screen.
+    total_steps, start_step: numbers of steps done, so a resumed run continues at start_step + 1. Records of an earlier
+    run beyond start_step are dropped, so that no step is logged twice.
+    batch_size: images (or pairs) of one global batch. label: name of the stage, for the screen.
 
-    The clock of `images_per_second` starts when the logger is made and stands still inside `pause`: put compilation,
-    checkpoints and sampling in there.
+    The clock of `images_per_second` starts when the logger is made and stands still inside `pause`, which is for
+    compilation, checkpoints and sampling.
     """
 
     def __init__(self, workdir: str, total_steps: int, batch_size: int, start_step: int, label: str):
         self._total, self._batch_size, self._label = total_steps, batch_size, label
         self._step = self._start_step = start_step
-        self._began = self._running_since = time.monotonic()  # running_since is None while paused
+        self._began = time.monotonic()
+        self._running_since: float | None = self._began  # None while paused
         self._worked = self._worked_at_log = 0.0
         self._writes = jax.process_index() == 0
         _check_tensorboard(workdir)  # on every process: one that fails alone leaves the others waiting
@@ -45,26 +46,31 @@ class MetricLogger:
             self._screen = _Screen(total_steps, start_step, label)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Writes scalars of `step`, the number of steps done, and gives them; fetching them waits for the device.
+        """Writes the metrics of `step`, the number of steps done, and returns them as numbers. Waits for the device.
 
         metrics: of a train step, as `scalars` reads them. Adds `images_per_second`, over the steps since the last log,
-        and `seconds`, the wall time of the run with its pauses and with the runs it resumes. A value that is not finite
-        is null in metrics.jsonl, as JSON has no NaN.
+        and `seconds`, the wall time of the run with its pauses and with the runs that it resumes. A value that is not
+        finite is null in metrics.jsonl, as JSON has no NaN.
         """
         values = scalars(metrics)
+
+        # The rate is over the time outside of pauses.
         now = time.monotonic()
         worked = self._worked + (0.0 if self._running_since is None else now - self._running_since)
         rate = (step - self._step) * self._batch_size / max(worked - self._worked_at_log, 1e-9)
         self._step, self._worked_at_log = step, worked
         if not self._writes:
             return values
-        # Rounded to what is measured; `loss` comes first for whoever reads the file by eye.
+
+        # The file: the clock rounded to milliseconds, and `loss` first for whoever reads it by eye.
         clock = {"images_per_second": round(rate, 3), "seconds": round(now - self._began, 3)}
         first = {name: values.pop(name) for name in ("loss",) if name in values}
         values = first | clock | values
         self._lines.append({"step": step} | values)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+        # The screen, with the time left at this run's own pace.
         done = step - self._start_step
         left = (self._total - step) * worked / done if done else math.inf
         self._screen.show(step, values.get("loss", math.nan), rate, left)
@@ -72,9 +78,9 @@ class MetricLogger:
 
     @contextlib.contextmanager
     def pause(self, *pending: Any) -> Iterator[None]:
-        """Stops the clock of `images_per_second`; first waits for the arrays in `pending`, whose work should count."""
+        """Stops the clock of `images_per_second`, once the arrays in `pending` are computed: their work counts."""
         jax.block_until_ready(pending)
-        if self._running_since is None:  # inside another pause, which goes on after this one
+        if self._running_since is None:  # inside another pause, which ends later
             yield
             return
         self._worked += time.monotonic() - self._running_since
@@ -87,7 +93,7 @@ class MetricLogger:
             self._running_since = time.monotonic()
 
     def close(self) -> None:
-        """Writes out what is still held back."""
+        """Writes whatever is not yet uploaded, and closes the files."""
         if self._writes:
             self._lines.upload()
             self._board.close()
@@ -101,10 +107,10 @@ class MetricLogger:
 
 
 def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that a train step's metrics stand for; fetching them waits for the device.
+    """Fetches a train step's metrics as numbers; waits for the device.
 
-    A pair is a mean over some rows alone, (sum, number): where there were no such rows it has no value and is left
-    out, so that a NaN always means a computation gone wrong.
+    A pair (sum, number) is a mean over some of the rows. Where there were no such rows, the metric is left out, so that
+    a NaN always means a computation gone wrong.
     """
     values = {}
     for name, value in jax.device_get(dict(metrics)).items():
@@ -115,10 +121,10 @@ def scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 class ExpectedLoss:
-    """Says so when the loss leaves the band that runs of a config showed, and when it is back.
+    """Warns when the loss leaves the band in which earlier runs of the config had it, and says when it is back.
 
-    bands: (step, low, high) rows in the order of steps; between two of them the band goes straight from one to the
-    other, and before the first and after the last there is none.
+    bands: (step, low, high) in the order of steps, linearly interpolated between two of them. Before the first and
+    after the last nothing is checked.
     """
 
     def __init__(self, bands: tuple[tuple[int, float, float], ...]):
@@ -138,7 +144,7 @@ class ExpectedLoss:
 
 
 class _Lines:
-    """metrics.jsonl: appended line by line on a disk, kept in memory and uploaded now and then on an object store."""
+    """metrics.jsonl: on a disk appended line by line, in an object store kept in memory and uploaded now and then."""
 
     def __init__(self, workdir: str, start_step: int):
         self._path = to_path(workdir) / "metrics.jsonl"
@@ -179,7 +185,8 @@ class _Screen:
     """A progress bar on a terminal, else one plain line now and then; on stderr, so that stdout stays for results."""
 
     def __init__(self, total_steps: int, start_step: int, label: str):
-        self._total, self._label, self._bar = total_steps, label, None
+        self._total, self._label = total_steps, label
+        self._bar: Any = None
         self._shown_at = -math.inf
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -208,7 +215,7 @@ class _Screen:
 
 
 def json_line(record: dict) -> str:
-    """One line of JSON, in which a number that is not finite is null."""
+    """Writes a record as one line of JSON, in which a number that is not finite is null."""
     return json.dumps({k: v if v is not None and math.isfinite(v) else None for k, v in record.items()}) + "\n"
 
 
@@ -222,5 +229,5 @@ def _check_tensorboard(workdir: str) -> None:
 def _tensorboard(workdir: str, start_step: int) -> Any:
     from tensorboardX import SummaryWriter
 
-    # purge_step hides what an earlier run wrote beyond the step this one starts from.
+    # purge_step hides events of an earlier run beyond the step from which this one starts.
     return SummaryWriter(str(to_path(workdir) / "tensorboard"), purge_step=start_step + 1)

@@ -19,25 +19,27 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from unclip_jax.arrays import Params, Tree
 from unclip_jax.errors import UserError
 from unclip_jax.training.leaves import leaf_name
 
 SCHEDULES = ("constant", "cosine", "linear")
-Schedule = Callable[[Any], jax.Array]
+Schedule = Callable[[Any], jax.Array]  # step, from 0 → learning rate
 
 
 def learning_rate(optim: ConfigDict, total_steps: int) -> Schedule:
-    """The learning rate of step k (from 0): int32 scalar -> float32 scalar.
+    """Makes the schedule of the learning rate: step k, int32 counted from 0, to a float32 scalar.
 
-    Linear warm-up over the first `warmup_steps` W, rate (k + 1) / W, then with p = (k - W) / (total_steps - W)
-    "constant" stays, "linear" falls as 1 - p and "cosine" as (1 + cos(pi p)) / 2: both reach zero at `total_steps`.
-    A run shorter than its warm-up never reaches the peak. Raises UserError for a schedule of another name.
+    Over the first `warmup_steps` W the rate rises linearly to its peak, as (k + 1) / W. After that, with
+    p = (k - W) / (total_steps - W), "constant" stays, "linear" falls as 1 - p and "cosine" as (1 + cos(pi p)) / 2: both
+    reach zero at `total_steps`. A run shorter than its warm-up never reaches the peak. Raises UserError for a schedule
+    of another name.
     """
     if optim.schedule not in SCHEDULES:
         raise UserError(f"optim.schedule is {optim.schedule!r}: expected one of {', '.join(SCHEDULES)}")
     peak, warmup = float(optim.learning_rate), int(optim.warmup_steps)
 
-    def schedule(step):
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         k = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((k - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
         if optim.schedule == "cosine":
@@ -53,11 +55,11 @@ def learning_rate(optim: ConfigDict, total_steps: int) -> Schedule:
 
 
 def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of this module's equations, as an optax transformation from gradients to parameter changes.
+    """Makes the optimizer of this module's equations: an optax transformation from gradients to parameter changes.
 
-    `update(grads, state, params, step=k)` takes the step from the caller: the learning rate is a function of the
-    train state's own step and nothing else, so that the rate logged is the rate applied, also after a skipped step
-    or a resumed run. Raises UserError when a number in `optim` is outside its range.
+    `update(grads, state, params, step=k)` takes the step from the caller. So the learning rate depends on the train
+    state's own step alone, and the rate logged is the rate applied, also after a skipped step or a resumed run. Raises
+    UserError when a number in `optim` is outside its range.
     """
     _check(optim)
     return optax.chain(
@@ -68,16 +70,16 @@ def make_optimizer(optim: ConfigDict, total_steps: int) -> optax.GradientTransfo
     )
 
 
-def decayed(params: Any) -> Any:
-    """True for the leaves that weight decay shrinks, in the structure of `params`.
+def decayed(params: Params) -> Params:
+    """Marks the leaves that weight decay shrinks: a bool for each leaf of `params`.
 
-    These are kernels, matrices and embedding tables. Gains and biases are known by the last word of their name
+    These are kernels, matrices and embedding tables. Gains and biases are recognised by the last word of their name
     ("scale", "bias", "logit_scale"), not by their rank: stacked over the layers of a scanned transformer they have
-    two axes. A learned vector, such as a class or null embedding, is left alone too, and so is all under "fixed", which
-    nothing trains.
+    two axes. Learned vectors, such as a class or null embedding, are left alone, and so is everything under "fixed",
+    which is not trained.
     """
 
-    def is_decayed(path, leaf):
+    def is_decayed(path: tuple, leaf: jax.Array) -> bool:
         names = leaf_name(path).split("/")
         last_word = names[-1].rsplit("_", 1)[-1]
         return leaf.ndim >= 2 and names[0] != "fixed" and last_word not in ("bias", "scale", "gain")
@@ -85,29 +87,31 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def ema_update(ema: Any, params: Any, step: jax.Array, decay: float) -> Any:
-    """The moving average after step k: ema + (1 - d)(params - ema), d = min(decay, (1 + k) / (10 + k)).
+def ema_update(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
+    """Moves the average after step k: ema + (1 - d)(params - ema), d = min(decay, (1 + k) / (10 + k)).
 
-    The average starts as the parameters themselves; the warm-up of d lets it forget them (decay 0.9999 alone would
-    still remember 37 % of the random start after 10,000 steps). Leaves that are not floats are copied, not averaged.
+    The average starts as the parameters themselves, and the warm-up of d lets it forget them: with decay 0.9999 alone
+    it would still hold 37 % of the random start after 10,000 steps. Leaves that are not floats are copied.
     """
     k = jnp.asarray(step, jnp.float32)
     weight = 1.0 - jnp.minimum(jnp.float32(decay), (1.0 + k) / (10.0 + k))
 
-    def average(e, p):
+    def average(e: jax.Array, p: jax.Array) -> jax.Array:
         return e + weight.astype(e.dtype) * (p - e) if jnp.issubdtype(e.dtype, jnp.floating) else p
 
     return jax.tree.map(average, ema, params)
 
 
 def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    # optax's own raises a Python float to an int32 count, which strict dtype promotion refuses.
-    def init(params):
+    # Not optax.scale_by_adam: it raises a Python float to an int32 count, which strict dtype promotion refuses.
+    def init(params: Tree) -> optax.ScaleByAdamState:
         return optax.ScaleByAdamState(
             jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
         )
 
-    def update(grads, state, params=None):
+    def update(
+        grads: Tree, state: optax.ScaleByAdamState, params: Tree | None = None
+    ) -> tuple[Tree, optax.ScaleByAdamState]:
         del params
         count = optax.safe_increment(state.count)
         n = count.astype(jnp.float32)
@@ -122,7 +126,9 @@ def _scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransforma
 
 
 def _scale_by_step(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
-    def update(updates, state, params=None, *, step, **_):
+    def update(
+        updates: Tree, state: optax.OptState, params: Tree | None = None, *, step: jax.Array, **_: Any
+    ) -> tuple[Tree, optax.OptState]:
         del params
         rate = schedule(step)
         return jax.tree.map(lambda u: -rate.astype(u.dtype) * u, updates), state

@@ -1,12 +1,13 @@
-"""Before a run compiles anything: its processes find each other, its devices are the ones asked for, all are told the
-same. And while it runs: none waits for ever.
+"""Checks before a run compiles anything, and a watchdog while it runs.
 
-On a slice, failing alone is worst: the others wait for a collective that never comes, or train something else. So
-whatever goes wrong ends every process, with a line that says what it was.
+The processes of a run find each other, JAX must run on the platform that was asked for, and all processes must agree on
+code, versions and config. When one process of many fails alone, the others wait for a collective that never comes, or
+train something else. So whatever goes wrong ends every process, with a line that says what it was.
 """
 
 import ctypes
 import faulthandler
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,26 @@ import numpy as np
 import unclip_jax
 from unclip_jax.errors import UserError
 
-PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # → what JAX calls it
-ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # installed by whoever wants to run on one
-HEARTBEAT_SECONDS = 15  # a process that dies is noticed by the others within this
+PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # --platform → JAX's name for it
+ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages: who has one wants an accelerator
+HEARTBEAT_SECONDS = 15  # after which the others notice that a process has died
 OTHERS = (
     "another process of this run has died, or this one has: look for the first error in the logs of all hosts; the "
     "same command on all of them goes on from the last checkpoint"
 )
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
+_on_abort: Any = None  # a C callback, which must live as long as the process
+
 
 def join(coordinator: str, processes: int, process: int, wait: int) -> None:
-    """Makes this process one of several: as Cloud TPU or SLURM tell it, or as given; else it stays alone.
+    """Joins the processes of a run, as Cloud TPU or SLURM describe them or as given; without either it stays alone.
 
-    coordinator: HOST:PORT of process 0, or "" to detect it; processes, process: their number, and which this is, or
-    -1 to detect. wait: seconds in which all of them must have come; those that did exit then. Must come before
-    anything asks JAX for devices. Raises UserError when what is given does not fit.
+    coordinator: HOST:PORT of process 0, or "" to detect it.
+    processes, process: how many there are, and which one this is, from 0; or -1 to detect both.
+    wait: seconds in which all of them must have joined; otherwise those that did exit with an error.
+
+    Call it before anything asks JAX for devices. Raises UserError when the arguments do not fit together.
     """
     given = (coordinator != "", processes >= 0, process >= 0)
     if any(given) and not all(given):
@@ -53,25 +58,33 @@ def join(coordinator: str, processes: int, process: int, wait: int) -> None:
             f"--coordinator={coordinator} --processes={processes} --process={process}: expected HOST:PORT and a "
             "process below their number, counted from 0"
         )
+
+    # A timer of our own, because JAX's timeout aborts with its C++ stack in place of a message.
     message = (
         f"not all processes of this run came within {wait} seconds: start the same command on every host, and look at "
         "the logs of those that ended"
     )
-    late = threading.Timer(wait, _leave, [message])  # JAX's own end of waiting would be an abort with its C++ stack
+    late = threading.Timer(wait, _leave, [message])
     late.daemon = True
     late.start()
     _say_when_another_dies()
-    options = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "initialization_timeout": wait + 60}
+
+    # Two errors of JAX's are no errors here: there is no cluster, or this program has used JAX before.
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        initialization_timeout=wait + 60,
+    )
     try:
         if all(given):
-            jax.distributed.initialize(coordinator, processes, process, **options)
+            initialize(coordinator, processes, process)
         else:
-            jax.distributed.initialize(**options)
+            initialize()
     except ValueError as error:
-        if all(given) or "should be defined" not in str(error):  # which means: no cluster is found
+        if all(given) or "should be defined" not in str(error):
             raise UserError(f"the processes of this run cannot be joined: {error}") from error
     except RuntimeError as error:
-        if all(given) or "must be called before" not in str(error):  # which means: within a program that uses JAX
+        if all(given) or "must be called before" not in str(error):
             raise UserError(f"the processes of this run cannot be joined: {' '.join(str(error).split())}") from error
     finally:
         late.cancel()
@@ -80,19 +93,21 @@ def join(coordinator: str, processes: int, process: int, wait: int) -> None:
 def check_platform(wanted: str) -> None:
     """Raises UserError unless JAX runs on `wanted`: "tpu", "gpu" or "cpu".
 
-    "": on what it finds, but never on the CPU where an accelerator's package is installed and nobody asked for the
-    CPU; JAX itself falls back to it with no more than a warning.
+    "" admits any platform, but not the CPU where an accelerator's package is installed and nobody asked for the CPU:
+    JAX itself falls back to it with no more than a warning.
     """
     if wanted and wanted not in PLATFORMS:
         raise UserError(f"--platform={wanted}: expected one of {', '.join(PLATFORMS)}")
     if wanted:
         jax.config.update("jax_platforms", PLATFORMS[wanted])
+
     try:
         found = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # the latter where not even a plugin is installed
         asked = f"--platform={wanted}" if wanted else f"JAX_PLATFORMS={jax.config.jax_platforms}"
         why = " ".join(str(error).split())[:500] or "it needs unclip_jax installed with [cuda] or [tpu]"
         raise UserError(f"{asked}, but JAX finds none: {why}") from error
+
     installed = [name for name in ACCELERATORS if importlib.util.find_spec(name)]
     if found == "cpu" and installed and "cpu" not in (jax.config.jax_platforms or ""):
         raise UserError(
@@ -116,19 +131,21 @@ def versions() -> dict[str, str]:
     return {"unclip_jax": unclip_jax.__version__} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def agree(told: Mapping[str, Any]) -> None:
-    """Raises UserError, on every process, naming each thing of `told` that not all were told alike, and by whom.
+def agree(values: Mapping[str, Any]) -> None:
+    """Raises UserError, on every process, naming each of `values` that differs and which processes hold what.
 
-    told: what JSON can hold. Every process must call this, as often as the others. Takes no time in a run of one.
+    values: of types that JSON has. Every process must make the same calls. Takes no time in a run of one process.
     """
     if jax.process_count() == 1:
         return
-    everyone = _gathered(json.dumps({"host": socket.gethostname(), "told": dict(told)}, sort_keys=True, default=str))
-    first = everyone[0]["told"]
+
+    own = {"host": socket.gethostname(), "values": dict(values)}
+    everyone = _gathered(json.dumps(own, sort_keys=True, default=str))
+    first = everyone[0]["values"]
     wrong = []
     for process, other in enumerate(everyone):
-        for key in sorted(first.keys() | other["told"].keys()):
-            a, b = first.get(key), other["told"].get(key)
+        for key in sorted(first.keys() | other["values"].keys()):
+            a, b = first.get(key), other["values"].get(key)
             if a != b:
                 wrong.append(f"process {process} on {other['host']} has {key} = {b}, process 0 has {a}")
     if wrong:
@@ -137,7 +154,7 @@ def agree(told: Mapping[str, Any]) -> None:
 
 
 def end_all(error: BaseException) -> None:
-    """Ends this process over `error`, where there are others too: leaving in good order would wait for them."""
+    """Ends this process over `error` without waiting for the others of the run, as an orderly exit would."""
     if isinstance(error, UserError):
         _leave(str(error), 2)
     traceback.print_exception(error)
@@ -145,7 +162,7 @@ def end_all(error: BaseException) -> None:
 
 
 class Watchdog:
-    """Ends the process when `beat` was not called for `minutes` (0: never): says so, and where every thread stood."""
+    """Ends the process after `minutes` without a `beat` (0: never), and prints where every thread stands."""
 
     def __init__(self, minutes: float):
         self._seconds, self._beat, self._over = 60 * minutes, time.monotonic(), threading.Event()
@@ -153,7 +170,7 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     def beat(self) -> None:
-        """All is well."""
+        """Reports that the run moves on."""
         self._beat = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
@@ -169,28 +186,28 @@ class Watchdog:
                 faulthandler.dump_traceback(all_threads=True)
                 minutes = f"{silent / 60:.3g} minutes (train.watchdog_minutes)"
                 _leave(f"no step for {minutes}: above is where each thread stands")
-            # For a thread that stands still without letting go of Python's lock, when this one cannot run either.
+            # A thread that holds Python's lock for ever stops this thread too; this timer is C code and still fires.
             faulthandler.dump_traceback_later(2 * self._seconds, exit=True)
         faulthandler.cancel_dump_traceback_later()
 
 
 def _say_when_another_dies() -> None:
-    # When JAX hears that another process died, it aborts this one, with a C++ stack. Python's own handlers of signals
-    # would never come to run then.
+    # JAX aborts this process when another one dies, and prints a C++ stack. A Python signal handler would never run
+    # then, so this one is called from C.
     global _on_abort
     _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: _leave(OTHERS))
     ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def _leave(line: str, status: int = 1) -> None:
-    # Not sys.exit: at exit JAX waits for all processes, and a thread could not end the process at all.
+    # Not sys.exit: it waits for the other processes in JAX's exit handler, and cannot end the process from a thread.
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)
 
 
 def _gathered(text: str) -> list[dict]:
-    """The JSON objects of all processes, in their order."""
+    """Gathers the JSON objects of all processes, in their order."""
     from jax.experimental.multihost_utils import process_allgather
 
     data = np.frombuffer(text.encode(), np.uint8)
@@ -207,6 +224,6 @@ def _code() -> str:
     return sha.hexdigest()[:16]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = ""):
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         yield from _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]

@@ -1,8 +1,8 @@
 """The mesh, and the one rule that lays parameters, their average and Adam's state out over it.
 
-The mesh has two axes. Rows of a batch are split over both; large parameters are split over "fsdp" only, so that
-"data" counts the copies of the model (ZeRO over "fsdp", plain data parallelism over "data"). Models know nothing of
-this: the loss sees whole parameters (`gather_params`), the optimizer sees each device's own part.
+The mesh has two axes. The rows of a batch are split over both. Large parameters are split over "fsdp" only, so "data"
+counts the copies of the model (ZeRO over "fsdp", plain data parallelism over "data"). Models know nothing of this: the
+loss sees whole parameters (`gather_params`), the optimizer each device's own part.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from unclip_jax.arrays import Tree
 from unclip_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -21,10 +22,10 @@ SMALLEST_SPLIT = 2**14  # elements; below this a leaf costs more to gather than 
 
 
 def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
-    """A mesh of axes ("data", "fsdp") over `devices` (all of them by default).
+    """Makes a mesh of axes ("data", "fsdp") over `devices` (all of them by default).
 
-    `mesh.data` of -1 means: the devices that `mesh.fsdp` leaves. Raises UserError when the sizes do not multiply to
-    the number of devices.
+    `mesh.data` of -1 stands for the number of devices over `mesh.fsdp`. Raises UserError when the product of the sizes
+    is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     count, data, fsdp = len(devices), mesh.data, mesh.fsdp
@@ -37,26 +38,27 @@ def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
             f"mesh.data={mesh.data}, mesh.fsdp={fsdp} do not cover {count} {devices[0].platform} devices exactly: "
             "their product must be that number (mesh.data=-1 takes what mesh.fsdp leaves)"
         )
-    # Any sizes will do, also those for which a side of a TPU slice has to be cut in two. Axes are Auto, since with
-    # Explicit ones a convolution with a sharded kernel is an error.
+
+    # Any sizes are allowed, even those that cut a side of a TPU slice in two. Axes are Auto, since with Explicit ones a
+    # convolution with a sharded kernel is an error.
     placed = create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
     return Mesh(placed, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every leaf of `tree`, whose leaves have a `.shape`: parameters, EMA or optimizer state.
+    """Gives every leaf of `tree` (parameters, EMA or optimizer state) its NamedSharding; leaves have a `.shape`.
 
-    The last axis but one (a kernel's inputs) is split where the size of "fsdp" divides it, else the largest axis that
-    it divides; a leaf of fewer than `SMALLEST_SPLIT` elements, or with no such axis, is replicated. The rule reads
-    shapes alone, so a parameter, its average and its Adam moments always lie alike.
+    Split is the last axis but one (a kernel's inputs) where the size of "fsdp" divides it, else the largest axis that
+    it divides. A leaf of fewer than `SMALLEST_SPLIT` elements, or without such an axis, is replicated. The rule reads
+    shapes alone, so a parameter, its average and its Adam moments always have the same sharding.
     """
     size = mesh.shape["fsdp"]
 
-    def sharding(leaf):
+    def sharding(leaf: Any) -> NamedSharding:
         axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
         if size == 1 or not axes or np.prod(leaf.shape, dtype=np.int64) < SMALLEST_SPLIT:
             return NamedSharding(mesh, P())
-        # Not the last, which a TPU lays along its lanes: gathered, it would be copied into another layout before use.
+        # Not the last axis, which lies along a TPU's lanes: once gathered, it would be copied into another layout.
         split = max(axes, key=lambda i: (i == len(leaf.shape) - 2, leaf.shape[i]))
         return NamedSharding(mesh, P(*["fsdp" if i == split else None for i in range(len(leaf.shape))]))
 
@@ -73,24 +75,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def gather_params(params: Any, mesh: Mesh) -> Any:
-    """`params` whole on every device, inside a jitted loss.
+def gather_params(params: Tree, mesh: Mesh) -> Any:
+    """Gathers `params` on every device, inside a jitted loss.
 
-    Left to propagation, a convolution with a split kernel becomes a swarm of permutes and all-to-alls; gathered
-    first, each parameter costs one all-gather, and its gradient is summed over the whole mesh.
+    XLA's own choice for a convolution with a split kernel is many permutes and all-to-alls. Gathered first, each
+    parameter costs one all-gather, and its gradient is summed over the whole mesh.
     """
     return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
 
-def global_batch(arrays: Any, mesh: Mesh) -> Any:
-    """This host's rows -> global arrays split by `batch_sharding`; rows lie in the order of the processes.
+def global_batch(arrays: Tree, mesh: Mesh) -> Any:
+    """Makes global arrays, split by `batch_sharding`, from the rows of each host; rows are in the order of processes.
 
-    arrays: pytree of numpy arrays (rows of this host, ...). Raises UserError when the global number of rows cannot be
+    arrays: pytree of NumPy arrays (rows of this host, ...). Raises UserError when the global number of rows cannot be
     split evenly over the mesh.
     """
     sharding = batch_sharding(mesh)
 
-    def globalize(rows):
+    def globalize(rows: np.ndarray) -> jax.Array:
         total = len(rows) * jax.process_count()
         if total % mesh.size:
             raise UserError(f"a batch of {total} rows cannot be split evenly over {mesh.size} devices")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from unclip_jax.arrays import Batch, Key, Params
 from unclip_jax.errors import UserError
 from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.training.leaves import named_leaves
@@ -23,32 +24,32 @@ from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather_para
 
 
 class Skips(NamedTuple):
-    """Steps that changed nothing because their loss or gradient was not finite, and unread records; int32 scalars."""
+    """Counts of unread records, and of steps skipped because their loss or gradient was not finite; int32 scalars."""
 
     records: jax.Array  # that could not be read, in the batches so far
-    steps: jax.Array  # that changed nothing
-    in_a_row: jax.Array  # of those, up to the last step
-    last: jax.Array  # step of the latest, counted as done
+    steps: jax.Array  # skipped: they changed nothing
+    in_a_row: jax.Array  # steps skipped without a break, up to the last step
+    last: jax.Array  # the latest skipped step, counted as done
     leaf: jax.Array  # where its gradient was largest: a position in `named_leaves` of the parameters
 
 
 class TrainState(NamedTuple):
-    """State of a training, all that a checkpoint must hold: a pytree."""
+    """State of training, which is all that a checkpoint must hold."""
 
     step: jax.Array  # int32 scalar: steps taken, skipped ones included
-    skips: "Skips"
-    params: Any  # float32
-    ema: Any  # like params
+    skips: Skips
+    params: Params
+    ema: Params
     opt_state: Any
 
 
-def root_key(seed: int) -> jax.Array:
-    """The key that every step of training folds its number into; independent of the one that parameters start from."""
+def root_key(seed: int) -> Key:
+    """Makes the key into which every step of training folds its number; independent of the parameters' initial key."""
     return jax.random.fold_in(jax.random.key(seed), 1)
 
 
 def abstract_state(stage: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as ShapeDtypeStructs that carry their shardings over `mesh`; computes and allocates nothing."""
+    """The state as ShapeDtypeStructs with their shardings over `mesh`; computes and allocates nothing."""
     shapes = jax.eval_shape(lambda: _initial(stage, optimizer, 0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -58,7 +59,7 @@ def abstract_state(stage: Any, optimizer: optax.GradientTransformation, mesh: Me
 
 
 def init_state(stage: Any, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """The state before step 0, made in place on the devices that keep it: the same numbers on every mesh."""
+    """Makes the state before step 0, in place on the devices that keep it: the same numbers on every mesh."""
     shardings = _shardings(abstract_state(stage, optimizer, mesh))
     return jax.jit(lambda: _initial(stage, optimizer, seed), out_shardings=shardings)()
 
@@ -66,18 +67,19 @@ def init_state(stage: Any, optimizer: optax.GradientTransformation, mesh: Mesh, 
 def make_train_step(
     stage: Any, optimizer: optax.GradientTransformation, learning_rate: Callable, config: ConfigDict, mesh: Mesh
 ) -> Callable:
-    """The jitted step (state, frozen, batch, root key) -> (state, metrics). The state handed in is given away.
+    """Makes the jitted step (state, frozen, batch, root key) -> (state, metrics), which donates the old state.
 
     batch: pytree of (rows, ...) arrays, split by `batch_sharding`; rows must be a multiple of devices times
-    `config.optim.accumulate`. The rows are dealt into that many microbatches and the gradients of their mean losses
-    averaged, which equals one pass over the whole batch where the loss is a mean over rows (a contrastive loss is
-    not: it only sees the pairs of its microbatch).
+    `config.optim.accumulate`. The rows are dealt into that many microbatches, and the gradients of their mean losses
+    averaged. That equals one pass over the whole batch where the loss is a mean over rows. A contrastive loss is not:
+    it sees only the pairs of its microbatch.
 
-    metrics: float32 scalars, the stage's own (averaged over microbatches; pairs too, which `metrics.scalars` divides),
-    loss, grad_norm (before clipping), param_norm, learning_rate (the one applied), records_skipped, the sum so far
-    of "records_skipped" in batches that have it, and skipped, the number of steps so far whose loss or gradient norm
-    was not finite. Such a step leaves params, EMA and optimizer state as they were; `step` moves on. Once there were
-    `config.train.max_skips` in a row, nothing changes any more.
+    metrics: float32 scalars. The stage's own, averaged over microbatches (pairs too, which `metrics.scalars` divides);
+    loss, grad_norm (before clipping), param_norm, learning_rate (as applied); records_skipped, the sum so far of
+    "records_skipped" in batches that have it; and skipped, the number of skipped steps so far.
+
+    A step is skipped when its loss or gradient norm is not finite: params, EMA and optimizer state stay as they were,
+    `step` moves on. After `config.train.max_skips` skipped steps in a row, nothing changes any more.
 
     Raises UserError when `config.train.batch_size` does not split evenly.
     """
@@ -90,15 +92,18 @@ def make_train_step(
     optimizer = optax.with_extra_args_support(optimizer)
     shardings = _shardings(abstract_state(stage, optimizer, mesh))
 
-    def step(state, frozen, batch, root):
+    def step(state: TrainState, frozen: Params, batch: Batch, root: Key) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(root, state.step)
         loss, metrics, grads = _gradients(stage, state.params, frozen, batch, key, microbatches, mesh, shardings.params)
         squares = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in named_leaves(grads).values()])
         grad_norm = jnp.sqrt(jnp.sum(squares))
+
         rate = learning_rate(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = stage.project(optax.apply_updates(state.params, updates))
         ema = ema_update(state.ema, params, state.step, config.optim.ema_decay)
+
+        # A skipped step keeps the old values, and so does every step after too many of them.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         stuck = state.skips.in_a_row >= config.train.max_skips
         skips = _counted(state, batch, finite, stuck, squares)
@@ -122,10 +127,9 @@ def make_train_step(
 
 
 def digest(state: TrainState) -> str:
-    """Hex sha256 over the leaves of params, EMA and optimizer state in the order of their names.
+    """Hex sha256 of the names, types, shapes and bytes of params, EMA and optimizer state, in the order of the names.
 
-    Each leaf gives its name, dtype, shape and bytes. Every process must call this, since it gathers split leaves;
-    all get the same answer, whatever the mesh.
+    Every process must call this, since it gathers split leaves. All get the same answer, whatever the mesh.
     """
     sha = hashlib.sha256()
     for name, leaf in named_leaves(state._asdict()).items():
@@ -137,10 +141,10 @@ def digest(state: TrainState) -> str:
     return sha.hexdigest()
 
 
-def skipped(skips: Skips, params: Any, allowed: int) -> str:
-    """Describes the steps that were not finite, up to this one; "" where this one was. Waits for the device.
+def skipped(skips: Skips, params: Params, allowed: int) -> str:
+    """Describes the steps skipped in a row up to the last one; "" where that was not skipped. Waits for the device.
 
-    Raises UserError where more in a row were not finite than are allowed.
+    Raises UserError once `allowed` steps in a row were skipped.
     """
     _, _, in_a_row, last, leaf = (int(value) for value in skips)
     if not in_a_row:
@@ -158,14 +162,14 @@ def skipped(skips: Skips, params: Any, allowed: int) -> str:
 
 
 def _initial(stage: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    # Folded, like root_key, because split(key)[i] equals fold_in(key, i): the two uses must not share a key.
+    # Not the key itself: split(key)[i] equals fold_in(key, i), so a stage that splits it would meet root_key.
     params = stage.init(jax.random.fold_in(jax.random.key(seed), 0))
     skips = Skips(*(jnp.int32(0) for _ in Skips._fields))
     return TrainState(jnp.int32(0), skips, params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-def _counted(state: TrainState, batch, finite, stuck, squares) -> Skips:
-    """The count after this step; squares: of its gradients, summed leaf by leaf; stuck: steps are counted no more."""
+def _counted(state: TrainState, batch: Batch, finite: jax.Array, stuck: jax.Array, squares: jax.Array) -> Skips:
+    """The counts after this step. squares: of its gradients, summed per leaf. stuck: steps are no longer counted."""
     skips = state.skips._replace(records=state.skips.records + jnp.sum(batch.get("records_skipped", jnp.int32(0))))
     largest = jnp.argmax(jnp.where(jnp.isfinite(squares), squares, jnp.inf)).astype(jnp.int32)
     more = Skips(skips.records, skips.steps + 1, skips.in_a_row + 1, state.step + 1, largest)
@@ -177,10 +181,19 @@ def _shardings(abstract: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings):
-    """Mean loss, mean metrics and mean gradients over the microbatches of `batch`; gradients lie as params do."""
+def _gradients(
+    stage: Any,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    key: Key,
+    microbatches: int,
+    mesh: Mesh,
+    shardings: Params,
+) -> tuple[jax.Array, dict[str, Any], Params]:
+    """Mean loss, metrics and gradients over the microbatches of `batch`; gradients are sharded as params are."""
 
-    def loss_of(params, rows, key):
+    def loss_of(params: Params, rows: Batch, key: Key) -> tuple[jax.Array, dict[str, Any]]:
         loss, metrics = stage.loss(gather_params(params, mesh), frozen, rows, key)
         return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), (loss, metrics))
 
@@ -190,16 +203,17 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
         (loss, metrics), grads = differentiate(params, batch, jax.random.fold_in(key, 0))
         return loss, metrics, jax.lax.with_sharding_constraint(grads, shardings)
 
-    def deal(rows):
-        # Microbatch m takes rows m, m + M, ...: each device deals out its own rows and nothing moves between them.
+    # Microbatch m takes rows m, m + M, ...: each device deals out its own rows, and nothing moves between devices.
+    def deal(rows: jax.Array) -> jax.Array:
         hands = jnp.swapaxes(rows.reshape(-1, microbatches, *rows.shape[1:]), 0, 1)
         return jax.lax.with_sharding_constraint(hands, NamedSharding(mesh, P(None, BATCH_AXES)))
 
-    def add_one(total, part):
+    def add_one(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         rows, m = part
         values, grads = differentiate(params, rows, jax.random.fold_in(key, m))
         return jax.tree.map(jnp.add, total, (values, jax.lax.with_sharding_constraint(grads, shardings))), None
 
+    # Sum over the microbatches in a loop, then divide: one microbatch is in memory at a time.
     hands = jax.tree.map(deal, batch)
     first = jax.tree.map(lambda rows: rows[0], hands)
     values = jax.eval_shape(loss_of, params, first, key)
@@ -211,7 +225,7 @@ def _gradients(stage, params, frozen, batch, key, microbatches, mesh, shardings)
 
 
 def to_host(leaf: Any) -> np.ndarray:
-    """The leaf in full on this host; every process must ask for it."""
+    """Fetches the whole leaf to this host; every process must call this."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils
 
