@@ -14,13 +14,14 @@ from safetensors.numpy import load_file
 from shrink import CAPTIONS, compilation_cache, random_params, small_config, small_stage, tokenizer_bytes
 
 from unclip_jax import embed as embedding
-from unclip_jax import train
+from unclip_jax import inputs
 from unclip_jax.bundle import save_bundle
 from unclip_jax.data import __main__ as command
 from unclip_jax.data import embeddings
 from unclip_jax.data.embeddings import EmbeddedSource, Provenance
 from unclip_jax.data.pipeline import batches, evaluation_batch
 from unclip_jax.data.tokenizer import Tokenizer
+from unclip_jax.data.transforms import ToExample
 from unclip_jax.errors import UserError
 from unclip_jax.paths import copy_folder, to_path
 from unclip_jax.stages import make_stage
@@ -57,7 +58,7 @@ class Records:
 def data(monkeypatch):
     """In place of every dataset; a shard holds four records."""
     sources = {"train": Records(RECORDS, 0), "test": Records(HELD_OUT, 1)}
-    for module in (embedding, train):
+    for module in (embedding, inputs):
         monkeypatch.setattr(module, "open_source", lambda spec, split, *_: sources[split])
     monkeypatch.setattr(embeddings, "SHARD_RECORDS", PER_SHARD)
     with compilation_cache():
@@ -120,11 +121,14 @@ def test_loss_is_that_of_clip_in_the_step(name, reader, clip, folder):
         config = config_of(clip, name, embeddings=where)
         config = clip_reads_captions(config) if reader == "clip" else config
         stage = make_stage(config, clip.stage, embedded=bool(where))
-        to_example = train._to_example(config, stage, tokenizer, tokenizer)
-        rows = batches(train._open(config, "train", clip.identity), to_example, 2 * RECORDS, 0)
+        texts = {name: (tokenizer, context, ends) for name, (_, context, ends) in stage.texts.items()}
+        to_example = ToExample(
+            stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors
+        )
+        rows = batches(inputs._open_source(config, "train", clip.identity), to_example, 2 * RECORDS, 0)
         batch = next(rows)
         skipped = batch.pop("records_skipped").sum()
-        held_out = evaluation_batch(train._open(config, "test", clip.identity), to_example, HELD_OUT, 0)
+        held_out = evaluation_batch(inputs._open_source(config, "test", clip.identity), to_example, HELD_OUT, 0)
         found.append((stage, batch, held_out, skipped))
     (plain, batch, held_out, skipped), (embedded, *others, again) = found
     for one, other in zip((batch, held_out), others, strict=True):

@@ -25,8 +25,8 @@ from shrink import (
 
 from unclip_jax import cli, train
 from unclip_jax.bundle import load_bundle, save_bundle
-from unclip_jax.data import __main__ as data_command
 from unclip_jax.data.tokenizer import train_tokenizer
+from unclip_jax.embed import embed_dataset
 from unclip_jax.errors import UserError
 from unclip_jax.stages import make_stage
 from unclip_jax.stages.clip import Clip
@@ -249,11 +249,11 @@ def test_unreadable_pictures_are_counted(runs):
 def test_embeddings_made_once_train_the_same_model(runs, tmp_path, monkeypatch, spoiled):
     """The same losses and evaluation, though CLIP does not run and a picture is spoiled."""
     run, folder = runs["prior_diffusion"], tmp_path / "embeddings"
-    data_command.embed(run.config, folder, 0, 1)
+    embed_dataset(run.config, folder, 0, 1)
     given = dict(clip=dict(bundle=run.config.clip.bundle), data=dict(embeddings=str(folder)))
     config = config_of("prior_diffusion", spoiled, **given)
     for tower in ("embed_images", "embed_texts"):
-        monkeypatch.setattr(Clip, tower, None)
+        monkeypatch.setattr(Clip, tower, lambda *_: pytest.fail("CLIP must not run"))
     monkeypatch.setattr(train, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
     report = train.run(config, str(tmp_path / "run"))
     one, other = (lines(place / "metrics.jsonl") for place in (run.folder, tmp_path / "run"))

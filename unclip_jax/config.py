@@ -273,7 +273,7 @@ def caption_data(
 
 def embedding_data(
     *,
-    embeddings: str,  # Folder that `python -m unclip_jax.data embed` wrote; "": CLIP runs in each step.
+    embeddings: str,  # Folder of embeddings that the command `data embed` made; "": CLIP runs in each step.
     **rest,
 ) -> dict:
     return _extended(locals(), caption_data)

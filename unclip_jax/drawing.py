@@ -108,11 +108,12 @@ def draw_file(
         for i, group in enumerate(groups):
             images = ahead.result()
             ahead = pool.submit(draw, groups[i + 1]) if i + 1 < len(groups) else None
-            batch = chunk_rows(len(images), devices)
+            about, start = settings | {"batch": chunk_rows(len(images), devices)}, 0
             for k in group:
-                drawn, images = images[: len(shards[k])], images[len(shards[k]) :]
-                _write(out, k, shards[k], drawn, seed, settings | {"batch": batch}, kind)
-                progress.add(len(drawn))
+                stop = start + len(shards[k])
+                _write(out, k, shards[k], images[start:stop], start, seed, about, kind)
+                progress.add(stop - start)
+                start = stop
     return progress.done
 
 
@@ -126,15 +127,20 @@ def _write(
     shard: int,
     places: Sequence[Place],
     images: np.ndarray,
+    start: int,
     seed: int,
     settings: dict[str, Any],
     kind: str,
 ) -> None:
-    """Writes a shard: pictures that hold what drew them; in a tar, captions and numbers beside them."""
+    """Writes a shard: pictures that hold what drew them; in a tar, captions and numbers beside them.
+
+    start: place of the first picture among those that were drawn with it.
+    """
     files = {}
-    for place, image in zip(places, images, strict=True):
+    for i, (place, image) in enumerate(zip(places, images, strict=True), start):
         numbers = {"seed": str(seed), "row": str(place.row), "draw": str(place.draw)}
-        files[f"{place.name}.png"] = pictures.png(image, {"prompt": place.text, **numbers, "settings": settings})
+        stored = {"prompt": place.text, **numbers, "position": str(i % settings["batch"]), "settings": settings}
+        files[f"{place.name}.png"] = pictures.png(image, stored)
         if kind == "tar":
             files[f"{place.name}.txt"] = place.text.encode()
             files[f"{place.name}.json"] = json.dumps({"prompt": place.text, **numbers}).encode()

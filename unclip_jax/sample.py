@@ -89,11 +89,13 @@ def main(argv: list[str]) -> int:
         kept = _best(cascade, images, args)
         images, texts, places = images[kept], [texts[i] for i in kept], [places[i] for i in kept]
 
-    settings = _settings(cascade, args) | {"batch": chunk_rows(len(rows))}
+    batch = chunk_rows(len(rows))
+    settings = _settings(cascade, args) | {"batch": batch}
     for i, (text, image, (row, draw)) in enumerate(zip(texts, images, places, strict=True)):
         name = re.sub(r"\W+", "_", text).strip("_")[:60]
         path = out / f"{name}_{args.seed}_{i}.png"
-        place = {"seed": str(args.seed), "row": str(row), "draw": str(draw)}
+        position = (row * count + draw) % batch
+        place = {"seed": str(args.seed), "row": str(row), "draw": str(draw), "position": str(position)}
         pictures.save_png(path, image, {"prompt": text, **place, "settings": settings})
         print(path)
     pictures.save_png(out / "grid.png", pictures.grid(images, args.n, texts), {"seed": str(args.seed)})
@@ -137,7 +139,8 @@ def _again(args: argparse.Namespace, out: Path) -> int:
     try:
         with path.open("rb") as file, Image.open(file) as image:
             stored = image.text
-            prompt, seed, row, draw = stored["prompt"], *(int(stored[name]) for name in ("seed", "row", "draw"))
+            prompt = stored["prompt"]
+            seed, row, draw, position = (int(stored[name]) for name in ("seed", "row", "draw", "position"))
             settings = json.loads(stored["settings"])
             bundle, models, batch = args.bundle or settings["bundle"], settings["models"], int(settings["batch"])
             scales = [settings[name] for name in SCALES]
@@ -149,10 +152,10 @@ def _again(args: argparse.Namespace, out: Path) -> int:
         changed = sorted(name for name in models if cascade.identities().get(name) != models[name])
         raise UserError(f"{bundle} holds another {', '.join(changed) or 'set of models'} than drew {args.again}: name "
                         "the cascade that drew it by --bundle")  # fmt: skip
-    # As many rows at once as then: another program may round otherwise.
+    # As many rows at once as then, and taken from the same place: another program, or place, may round otherwise.
     numbers = {"rows": [row] * batch, "draws": [draw] * batch}
-    image = cascade.generate([prompt] * batch, seed, *scales, **numbers)["images"][-1][0]
-    place = {"seed": str(seed), "row": str(row), "draw": str(draw)}
+    image = cascade.generate([prompt] * batch, seed, *scales, **numbers)["images"][-1][position]
+    place = {"seed": str(seed), "row": str(row), "draw": str(draw), "position": str(position)}
     target = out / path.name
     pictures.save_png(target, image, {"prompt": prompt, **place, "settings": settings})
     print(target)

@@ -375,7 +375,8 @@ def bsr_stage(degradation="bsr"):
 def test_batch_spec_is_what_the_pipeline_makes():
     for degradation in ("bsr", "blur"):
         stage = bsr_stage(degradation)
-        example = train._to_example(stage.config, stage, None, None)(record(picture(300, 300)), rng())
+        to_example = ToExample(stage.images, {}, stage.config.data.crop, stage.patch, stage.bsr_factor)
+        example = to_example(record(picture(300, 300)), rng())
         expected = {name: (spec.shape[1:], spec.dtype) for name, spec in stage.batch_spec(2).items()}
         assert {name: (value.shape, value.dtype) for name, value in example.items()} == expected
         assert ("low_res" in expected) == (degradation == "bsr")
