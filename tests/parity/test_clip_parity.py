@@ -96,7 +96,7 @@ def compare(seen, name, ours, theirs):
 
 def forward(config, params, images, tokens, lengths):
     stage = make_stage(config)
-    run = jax.jit(lambda p: (stage.embed_images(p, images), *stage.read_texts(p, tokens, lengths)))
+    run = jax.jit(lambda p: (stage.embed_images(p, images), *stage.embed_texts_with_states(p, tokens, lengths)))
     return run(params)
 
 
@@ -255,7 +255,7 @@ def test_two_halves(tmp_path, seen):
     text = StateDict(read_tensors(tmp_path / "text" / "model.safetensors"), "text")
     config, params = openai_clip.convert_towers(text, configs["text"], None, {}, {}, unit_norm=False)
     assert config.model.image is None and params.keys() == {"text", "logit_scale"}
-    alone, _ = jax.jit(make_stage(config).read_texts)(params, tokens, lengths)
+    alone, _ = jax.jit(make_stage(config).embed_texts_with_states)(params, tokens, lengths)
     np.testing.assert_allclose(alone, z_t, rtol=1e-6, atol=1e-6)
 
 
