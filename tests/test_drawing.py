@@ -38,9 +38,9 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(drawing, "CHUNK_ROWS", 4)
 
 
-def draw(cascade, out, prompts=PROMPTS, kind="tar", process=0, processes=1, **settings):
+def draw(cascade, out, prompts=PROMPTS, kind="tar", process=0, processes=1, seed=5, **settings):
     settings = {"models": cascade.identities()} | settings
-    return draw_file(cascade, prompts, out, 1, 5, (None, None, 0.0), settings, kind, process, processes)
+    return draw_file(cascade, prompts, out, 1, seed, (None, None, 0.0), settings, kind, process, processes)
 
 
 def content(folder):
@@ -122,12 +122,13 @@ def test_eight_devices_draw_what_one_draws(folder, undisturbed, tmp_path):
             assert ours == theirs
 
 
-@pytest.mark.parametrize("changed", [{"guidance": 3.0}, {"models": {}}])
+@pytest.mark.parametrize("changed", [{"guidance": 3.0}, {"models": {}}, {"seed": 6}])
 def test_another_run_in_the_same_folder_is_refused(one, undisturbed, changed):
     with pytest.raises(UserError, match=f"differs in {next(iter(changed))}: give another --out"):
         draw(one, undisturbed, **changed)
     with pytest.raises(UserError, match="differs in prompts, prompts_sha256"):
         draw(one, undisturbed, PROMPTS[:3])
+    assert draw(one, undisturbed, bundle="the same models elsewhere", version="another") == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from shrink import compilation_cache, save_cascade, small_config, small_stage, tokenizer_bytes
 
-from unclip_jax import edit
+from unclip_jax import edit, sample
 from unclip_jax.bundle import save_bundle
 from unclip_jax.cascade import Cascade, ddim_to_and_fro, slerp
 from unclip_jax.diffusion.schedule import make_schedule
@@ -232,6 +232,11 @@ def test_glide_follows_sketches_and_is_guided_only_where_it_was_trained_for_it(t
     save_bundle(tmp_path / "glide" / "decoder", "glide", config.lock(), params, tokenizer_bytes(), "", {})
     options = [f"--image={files['one']}", "--prompt=a fox", "-n", "1"]
     assert run(tmp_path / "glide", tmp_path / "out", "sdedit", *options) == 0
+    options = ["--prompt=a fox", "-n", "1", f"--out={tmp_path / 'drawn'}"]
+    assert sample.main(["sample", f"--bundle={tmp_path / 'glide'}", *options]) == 0
+    picture = tmp_path / "drawn" / "a_fox_0_0.png"
+    assert sample.main(["sample", f"--again={picture}", f"--out={tmp_path / 'again'}"]) == 0
+    np.testing.assert_array_equal(edit._read(str(tmp_path / "again" / picture.name)), edit._read(str(picture)))
     cascade = Cascade.load(str(tmp_path / "glide"))
     if drop_caption:
         assert cascade.generate(["a fox"], 0, 3.0)["images"][0].shape == (1, 8, 8, 3)
@@ -284,8 +289,9 @@ def test_command_reads_and_writes_a_bucket(folder, files, bucket, tmp_path, caps
         ("text_diff", ["--image={one}", "--before=a fox", "--after=a fox"], "'a fox' and 'a fox' are the same"),
         ("variations", ["--image={one}", "--steps=1001"], "1001 steps of DDIM: expected 3 to 1000"),
         ("variations", ["--image={one}", "--steps=0"], "0 steps of DDIM: expected 3 to 1000"),
-        ("variations", ["--image={one}", "--guidance=nan"], "guidance_scale is nan: expected a finite number"),
-        ("inpaint", ["--image={one}", "--mask={mask}", "--prompt=a fox", "--guidance=inf"], "guidance_scale is inf"),
+        ("variations", ["--image={one}", "--guidance=nan"], "--guidance: 'nan': expected a finite number"),
+        ("variations", ["--image={one}", "--seed=-1"], "--seed: '-1': expected a whole number"),
+        ("inpaint", ["--image={one}", "--mask={mask}", "--prompt=a fox", "--guidance=inf"], "'inf': expected a finite"),
         ("classify", ["--image={one}", "--label=a fox", "--label=a fox"], "are the same to this CLIP"),
         ("classify", ["--image={one}", "--label=a fox", "--template=a photo"], "expected {} in it"),
         ("text_diff", ["--image={one}", "--before=a", "--after=b", "--theta=-1"], "--theta -1.0"),

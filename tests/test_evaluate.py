@@ -127,6 +127,9 @@ def test_captions_are_scored_by_a_clip(places, clip_folder, capsys):
         (["fid", "--pictures", "{0}/broken", "--inception", "x", "--reference", "{0}/others"], "can be read"),
         (["r_precision", "--pictures", "{0}/others", "--clip", "{1}"], "30 of 30 pictures .* have no caption"),
         (["lpips", "--pictures", "{0}/files"], "invalid choice"),
+        (["fid", "sfid", "--pictures", "a", "--inception", "x", "--reference", "a.npz"], "one at a time"),
+        (["kid", "--pictures", "a", "--inception", "x", "--reference", "b", "--save-reference", "c"], "fid or sfid"),
+        (["fid", "--pictures", "a", "--inception", "x", "--reference", "b", "--size", "0"], "--size 0"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(places, clip_folder, arguments, says):

@@ -196,13 +196,13 @@ class Chain:
         """Enlarges float32 pictures by each upsampler in turn. known: as in `_generate`."""
         sizes = []
         keys = RowKeys.of(key, len(images)).split(len(self.upsamplers) or 1)
-        for key, model in zip(keys, self.upsamplers, strict=False):
+        for own_key, model in zip(keys, self.upsamplers, strict=False):
             images = np.clip(images, -1, 1)
             if model.stage.config.model.round_low_res:
                 images = to_float(to_uint8(images))
             fields = known(images.shape[1] * model.stage.config.model.factor)
             conditions = self._captions(model, texts)._replace(low_res=images, **fields)
-            images = self._draw(model, conditions, key, None)
+            images = self._draw(model, conditions, own_key, None)
             sizes.append(images)
         return sizes
 

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -41,6 +42,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+
+def seed(text: str) -> int:
+    """Reads a seed from the command line: a whole number from 0 to 2^64 - 1."""
+    if not text.isdecimal() or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 to 2^64 - 1")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """Reads a finite number from the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a finite number")
+    return value
 
 
 def command(name: str) -> str:

@@ -89,7 +89,7 @@ def draw_file(
     Raises UserError where `out` holds a run of other captions or settings.
     """
     places = [Place(text, row, draw) for row, text in enumerate(prompts) for draw in range(pictures_each)]
-    _check_same_run(out, prompts, settings, process)
+    _check_same_run(out, prompts, settings | {"seed": seed, "n": pictures_each, "format": kind}, process)
     starts = range(0, len(places), SHARD_PICTURES)
     shards = {k: places[start : start + SHARD_PICTURES] for k, start in enumerate(starts)}
     mine = [k for k in shards if k % processes == process]
@@ -165,6 +165,8 @@ def _tar(files: dict[str, bytes]) -> bytes:
 def _check_same_run(out: Path, prompts: Sequence[str], settings: dict[str, Any], process: int) -> None:
     """Stores what the run draws in OUT/run.json, or compares it with what an earlier run stored there."""
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    # The models count, not where they lie nor which version draws.
+    settings = {name: value for name, value in settings.items() if name not in ("bundle", "version")}
     ours = json.loads(json.dumps(settings | {"prompts": len(prompts), "prompts_sha256": digest}))
     path = out / "run.json"
     if path.exists():

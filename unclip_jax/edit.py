@@ -86,9 +86,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--theta", type=float, default=0.4, help="of text_diff: how far, from 0 to 1")
     parser.add_argument("--start", type=float, default=0.5, help="of sdedit: how much noise, from 0 to 1")
     parser.add_argument("--steps", type=int, default=250, help="of DDIM, to and fro")
-    parser.add_argument("--guidance", type=float, help="of the decoder; default: 1, with a prompt the config's")
-    parser.add_argument("--clip-guidance", type=float, default=0.0, help="of inpaint and sdedit, by noised_clip/")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=cli.finite, help="of the decoder; default: 1, with a prompt the config's")
+    parser.add_argument("--clip-guidance", type=cli.finite, default=0.0, help="of inpaint and sdedit, by noised_clip/")
+    parser.add_argument("--seed", type=cli.seed, default=0)
     parser.add_argument("--out", default="edits", help="folder to write to")
     return parser.parse_args(argv[1:])
 

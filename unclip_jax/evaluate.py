@@ -69,6 +69,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("no --reference: name a folder of true pictures, or their statistics (.npz)")
     if args.reference and args.reference.endswith(".npz") and set(args.metric) - {"fid", "sfid", *ALONE}:
         raise UserError(f"--reference {args.reference} is enough for fid and sfid alone: give a folder of pictures")
+    if args.save_reference and not {"fid", "sfid"} & set(args.metric):
+        raise UserError("--save-reference stores the statistics of fid or sfid: ask for one of them")
+    if {"fid", "sfid"} <= set(args.metric) and (args.save_reference or args.reference.endswith(".npz")):
+        raise UserError("statistics (.npz) are of fid or of sfid: ask for one at a time")
+    if args.size is not None and args.size < 1:
+        raise UserError(f"--size {args.size}: expected at least 1 pixel")
     return args
 
 

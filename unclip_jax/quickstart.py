@@ -39,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("quickstart", __doc__)
     parser.add_argument("--out", default="quickstart", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=cli.seed, default=0)
     parser.add_argument("--steps", type=int, help="train each model for this many steps only, to try everything out")
     return parser.parse_args(argv[1:])
 

@@ -45,10 +45,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--again", help="a picture that this command drew: draws it again, by what is stored in it")
     parser.add_argument("-n", "--n", type=int, default=4, help="pictures per prompt")
     parser.add_argument("--rerank", type=int, default=0, help="draw so many a prompt, keep the n that CLIP likes best")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, help="of the decoder; 1: none; default: the trained config's")
-    parser.add_argument("--prior-guidance", type=float, help="of the prior; likewise")
-    parser.add_argument("--clip-guidance", type=float, default=0.0, help="of the decoder, by noised_clip/")
+    parser.add_argument("--seed", type=cli.seed, default=0)
+    parser.add_argument("--guidance", type=cli.finite, help="of the decoder; 1: none; default: the trained config's")
+    parser.add_argument("--prior-guidance", type=cli.finite, help="of the prior; likewise")
+    parser.add_argument("--clip-guidance", type=cli.finite, default=0.0, help="of the decoder, by noised_clip/")
     parser.add_argument("--out", default="samples", help="folder to write to")
     args = parser.parse_args(argv[1:])
     if sum(map(bool, (args.prompt, args.prompts, args.again))) != 1:
@@ -165,10 +165,9 @@ def _again(args: argparse.Namespace, out: Path) -> int:
 def _settings(cascade: "Cascade", args: argparse.Namespace) -> dict:
     """Everything that a picture depends on besides its prompt, seed and numbers."""
     settings = {name: getattr(args, name) for name in SCALES}
-    if args.guidance is None:
-        settings["guidance"] = cascade.decoder.stage.config.sampling.guidance_scale
-    if args.prior_guidance is None and cascade.prior:
-        settings["prior_guidance"] = cascade.prior.stage.config.sampling.guidance_scale
+    for name, model in (("guidance", cascade.decoder), ("prior_guidance", cascade.prior)):
+        if settings[name] is None and model and model.stage.guided:
+            settings[name] = model.stage.config.sampling.guidance_scale
     where = {"bundle": str(args.bundle), "models": cascade.identities(), "version": __version__}
     return {"n": args.n, "rerank": args.rerank} | settings | where
 
