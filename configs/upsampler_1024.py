@@ -27,8 +27,9 @@ PAPER = config.recipe(
                      image_feature="image", caption_feature="caption", crop="dalle", threads=16),
     optim=config.adam(learning_rate=1.0e-4, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, eps=1e-8,
                       weight_decay=0.0, clip_norm=0.0, ema_decay=0.9999, accumulate=1),
-    train=config.train(steps=1_000_000, batch_size=512, seed=0, log_every=50, checkpoint_every=5000, eval_size=64,
-                       sample_every=10000, keep=3, keep_every=0, max_skips=20, watchdog_minutes=60.0, expected_loss=()),
+    train=config.train(steps=1_000_000, batch_size=512, seed=0, log_every=50, checkpoint_every=5000,
+                       sample_every=10000, eval_size=1024, draw_size=64, measure=(), inception="", reference="",
+                       keep=3, keep_every=0, max_skips=20, watchdog_minutes=60.0, expected_loss=()),
 )
 
 SMALL = dict(
@@ -46,7 +47,7 @@ TINY = dict(
     sampling=dict(steps="4"),
     data=dict(source="tfds:emoji_scenes/single_256", crop="center", threads=2),
     optim=dict(learning_rate=0.002, warmup_steps=50, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.99),
-    train=dict(steps=400, batch_size=8, checkpoint_every=500, sample_every=100000, keep=2, eval_size=8,
+    train=dict(steps=400, batch_size=8, checkpoint_every=500, sample_every=100000, keep=2, eval_size=8, draw_size=8,
                expected_loss=((50, 0.06, 0.22), (200, 0.022, 0.08), (400, 0.008, 0.045))),
 )
 

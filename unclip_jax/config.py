@@ -312,7 +312,11 @@ def train(
     log_every: int,  # Steps between lines of metrics.
     checkpoint_every: int,  # Steps between checkpoints.
     sample_every: int,  # Steps between evaluations, with pictures of held-out examples.
-    eval_size: int,  # Held-out examples in an evaluation.
+    eval_size: int,  # Held-out examples in an evaluation: a sample by the seed, or all if there are fewer.
+    draw_size: int,  # Of these, how many are drawn at most: the first.
+    measure: tuple,  # Metrics of the drawn pictures: fid, sfid, kid, inception_score, precision_recall, alignment.
+    inception: str,  # Folder that `pretrained inception` wrote, for all of these but alignment.
+    reference: str,  # Statistics (.npz) for fid or sfid; "": those of the true pictures beside the drawn ones.
     keep: int,  # Newest checkpoints that are kept, at least 2.
     keep_every: int,  # Checkpoints of steps that this divides are kept besides; 0: none.
     max_skips: int,  # Steps in a row whose loss or gradient is not finite, before the run stops.

@@ -8,6 +8,7 @@ from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
 from unclip_jax.paths import same_place, to_path
 
+MEASURES = ("fid", "sfid", "kid", "inception_score", "precision_recall", "alignment")
 SAMPLERS = ("ddpm", "ddim", "analytic")
 DEGRADATIONS = ("blur", "bsr")
 
@@ -17,10 +18,12 @@ def check_config(config: ConfigDict, workdir: str) -> None:
 
     workdir: folder of the run, which must not be that of its init.bundle.
     """
-    positive = ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "eval_size", "max_skips")
+    positive = ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "max_skips")
+    positive += ("eval_size", "draw_size")
     for name, least in (dict.fromkeys(positive, 1) | {"keep": 2, "keep_every": 0, "watchdog_minutes": 0}).items():
         if config.train[name] < least:
             raise UserError(f"train.{name} is {config.train[name]}: expected at least {least}")
+    _check_measures(config)
     band = config.train.expected_loss
     if any(len(row) != 3 or row[1] > row[2] for row in band) or list(band) != sorted(band):
         raise UserError(f"train.expected_loss is {band}: expected (step, low, high) rows, in the order of steps")
@@ -60,6 +63,17 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         if config.diffusion.degradation not in DEGRADATIONS:
             known = ", ".join(DEGRADATIONS)
             raise UserError(f"diffusion.degradation is {config.diffusion.degradation!r}: expected one of {known}")
+
+
+def _check_measures(config: ConfigDict) -> None:
+    """Raises UserError for metrics that do not exist or that the stage has no pictures for."""
+    measures = config.train.measure
+    if unknown := [name for name in measures if name not in MEASURES]:
+        raise UserError(f"train.measure: there is no metric {unknown[0]!r}: expected some of {', '.join(MEASURES)}")
+    if measures and config.stage not in ("decoder", "glide", "upsampler"):
+        raise UserError(f"train.measure is {measures}, but a {config.stage} draws no pictures: leave it empty")
+    if set(measures) - {"alignment"} and not config.train.inception:
+        raise UserError("train.measure needs train.inception: name the folder that `pretrained inception` wrote")
 
 
 def _check_widths(name: str, section: ConfigDict) -> None:

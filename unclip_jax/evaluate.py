@@ -24,21 +24,14 @@ from PIL import Image
 from unclip_jax import cli
 from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
 from unclip_jax.errors import UserError
+from unclip_jax.evaluation.metrics import INCEPTION, by_inception
 from unclip_jax.paths import files_below, to_path
 
-METRICS = {
-    "fid": "pool",
-    "sfid": "spatial",
-    "kid": "pool",
-    "inception_score": "logits",
-    "precision_recall": "pool",
-    "cmmd": "image",
-    "clip_score": "image",
-    "r_precision": "image",
-}  # metric → the features it needs; "image" is a CLIP's
+METRICS = INCEPTION | dict.fromkeys(("cmmd", "clip_score", "r_precision"), "image")
+# metric → the features it needs; "image" is a CLIP's
 ALONE = ("inception_score", "clip_score", "r_precision")  # need no reference
 KINDS = (".png", ".jpg", ".jpeg", ".webp")
-BATCH, GROUPS = 64, 10
+BATCH = 64
 
 
 class Picture(NamedTuple):
@@ -94,35 +87,19 @@ def main(argv: list[str]) -> int:
 
 def _by_inception(args: argparse.Namespace, names: tuple[str, ...]) -> list[Any]:
     from unclip_jax.evaluation import features, frechet
-    from unclip_jax.evaluation.inception_score import inception_score
-    from unclip_jax.evaluation.manifold import precision_recall
 
     network = features.inception(args.inception, names)
     drawn, size = _features(network, args.pictures, args.size)
     card = network.card | {"crop": "center", "resize": f"area, {size}"}
     statistics = args.reference if args.reference and args.reference.endswith(".npz") else ""
     known = _features(network, args.reference, size)[0] if args.reference and not statistics else {}
-
-    found = []
-    for name in [name for name in args.metric if METRICS[name] != "image"]:
-        kind = METRICS[name]
-        if name in ("fid", "sfid"):
-            about = card | {"features": kind}
-            if statistics:
-                reference = frechet.Statistics.load(to_path(statistics))
-            else:
-                reference = frechet.statistics([known[kind]], about | {"source": args.reference})
-            if args.save_reference:
-                reference.save(to_path(args.save_reference))
-            groups = frechet.grouped_statistics([drawn[kind]], GROUPS, about | {"source": args.pictures})
-            found.append(frechet.fid(groups, reference))
-        elif name == "kid":
-            found.append(frechet.kid(drawn[kind], known[kind]).noting(**card))
-        elif name == "inception_score":
-            found.append(inception_score(drawn[kind]).noting(**card))
-        else:
-            found += [result.noting(**card) for result in precision_recall(drawn[kind], known[kind]).values()]
-    return found
+    reference = frechet.Statistics.load(to_path(statistics)) if statistics else None
+    if args.save_reference:
+        kind = next(INCEPTION[name] for name in args.metric if name in ("fid", "sfid"))
+        reference = reference or frechet.statistics([known[kind]], card | {"features": kind, "source": args.reference})
+        reference.save(to_path(args.save_reference))
+    asked = [name for name in args.metric if name in INCEPTION]
+    return by_inception(asked, drawn, known, card | {"source": args.pictures}, reference)
 
 
 def _by_clip(args: argparse.Namespace) -> list[Any]:

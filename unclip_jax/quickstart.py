@@ -24,6 +24,7 @@ from unclip_jax import cli, pictures, train
 from unclip_jax.bundle import CONFIG
 from unclip_jax.cascade import Cascade
 from unclip_jax.data.sources import open_source
+from unclip_jax.evaluation.intervals import Result
 from unclip_jax.paths import copy_folder, output_folder, write_bytes
 
 STAGES = {
@@ -124,12 +125,15 @@ def _draw_held_out(cascade: Cascade, seed: int) -> tuple[dict[str, dict], np.nda
     side = cascade.clip.stage.config.model.image_size
     truth = cascade.image_embeddings(np.stack([emoji_scenes.render(scene, side) for scene in scenes]))
     from_truth = cascade.decode(truth, list(texts), jax.random.key(seed))
-    scores = {
-        "full": alignment.score(drawn[0], objects, colours),
-        "true_embedding": alignment.score(from_truth, objects, colours),
-        "full_upsampled": alignment.score(drawn[-1], objects, colours),
-    }
+    images = {"full": drawn[0], "true_embedding": from_truth, "full_upsampled": drawn[-1]}
+    scores = {name: _rounded(alignment.score(rows, objects, colours)) for name, rows in images.items()}
     return scores, pictures.grid(drawn[-1], captions=list(texts))
+
+
+def _rounded(results: dict[str, Result]) -> dict[str, dict[str, float]]:
+    """Shortens measured shares, with the ends of their 95 % intervals and n, for the report."""
+    parts = ("value", "low", "high", "n")
+    return {name: {part: round(getattr(result, part), 3) for part in parts} for name, result in results.items()}
 
 
 def _images_per_second(metrics: Path) -> float:

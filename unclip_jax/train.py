@@ -21,25 +21,24 @@ from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from unclip_jax import cli, pictures
-from unclip_jax.arrays import Array, Batch, Params
+from unclip_jax import cli
+from unclip_jax.arrays import Batch, Params
 from unclip_jax.bundle import Bundle, check_params, load_bundle, save_bundle
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
+from unclip_jax.held_out import HeldOut
 from unclip_jax.inputs import Inputs, Upstream
-from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.paths import output_folder, to_path, write_bytes
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import ClipTowers, Metrics, trained
 from unclip_jax.training import preflight
 from unclip_jax.training.checkpoint import Checkpointer
-from unclip_jax.training.metrics import ExpectedLoss, MetricLogger, json_line
+from unclip_jax.training.metrics import ExpectedLoss, MetricLogger
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh, replicated
 from unclip_jax.training.state import (
@@ -126,7 +125,8 @@ def _run(
     # Everything that can be wrong is found here, before anything is computed.
     stage, optimizer, train_step = _assemble(config, upstream.stage, mesh)
     origin = _origin(config, stage)
-    inputs = Inputs.open(config, stage, upstream, workdir, origin)
+    inputs, root = Inputs.open(config, stage, upstream, workdir, origin), root_key(config.train.seed)
+    held_out = HeldOut(config, stage, mesh, inputs.held_out, jax.random.fold_in(root, 2**31 - 1), workdir)
     tokenizer_bytes = inputs.tokenizer.model_bytes if inputs.tokenizer else None
     checkpointer = Checkpointer(workdir, config.train.keep, config.train.keep_every)
     preflight.agree({
@@ -143,16 +143,6 @@ def _run(
         state = state._replace(skips=jax.tree.map(jnp.zeros_like, state.skips))
     state = state or init_state(stage, optimizer, mesh, config.train.seed)
     frozen = jax.device_put(upstream.params if stage.runs_clip else {}, replicated(mesh))
-    root = root_key(config.train.seed)
-    evaluate = jit_on_mesh(stage.evaluate, mesh, stage.tpu_options, out_shardings=replicated(mesh))
-
-    def measure(step: int, params: Params, raw: Params | None = None) -> dict[str, float]:
-        """Evaluates the held-out batch and records it, with pictures by the raw weights beside those by `params`."""
-        given = frozen, inputs.held_out, jax.random.fold_in(root, 2**31 - 1)
-        found, images = evaluate(params, *given)
-        scalars = {name: float(value) for name, value in found.items()}
-        _record(workdir, step, scalars, {"": images, "_raw": evaluate(raw, *given)[1] if raw else None})
-        return scalars
 
     # Before step 1: another model's parameters, and what the stage finds in training batches.
     size = sum(leaf.size for leaf in jax.tree.leaves(trained(state.params)))
@@ -195,7 +185,7 @@ def _run(
                 waiting = (k, jax.tree.map(jnp.copy, state.skips), metrics)
             if k % config.train.sample_every == 0 and k < steps:
                 with log.pause(metrics):
-                    measure(k, state.ema, state.params)
+                    log.add_held_out(k, held_out.measure(k, state.ema, frozen, state.params))
             if stopping or k % config.train.checkpoint_every == 0:
                 with log.pause(metrics):
                     checkpointer.save(state, {"config": config.to_dict()})
@@ -204,15 +194,17 @@ def _run(
                 log_step(*waiting)
                 break
 
-    # The end: the stage completes its averaged parameters, which become the bundle.
-    checkpointer.close()
-    if int(state.step) < steps:
-        _say(f"stopped at step {int(state.step)} of {steps}, saved: the same command goes on from there")
-        return stop.asked or signal.SIGTERM
-    finished, found = stage.finish(state.ema, frozen, inputs.held_out, jax.random.fold_in(root, 2**31 - 2))
-    if found:
-        _say("finished: " + ", ".join(f"{name} {float(value):.4g}" for name, value in found.items()))
-    scalars = measure(steps, finished)
+        # The end: the stage completes its averaged parameters, which become the bundle.
+        checkpointer.close()
+        if int(state.step) < steps:
+            _say(f"stopped at step {int(state.step)} of {steps}, saved: the same command goes on from there")
+            return stop.asked or signal.SIGTERM
+        finished, found = held_out.finish(state.ema, frozen)
+        if found:
+            _say("finished: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        scalars = held_out.measure(steps, finished, frozen)
+        log.add_held_out(steps, scalars)
+
     average = jax.tree.map(to_host, finished)
     if jax.process_index() == 0:
         folder = to_path(workdir) / "bundle"
@@ -286,23 +278,6 @@ def _with_params(state: TrainState, params: Params) -> TrainState:
     """Replaces the parameters of the state before step 1, and their average."""
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, state.params))
     return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
-
-
-def _record(workdir: str, step: int, scalars: dict[str, float], images: dict[str, Array | None]) -> None:
-    """Records scalars in WORKDIR/evaluation.jsonl and saves grids of pictures under samples/; replaces lines at or
-    after `step`. images: end of the file's name → pictures."""
-    if jax.process_index() != 0:
-        return
-    folder = to_path(workdir)
-    file = folder / "evaluation.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    lines = [line for line in lines if line["step"] < step] + [{"step": step} | scalars]
-    write_bytes(file, "".join(map(json_line, lines)).encode(), alone=True)
-    _say(f"held out, step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
-    for end, pixels in images.items():
-        if pixels is not None:
-            file = folder / "samples" / f"step_{step:08d}{end}.png"
-            write_bytes(file, pictures.png(pictures.grid(np.asarray(pixels))), alone=True)
 
 
 def _write_config(config: ConfigDict, workdir: str) -> None:

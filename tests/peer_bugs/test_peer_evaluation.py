@@ -35,7 +35,7 @@ def known_clip(z_i, z_t):
 class KnownPrior(PriorDiffusion):
     """A prior whose drawn embeddings are given."""
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params, frozen, batch, key, train=True):
         return jnp.float32(0), {}
 
     def sample(self, params, frozen, conditions, key):
@@ -45,7 +45,7 @@ class KnownPrior(PriorDiffusion):
 class CoarseUpsampler(Upsampler):
     """Draws what plain interpolation gives, darker by a tenth."""
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params, frozen, batch, key, train=True):
         return jnp.float32(0), {}
 
     def sample(self, params, frozen, conditions, key):
@@ -57,7 +57,7 @@ def test_reported_metrics_are_means_over_rows():
     # On a circle: three pairs that find each other; of the last, only the picture finds its caption.
     z_i, z_t = circle(0, 90, 180, 271, 50, 40), circle(0, 90, 180, 5, 10, 15)
     clip = known_clip(z_i, z_t)
-    scalars, _ = clip.evaluate({}, {}, random_batch(small_stage("clip")[0], ROWS), jax.random.key(0))
+    scalars = clip.evaluate({}, {}, random_batch(small_stage("clip")[0], ROWS), jax.random.key(0))
     pictures = sum(np.argmax([z_i[k] @ z for z in z_t]) == k for k in range(ROWS))
     captions = sum(np.argmax([z_t[k] @ z for z in z_i]) == k for k in range(ROWS))
     assert (pictures, captions) == (4, 3)
@@ -68,7 +68,8 @@ def test_reported_metrics_are_means_over_rows():
     clip = fake_clip(config=small_config("clip"), embed_images=embeds["images"], embed_texts=embeds["texts"])
     prior = KnownPrior(small_config("prior_diffusion"), clip)
     params = {"drawn": jnp.asarray(drawn, jnp.float32)}
-    scalars, _ = prior.evaluate(params, {}, random_batch(prior, ROWS), jax.random.key(0))
+    examples = prior.draw_examples(params, {}, random_batch(prior, ROWS), jax.random.split(jax.random.key(0), ROWS))
+    scalars = prior.score_examples(examples)
     mean = z_i.mean(0) / np.linalg.norm(z_i.mean(0))
     pairs = {
         "model": [(drawn[k] / 2, z_i[k]) for k in range(ROWS)],
@@ -87,8 +88,9 @@ def test_psnr_is_the_mean_of_each_pictures_own():
     stage = CoarseUpsampler(config.lock())
     spread = np.linspace(5, 120, ROWS).reshape(ROWS, 1, 1, 1)  # from nearly plain to noise
     truth = (128 + spread * RNG.uniform(-1, 1, (ROWS, 16, 16, 3))).astype(np.uint8)
-    scalars, pictures = jax.jit(stage.evaluate)({}, {}, {"image": truth}, jax.random.key(0))
-    drawn, plain, shown = np.split(np.asarray(pictures, np.float64), 3, axis=1)
+    examples = jax.jit(stage.draw_examples)({}, {}, {"image": truth}, jax.random.split(jax.random.key(0), ROWS))
+    scalars = stage.score_examples(examples)
+    drawn, plain, shown = (np.asarray(examples[name], np.float64) for name in ("drawn", "interpolated", "true"))
     np.testing.assert_array_equal(shown, truth)
     for name, images in (("psnr", drawn), ("psnr_interpolated", plain)):
         each = [10 * np.log10(255**2 / np.mean((images[k] - truth[k]) ** 2)) for k in range(ROWS)]

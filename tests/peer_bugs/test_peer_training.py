@@ -123,12 +123,12 @@ class Pixel(Stage):
     def init(self, key):
         return {"colour": jax.random.uniform(key, (3,))}
 
-    def loss(self, params, frozen, batch, key):
+    def loss(self, params, frozen, batch, key, train=True):
         colours = batch["image"].astype(jnp.float32) / 255 + 0.1 * jax.random.normal(key, batch["image"].shape)
         return jnp.mean(jnp.square(colours - params["colour"].reshape(1, 1, 1, 3))), {}
 
     def evaluate(self, params, frozen, batch, key):
-        return {"red": params["colour"][0]}, None
+        return {"red": params["colour"][0]}
 
 
 def test_looking_at_samples_changes_nothing_in_training(tmp_path, monkeypatch):

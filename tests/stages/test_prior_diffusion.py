@@ -13,7 +13,7 @@ from unclip_jax import train
 from unclip_jax.diffusion.schedule import make_schedule, table_at
 from unclip_jax.errors import UserError
 from unclip_jax.stages.conditions import Conditions
-from unclip_jax.stages.prior_diffusion import PriorDiffusion
+from unclip_jax.stages.prior_diffusion import ESTIMATED_FROM, PriorDiffusion
 
 ROWS, DIM, VARIANCE, STEPS = 4096, 4, 0.289, 64
 CLIP = fake_clip(config=ConfigDict({"model": {"unit_norm": False}}))
@@ -54,7 +54,7 @@ def test_variances_are_the_data_s_and_sampling_keeps_to_them():
     expected = VARIANCE * SCHEDULE.beta_bars / (SCHEDULE.alpha_bars * VARIANCE + SCHEDULE.beta_bars)
     np.testing.assert_allclose(C, expected, rtol=0.04)
     assert float(said["C_least_noise"]) == C[0] and float(said["C_most_noise"]) == C[-1]
-    assert C.max() <= np.mean(z_i**2)
+    assert C.max() <= (1 + 1e-6) * np.mean(z_i[:ESTIMATED_FROM] ** 2)
 
     conditions = Conditions(**captions(), text_embedding=jnp.zeros((ROWS, DIM)), guidance_scale=jnp.float32(1))
     sample = jax.jit(stage.sample)

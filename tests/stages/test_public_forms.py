@@ -138,8 +138,9 @@ def test_model_adopted_for_inpainting_draws_as_before_whatever_is_known(factor):
 def test_pictures_of_the_evaluation_show_what_was_known():
     stage, params = glide(4, inpaint=True)
     batch = random_batch(stage, 8)
-    _, rows = jax.jit(lambda p: stage.evaluate(p, {}, batch, jax.random.key(0)))(params)
-    drawn, given, truth = np.split(np.asarray(rows).astype(int), 3, axis=1)
+    keys = jax.random.split(jax.random.key(0), 8)
+    rows = jax.jit(lambda p: stage.draw_examples(p, {}, batch, keys))(params)
+    drawn, given, truth = (np.asarray(rows[name]).astype(int) for name in ("drawn", "known", "true"))
     np.testing.assert_array_equal(truth, batch["image"])
     erased = (given == 128).all(axis=-1)
     assert 0.2 < erased.mean() < 0.9
@@ -158,7 +159,8 @@ def test_evaluation_guides_only_a_model_that_knows_empty_captions():
         config.diffusion.drop_caption = drop_caption
         config.sampling.guidance_scale = guidance_scale
         other = make_stage(config.lock())
-        return jax.jit(lambda p: other.evaluate(p, {}, batch, jax.random.key(0))[1])(params)
+        keys = jax.random.split(jax.random.key(0), 2)
+        return jax.jit(lambda p: other.draw_examples(p, {}, batch, keys)["drawn"])(params)
 
     np.testing.assert_array_equal(drawn(0.0, 3000.0), drawn(0.0, 1.0))
     assert not np.array_equal(drawn(0.2, 3000.0), drawn(0.2, 1.0))

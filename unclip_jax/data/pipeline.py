@@ -64,9 +64,10 @@ def batches(
 
 
 def evaluation_batch(source: Source, transform: Transform, n: int, seed: int) -> dict[str, np.ndarray]:
-    """Stacks the examples of the first n records, or of all if there are fewer, in order; always the same ones."""
+    """Stacks the examples of n records, drawn by the seed, or of all if there are fewer: in order, always the same."""
     readable = _Readable(source, transform, seed)
-    examples = [readable.example(k, k)[0] for k in range(min(n, len(source)))]
+    chosen = sorted(np.random.default_rng(seed).choice(len(source), min(n, len(source)), replace=False))
+    examples = [readable.example(int(k), int(k))[0] for k in chosen]
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
 

@@ -18,7 +18,7 @@ THICKNESS = (0.1, 0.25)  # range of a stroke's thickness, likewise
 
 
 def random_known(key: Key, rows: int, size: int) -> Bool[Array, "{rows} {size} {size} 1"]:
-    """Draws one mask per row, independently: True where the pixel is known.
+    """Draws one mask per row, independently: True where the pixel is known. key: one, or keys (rows,).
 
     25 % of the masks know no pixel, as in drawing from a caption alone. 45 % know all but 1 to 4 rectangles, with sides
     of 10 to 80 % of the picture's. 30 % know all but a stroke of 1 to 4 lines, 10 to 25 % of the picture's side thick.
@@ -30,7 +30,7 @@ def random_known(key: Key, rows: int, size: int) -> Bool[Array, "{rows} {size} {
         rectangles, stroke = _rectangles(key_rectangles, size), _stroke(key_stroke, size)
         return ~(jnp.where(kind < ALL + RECTANGLES, rectangles, stroke) | (kind < ALL))
 
-    return jax.vmap(known)(jax.random.split(key, rows))[..., None]
+    return jax.vmap(known)(key if key.ndim else jax.random.split(key, rows))[..., None]
 
 
 def _rectangles(key: Key, size: int) -> Bool[Array, "{size} {size}"]:

@@ -9,6 +9,7 @@ import functools
 import numpy as np
 
 from unclip_jax.data import emoji_scenes
+from unclip_jax.evaluation.intervals import Result, wilson
 
 _GRID = 16  # cells a side to which pictures and drawings are averaged: so few that a small shift changes little
 _FILL = 0.875  # side of a drawing, as a share of the window that is compared
@@ -35,20 +36,16 @@ def classify(images: np.ndarray) -> tuple[list[str], list[str]]:
     return found, [names[k] for k in distances.argmin(axis=1)]
 
 
-def score(images: np.ndarray, objects: list[str], colours: list[str]) -> dict[str, float]:
-    """Fractions of the pictures, uint8 RGB (N, S, S, 3), whose object, background and both are those asked for."""
+def score(images: np.ndarray, objects: list[str], colours: list[str]) -> dict[str, Result]:
+    """Shares of the pictures, uint8 RGB (N, S, S, 3), whose object, background and both are those asked for."""
     found_objects, found_colours = classify(images)
     object_right = np.array(found_objects) == np.array(objects)
     background_right = np.array(found_colours) == np.array(colours)
-    return {
-        "object": float(object_right.mean()),
-        "background": float(background_right.mean()),
-        "both": float((object_right & background_right).mean()),
-    }
+    return _shares(object=object_right, background=background_right, both=object_right & background_right)
 
 
-def score_pairs(images: np.ndarray, objects: list[str], relations: list[str], others: list[str]) -> dict[str, float]:
-    """Fractions of the pictures, uint8 RGB (N, S, S, 3), in which the objects of a caption stand in their places.
+def score_pairs(images: np.ndarray, objects: list[str], relations: list[str], others: list[str]) -> dict[str, Result]:
+    """Shares of the pictures, uint8 RGB (N, S, S, 3), in which the objects of a caption stand in their places.
 
     The caption is "OBJECT RELATION OTHER", for example "… left of …". The data set's own pictures are scored without
     error from S = 24 on.
@@ -60,7 +57,16 @@ def score_pairs(images: np.ndarray, objects: list[str], relations: list[str], ot
         for which, (names, place) in enumerate(zip((objects, others), emoji_scenes.places(relation), strict=True)):
             found = _nearest_drawing(images[rows], backgrounds[rows], place, emoji_scenes.PAIR_SIDE)
             right[which, rows] = [name == names[n] for name, n in zip(found, rows, strict=True)]
-    return {"object": float(right[0].mean()), "other": float(right[1].mean()), "both": float(right.all(0).mean())}
+    return _shares(object=right[0], other=right[1], both=right.all(0))
+
+
+def _shares(**right: np.ndarray) -> dict[str, Result]:
+    """Shares of True with Wilson's intervals, by name."""
+    card = {"reader": "nearest drawing", "interval": "Wilson's, over the pictures"}
+    return {
+        name: Result(f"alignment, {name}", float(hits.mean()), *wilson(int(hits.sum()), len(hits)), len(hits), card)
+        for name, hits in right.items()
+    }
 
 
 def _border(images: np.ndarray) -> np.ndarray:

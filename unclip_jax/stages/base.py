@@ -166,21 +166,34 @@ class Stage:
         return params, {}
 
     def finish(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Scalars]:
-        """Completes the averaged parameters after the last step, by a held-out batch: parameters as they go into the
-        bundle, and scalars to report."""
-        return params, {}
+        """Finds by held-out examples what the averaged parameters lack after the last step: parameters that replace
+        those of the same name in the bundle, and scalars to report."""
+        return {}, {}
 
-    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Computes the mean loss of a batch and the scalars that are logged beside it.
+
+        train: False leaves out what training alone does: dropout, dropping of conditions, corruption of inputs, SAM.
 
         The mean over a part of the rows is a pair: (their sum, their number), each divided by the number of all rows.
         Pairs are averaged over microbatches first, and divided when they are logged, if there was such a row at all.
         """
         raise TypeError(f"{type(self).__name__} has no loss")
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, Pictures | None]:
-        """Measures a held-out batch: scalars and, where the stage draws pictures, a picture for each row."""
-        raise TypeError(f"{type(self).__name__} has no evaluation")
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> Scalars:
+        """Measures held-out examples without drawing: `loss`, and more where a stage says so; means over the rows."""
+        return {"loss": self.loss(params, frozen, batch, key, train=False)[0]}
+
+    def draw_examples(self, params: Params, frozen: Params, batch: Batch, keys: Key) -> dict[str, Array]:
+        """Draws held-out examples anew from their conditions: "drawn" (B, ...), what is to be seen between, and "true",
+        each a uint8 picture or an embedding a row; {} where a stage draws nothing. keys: (B,), one for each row."""
+        return {}
+
+    def score_examples(self, examples: Mapping[str, Array]) -> Scalars:
+        """Measures what `draw_examples` drew of all held-out examples together."""
+        return {}
 
     def project(self, params: Params) -> Params:
         """Projects parameters onto the allowed ones, after each update."""

@@ -107,7 +107,9 @@ class Clip(Stage):
 
         return jax.grad(similarity)(x_t)
 
-    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
+    ) -> tuple[Float[Array, ""], Metrics]:
         del frozen
         images, steps = to_float(batch["image"]), self.config.model.image.timesteps
         rows = [images, batch["tokens"], batch["tokens_length"]]
@@ -116,7 +118,7 @@ class Clip(Stage):
             timesteps = jax.random.randint(key_t, images.shape[:1], 0, steps)
             rows = [self._noised(images, timesteps, key_noise), *rows[1:], timesteps]
         # Public weights come without the numbers of a training.
-        use_sam = "optim" in self.config and self.config.optim.sam_rho
+        use_sam = train and "optim" in self.config and self.config.optim.sam_rho
         z_i, z_t, scale = (self._embedded_with_sam if use_sam else self._embedded)(params, rows)
         loss, accuracy = _contrastive(z_i, z_t, scale)
         return loss, {"accuracy": accuracy, "logit_scale": jnp.mean(scale)}
@@ -145,7 +147,7 @@ class Clip(Stage):
         schedule = make_schedule(self.config.model.noise_schedule, self.config.model.image.timesteps)
         return q_sample(schedule, images, timesteps, jax.random.normal(key, images.shape))
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, None]:
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> Scalars:
         """Measures `retrieval`: the share of pictures whose nearest caption is their own, averaged with the share of
         captions whose nearest picture is. A noised CLIP has `retrieval_t…` and `loss_t…` at NOISE_LEVELS too."""
         del frozen
@@ -153,15 +155,15 @@ class Clip(Stage):
         steps = self.config.model.image.timesteps
         if not steps:
             loss, retrieval = _contrastive(*self._embedded(params, [images, *caption]))
-            return {"loss": loss, "retrieval": retrieval}, None
+            return {"loss": loss, "retrieval": retrieval}
         found = {}
         for level in NOISE_LEVELS:
             t = round(level * (steps - 1))
             timesteps = jnp.full(len(images), t)
             rows = [self._noised(images, timesteps, jax.random.fold_in(key, t)), *caption, timesteps]
             found[f"loss_t{t}"], found[f"retrieval_t{t}"] = _contrastive(*self._embedded(params, rows))
-        loss, _ = self.loss(params, {}, batch, key)
-        return {"loss": loss, "retrieval": found["retrieval_t0"]} | found, None
+        loss, _ = self.loss(params, {}, batch, key, train=False)
+        return {"loss": loss, "retrieval": found["retrieval_t0"]} | found
 
     def project(self, params: Params) -> Params:
         ceiling = jnp.log(jnp.float32(self.config.model.max_scale))

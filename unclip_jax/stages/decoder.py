@@ -12,7 +12,6 @@ from unclip_jax.stages.base import (
     ClipTowers,
     Metrics,
     Pictures,
-    Scalars,
     Stage,
     diffusion_loss,
     draw,
@@ -112,17 +111,19 @@ class Decoder(Stage):
         """Reads or computes CLIP's image embeddings of a batch."""
         return batch["image_embedding"] if self.embedded else self.clip.embed_images(frozen, batch["clip_image"])
 
-    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
+    ) -> tuple[Float[Array, ""], Metrics]:
         d = self.config.diffusion
         z_i = self.embeddings(frozen, batch)
         key_z, key_text, key_dropout, key_loss = jax.random.split(key, 4)
-        has_embedding = ~jax.random.bernoulli(key_z, d.drop_embedding, z_i.shape[:1])
-        has_caption = ~jax.random.bernoulli(key_text, d.drop_caption, z_i.shape[:1])
+        has_embedding = ~jax.random.bernoulli(key_z, d.drop_embedding if train else 0.0, z_i.shape[:1])
+        has_caption = ~jax.random.bernoulli(key_text, d.drop_caption if train else 0.0, z_i.shape[:1])
         conditioning = self.condition(params, frozen, batch, has_caption, z_i, has_embedding)
 
         def network(x_t: Array, t: Array) -> Array:
             variables, rngs = {"params": params["unet"]}, {"dropout": key_dropout}
-            return self._unet().apply(variables, x_t, t, *conditioning, deterministic=False, rngs=rngs)
+            return self._unet().apply(variables, x_t, t, *conditioning, deterministic=not train, rngs=rngs)
 
         return diffusion_loss(self.config, network, to_float(batch["image"]), key_loss)
 
@@ -153,13 +154,11 @@ class Decoder(Stage):
         conditioning = read_context(params["unet"], conditioning, jnp.dtype(self.config.dtype))
         return lambda x_t, t: self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, Pictures]:
-        """Computes the held-out loss; draws from the true embeddings and captions, each above the true picture."""
-        loss, _ = self.loss(params, frozen, batch, key)
+    def draw_examples(self, params: Params, frozen: Params, batch: Batch, keys: Key) -> dict[str, Pictures]:
+        """Draws pictures from the true embeddings and captions."""
         conditions = Conditions(
             **captions(batch),
             image_embedding=self.embeddings(frozen, batch),
             guidance_scale=jnp.float32(self.config.sampling.guidance_scale),
         )
-        drawn = to_uint8(self.sample(params, frozen, conditions, key))
-        return {"loss": loss}, jnp.concatenate([drawn, batch["image"]], axis=1)
+        return {"drawn": to_uint8(self.sample(params, frozen, conditions, keys)), "true": batch["image"]}

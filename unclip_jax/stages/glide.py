@@ -14,12 +14,12 @@ from ml_collections import ConfigDict
 from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.corruption import area_downsample, upsample
 from unclip_jax.diffusion.masks import random_known
+from unclip_jax.keys import split
 from unclip_jax.models.transformer import TextTransformer
 from unclip_jax.models.unet import Conditioning, TextConditioner, UNet, read_context
 from unclip_jax.stages.base import (
     Metrics,
     Pictures,
-    Scalars,
     Stage,
     diffusion_loss,
     draw,
@@ -117,20 +117,22 @@ class Glide(Stage):
         """Computes the U-Net's conditions from captions; length 0 drops one."""
         return self._conditioner().apply({"params": params["conditioner"]}, tokens, length)
 
-    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
+    ) -> tuple[Float[Array, ""], Metrics]:
         del frozen
         key_text, key_dropout, key_loss, key_known = jax.random.split(key, 4)
         x0 = to_float(batch["image"])
         conditions = self._erase(Conditions(), x0, key_known)
         if self.config.model.factor:
             conditions = conditions._replace(low_res=area_downsample(x0, self.config.model.factor))
-        dropped = jax.random.bernoulli(key_text, self.config.diffusion.drop_caption, x0.shape[:1])
+        dropped = jax.random.bernoulli(key_text, self.config.diffusion.drop_caption if train else 0.0, x0.shape[:1])
         conditioning = self.condition(params, batch["tokens"], jnp.where(dropped, 0, batch["tokens_length"]))
         extra = self._extra_channels(conditions, x0.shape)
 
         def network(x_t: Array, t: Array) -> Array:
             rngs = {"dropout": key_dropout}
-            return self.apply(params, conditioning, extra, x_t, t, deterministic=False, rngs=rngs)
+            return self.apply(params, conditioning, extra, x_t, t, deterministic=not train, rngs=rngs)
 
         return diffusion_loss(self.config, network, x0, key_loss)
 
@@ -154,21 +156,20 @@ class Glide(Stage):
 
         return draw(self.config, network, shape, conditions, key, network_inpaints=self.config.model.inpaint)
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, Pictures]:
-        """Computes the held-out loss; draws for the captions, each picture above the true one. Where the model
-        inpaints, the known pixels stand in between, the rest in gray.
+    def draw_examples(self, params: Params, frozen: Params, batch: Batch, keys: Key) -> dict[str, Pictures]:
+        """Draws pictures for the captions. Where the model inpaints, "known" are the pixels that it was given, the rest
+        in gray.
 
         Guided only where captions were dropped in training: else there is no unconditional model.
         """
-        key_loss, key_known, key_draw = jax.random.split(key, 3)
-        loss, _ = self.loss(params, frozen, batch, key_loss)
+        key_known, key_draw = split(keys)
         truth = to_float(batch["image"])
         conditions = self._erase(Conditions(**captions(batch)), truth, key_known)
         if self.guided and "guidance_scale" in self.config.sampling:
             conditions = conditions._replace(guidance_scale=jnp.float32(self.config.sampling.guidance_scale))
         if self.config.model.factor:
             conditions = conditions._replace(low_res=rounded(area_downsample(truth, self.config.model.factor)))
-        rows = [to_uint8(self.sample(params, frozen, conditions, key_draw)), batch["image"]]
+        examples = {"drawn": to_uint8(self.sample(params, frozen, conditions, key_draw))}
         if conditions.known is not None:
-            rows.insert(1, to_uint8(jnp.where(conditions.known, truth, 0.0)))
-        return {"loss": loss}, jnp.concatenate(rows, axis=1)
+            examples["known"] = to_uint8(jnp.where(conditions.known, truth, 0.0))
+        return examples | {"true": batch["image"]}

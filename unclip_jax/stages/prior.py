@@ -1,5 +1,7 @@
 """Parts that both priors share: CLIP's embeddings of a batch, and how near to the true ones theirs are."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -38,22 +40,25 @@ class Prior(Stage):
         """Draws CLIP image embeddings for captions, their text embeddings and a guidance scale."""
         raise TypeError(f"{type(self).__name__} draws nothing")
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, None]:
-        """Measures the mean cosine of drawn embeddings to the true ones, beside three baselines that know less: the
-        text embedding itself, the mean of the true embeddings, and embeddings drawn for another row's caption."""
-        loss, _ = self.loss(params, frozen, batch, key)
+    def draw_examples(
+        self, params: Params, frozen: Params, batch: Batch, keys: Key
+    ) -> dict[str, Float[Array, "B dim"]]:
+        """Draws embeddings for the captions, whose own embeddings are "text"."""
         z_i, z_t = self.embeddings(frozen, batch)
         scale = jnp.float32(self.config.sampling.guidance_scale)
         conditions = Conditions(**captions(batch), text_embedding=z_t, guidance_scale=scale)
-        drawn = self.sample(params, frozen, conditions, key)
-        metrics = {
-            "loss": loss,
+        return {"drawn": self.sample(params, frozen, conditions, keys), "text": z_t, "true": z_i}
+
+    def score_examples(self, examples: Mapping[str, Array]) -> Scalars:
+        """Measures the mean cosine of drawn embeddings to the true ones, beside three baselines that know less: the
+        text embedding itself, the mean of the true embeddings, and embeddings drawn for another row's caption."""
+        drawn, z_t, z_i = (jnp.asarray(examples[name]) for name in ("drawn", "text", "true"))
+        return {
             "cosine_model": mean_cosine(drawn, z_i),
             "cosine_copy_text": mean_cosine(z_t, z_i),
             "cosine_mean": mean_cosine(normalize(jnp.mean(z_i, axis=0, keepdims=True)), z_i),
             "cosine_shuffled_text": mean_cosine(jnp.roll(drawn, 1, axis=0), z_i),
         }
-        return metrics, None
 
 
 def mean_cosine(a: Float[Array, "#B dim"], b: Float[Array, "#B dim"]) -> Float[jax.Array, ""]:

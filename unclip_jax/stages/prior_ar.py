@@ -77,11 +77,13 @@ class PriorAR(Prior):
         spread = jnp.sum((z - jnp.mean(z, axis=0, keepdims=True)) ** 2)
         return {"roundtrip_cosine": mean_cosine(back, z), "roundtrip_variance": 1 - jnp.sum((back - z) ** 2) / spread}
 
-    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
+    ) -> tuple[Float[Array, ""], Metrics]:
         network, fixed = _parts(params)
         m = self.config.model
         z_i, z_t = self.embeddings(frozen, batch)
-        keep = ~jax.random.bernoulli(key, self.config.prior.drop_text, z_i.shape[:1])
+        keep = ~jax.random.bernoulli(key, self.config.prior.drop_text if train else 0.0, z_i.shape[:1])
         dot = codes.encode_dot(fixed, jnp.sum(z_i * z_t, axis=-1), m.num_dot_buckets)
         target = codes.encode(fixed, z_i, m.num_buckets)
         given = batch["tokens"], batch["tokens_length"], z_t, keep, dot
@@ -123,11 +125,11 @@ class PriorAR(Prior):
         _, drawn = jax.lax.scan(step, apply(*given, method="start"), jnp.arange(m.num_codes))
         return drawn.T
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, None]:
-        """Evaluates as any prior does, and adds `roundtrip_cosine`, which the codes of the true embeddings reach."""
-        metrics, images = super().evaluate(params, frozen, batch, key)
+    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> Scalars:
+        """Measures the loss, and `roundtrip_cosine`, which the codes of the true embeddings reach."""
         z_i, _ = self.embeddings(frozen, batch)
-        return {**metrics, "roundtrip_cosine": self.roundtrip(_parts(params)[1], z_i)["roundtrip_cosine"]}, images
+        reached = self.roundtrip(_parts(params)[1], z_i)["roundtrip_cosine"]
+        return {**super().evaluate(params, frozen, batch, key), "roundtrip_cosine": reached}
 
 
 def _parts(params: Params) -> tuple[Params, codes.Statistics]:

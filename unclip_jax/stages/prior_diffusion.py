@@ -25,7 +25,7 @@ from unclip_jax.stages.base import Metrics, Scalars, diffusion_loss, draw, empty
 from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.stages.prior import Prior
 
-NOISE_DRAWS = 4  # for each held-out embedding and timestep, of which the variances are estimated
+ESTIMATED_FROM = 512  # noised embeddings at each timestep, of which the variances are estimated
 
 
 class PriorDiffusion(Prior):
@@ -64,12 +64,14 @@ class PriorDiffusion(Prior):
     def finish(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Scalars]:
         """Estimates the analytic variances of all timesteps; reports the error at the least and the most noise."""
         if not self._analytic:
-            return params, {}
-        C = jax.jit(self._errors)(params, frozen, batch, key)
-        return params | {"fixed": {"C": C}}, {"C_least_noise": C[0], "C_most_noise": C[-1]}
+            return {}, {}
+        C = self._errors(params, frozen, batch, key)
+        return {"fixed": {"C": C}}, {"C_least_noise": C[0], "C_most_noise": C[-1]}
 
     def _errors(self, params: Params, frozen: Params, batch: Batch, key: Key) -> Float[Array, " timesteps"]:
-        """Estimates C, a number for each timestep, from the network's errors on a batch (analytic.py)."""
+        """Estimates C, a number for each timestep, from the network's errors on a batch (analytic.py): on each of its
+        embeddings as often as makes `ESTIMATED_FROM`."""
+        batch = {name: rows[:ESTIMATED_FROM] for name, rows in batch.items()}
         z_i, z_t = self.embeddings(frozen, batch)
         condition = self._condition(frozen, batch, z_t, jnp.ones(len(z_i), bool))
         network, mean, std = self._network(params, condition)
@@ -78,7 +80,7 @@ class PriorDiffusion(Prior):
         schedule = make_schedule(d.schedule, d.timesteps)
         denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
         denoiser = clip_x0(denoiser, schedule, limit) if limit else denoiser
-        noises = jax.random.normal(key, (NOISE_DRAWS, *x0.shape))
+        noises = jax.random.normal(key, (-(-ESTIMATED_FROM // len(x0)), *x0.shape))
         errors = jax.lax.map(lambda noise: squared_errors(denoiser, schedule, x0, noise), noises)
         return estimate_C(errors, jnp.mean(jnp.square(x0)))
 
@@ -110,10 +112,12 @@ class PriorDiffusion(Prior):
         empty_embedding, states = self.clip.embed_texts_with_states(frozen, tokens, length)
         return states, length, scale * jnp.where(keep[:, None], text_embedding, empty_embedding)
 
-    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
+    ) -> tuple[Float[Array, ""], Metrics]:
         z_i, z_t = self.embeddings(frozen, batch)
         key_drop, key_loss = jax.random.split(key)
-        keep = ~jax.random.bernoulli(key_drop, self.config.diffusion.drop_text, z_i.shape[:1])
+        keep = ~jax.random.bernoulli(key_drop, self.config.diffusion.drop_text if train else 0.0, z_i.shape[:1])
         network, mean, std = self._network(params, self._condition(frozen, batch, z_t, keep))
         x0 = self.config.diffusion.embedding_scale * ((z_i - mean) / std)
         return diffusion_loss(self.config, network, x0, key_loss)

@@ -6,6 +6,7 @@ degraded by data/bsr.py. Sampling and PSNR take it as it is.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -75,16 +76,22 @@ class Upsampler(Stage):
         d = self.config.diffusion
         return maybe_blur(key, area_downsample(images, self.config.model.factor), d.blur_probability, d.blur_sigma)
 
-    def loss(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
+    ) -> tuple[Float[Array, ""], Metrics]:
         del frozen
         key_blur, key_dropout, key_loss = jax.random.split(key, 3)
         params = params["first"] if self.config.model.last_step else params
         x0 = to_float(batch["image"])
-        enlarged = self._enlarged(to_float(batch["low_res"]) if self.bsr_factor else self._blurred(x0, key_blur))
+        if not train:
+            low_res = area_downsample(x0, self.config.model.factor)
+        else:
+            low_res = to_float(batch["low_res"]) if self.bsr_factor else self._blurred(x0, key_blur)
+        enlarged = self._enlarged(low_res)
 
         def network(x_t: Array, t: Array) -> Array:
-            x = jnp.concatenate([x_t, enlarged], axis=-1)
-            return self._unet().apply({"params": params}, x, t, deterministic=False, rngs={"dropout": key_dropout})
+            x, rngs = jnp.concatenate([x_t, enlarged], axis=-1), {"dropout": key_dropout}
+            return self._unet().apply({"params": params}, x, t, deterministic=not train, rngs=rngs)
 
         return diffusion_loss(self.config, network, x0, key_loss)
 
@@ -106,18 +113,18 @@ class Upsampler(Stage):
 
         return draw(self.config, network, enlarged.shape, conditions, key)
 
-    def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, Pictures]:
-        """Computes the held-out loss, `psnr` (dB) of pictures drawn from the true ones made small, and
-        `psnr_interpolated` of plain interpolation; stacks the drawn, the interpolated and the true picture."""
-        loss, _ = self.loss(params, frozen, batch, key)
+    def draw_examples(self, params: Params, frozen: Params, batch: Batch, keys: Key) -> dict[str, Pictures]:
+        """Draws pictures from the true ones made small; "interpolated" are these enlarged without a model."""
         truth = batch["image"]
         small = rounded(area_downsample(to_float(truth), self.config.model.factor))
-        drawn = to_uint8(self.sample(params, frozen, Conditions(low_res=small), key))
-        plain = to_uint8(self._enlarged(small))
+        drawn = to_uint8(self.sample(params, frozen, Conditions(low_res=small), keys))
+        return {"drawn": drawn, "interpolated": to_uint8(self._enlarged(small)), "true": truth}
+
+    def score_examples(self, examples: Mapping[str, Array]) -> Scalars:
+        """Measures `psnr` (dB) of the drawn pictures, and `psnr_interpolated`."""
 
         def psnr(images: Array) -> jax.Array:
-            error = jnp.mean(jnp.square(to_float(images) - to_float(truth)), axis=(1, 2, 3))
+            error = jnp.mean(jnp.square(to_float(images) - to_float(examples["true"])), axis=(1, 2, 3))
             return jnp.mean(10 * jnp.log10(4 / jnp.maximum(error, 1e-10)))
 
-        metrics = {"loss": loss, "psnr": psnr(drawn), "psnr_interpolated": psnr(plain)}
-        return metrics, jnp.concatenate([drawn, plain, truth], axis=1)
+        return {"psnr": psnr(examples["drawn"]), "psnr_interpolated": psnr(examples["interpolated"])}

@@ -76,6 +76,12 @@ class MetricLogger:
         self._screen.show(step, values.get("loss", math.nan), rate, left)
         return values
 
+    def add_held_out(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows numbers of held-out examples at `step` in TensorBoard, as "held_out/NAME"."""
+        if self._writes:
+            for name, value in values.items():
+                self._board.add_scalar(f"held_out/{name}", value, step)
+
     @contextlib.contextmanager
     def pause(self, *pending: Any) -> Iterator[None]:
         """Stops the clock of `images_per_second`, once the arrays in `pending` are computed: their work counts."""
