@@ -9,36 +9,24 @@ pictures (.txt). Prints each number with its 95 % interval and n, and with --jso
 """
 
 import argparse
-import io
 import itertools
 import json
 import sys
-import tarfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from unclip_jax import cli
-from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation.metrics import INCEPTION, by_inception
-from unclip_jax.paths import files_below, to_path
+from unclip_jax.evaluation.reading import KINDS, Picture, read_pictures
+from unclip_jax.paths import to_path
 
 METRICS = INCEPTION | dict.fromkeys(("cmmd", "clip_score", "r_precision"), "image")
 # metric → the features it needs; "image" is a CLIP's
 ALONE = ("inception_score", "clip_score", "r_precision")  # need no reference
-KINDS = (".png", ".jpg", ".jpeg", ".webp")
 BATCH = 64
-
-
-class Picture(NamedTuple):
-    """A picture, uint8 (R, R, 3), and its caption, or "" where it has none."""
-
-    image: np.ndarray
-    caption: str
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -148,45 +136,6 @@ def _features(
     found = network(batches())
     print(f"\r{place}: {len(next(iter(found.values())))} pictures   ", file=sys.stderr)
     return found, len(first.image)
-
-
-def read_pictures(place: str, size: int | None) -> Iterator[Picture]:
-    """Yields the pictures of a folder, and of tars in it, by name: squares of `size`, or of the first's shorter side.
-
-    Raises UserError where there is no such folder, and for a picture that cannot be read.
-    """
-    folder = to_path(place)
-    if not folder.is_dir():
-        raise UserError(f"{place} is no folder: expected one of pictures, or of tars of them")
-    names = files_below(folder)
-    for name in names:
-        if name.endswith(".tar"):
-            with (folder / name).open("rb") as file, tarfile.open(fileobj=file) as archive:
-                files = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
-            for inner in sorted(files):
-                if inner.lower().endswith(KINDS):
-                    beside = files.get(f"{inner.rpartition('.')[0]}.txt", b"")
-                    yield (picture := _picture(files[inner], beside, f"{name}/{inner}", size))
-                    size = size or len(picture.image)
-        elif name.lower().endswith(KINDS) and name != "grid.png":
-            text = folder / f"{name.rpartition('.')[0]}.txt"
-            yield (picture := _picture((folder / name).read_bytes(), _text(text), name, size))
-            size = size or len(picture.image)
-
-
-def _text(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
-
-
-def _picture(data: bytes, beside: bytes, name: str, size: int | None) -> Picture:
-    try:
-        image = decode(data)
-        with Image.open(io.BytesIO(data)) as file:
-            inside = getattr(file, "text", {}).get("prompt", "")
-    except (UnreadableRecord, OSError) as error:
-        raise UserError(f"{name} is not a picture that can be read ({error})") from error
-    caption = beside.decode("utf-8-sig").strip() or inside
-    return Picture(center_square(image, size or min(image.shape[:2]), "area"), caption)
 
 
 def _batched(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:

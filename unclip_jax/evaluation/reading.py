@@ -1,0 +1,80 @@
+"""Reads pictures and their captions from folders: picture files, or tars of them as `sample --prompts` draws."""
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
+from unclip_jax.errors import UserError
+from unclip_jax.paths import files_below, to_path
+
+KINDS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Picture(NamedTuple):
+    """A picture, uint8 (R, R, 3), and its caption, or "" where it has none."""
+
+    image: np.ndarray
+    caption: str
+
+
+class PictureFile(NamedTuple):
+    """A picture's file as it is stored, and the text file beside it, b"" where there is none."""
+
+    name: str
+    data: bytes
+    beside: bytes
+
+    @property
+    def caption(self) -> str:
+        """The text beside the picture, else the prompt inside it, else ""."""
+        return self.beside.decode("utf-8-sig").strip() or self._read(_prompt)
+
+    def square(self, size: int | None) -> np.ndarray:
+        """Returns the square in the picture's middle, uint8 (size, size, 3); None: of the shorter side."""
+        image = self._read(decode)
+        return center_square(image, size or min(image.shape[:2]), "area")
+
+    def _read(self, read: Callable[[bytes], Any]) -> Any:
+        try:
+            return read(self.data)
+        except (UnreadableRecord, OSError) as error:
+            raise UserError(f"{self.name} is not a picture that can be read ({error})") from error
+
+
+def _prompt(data: bytes) -> str:
+    with Image.open(io.BytesIO(data)) as file:
+        return getattr(file, "text", {}).get("prompt", "")
+
+
+def read_pictures(place: str, size: int | None) -> Iterator[Picture]:
+    """Yields the pictures of a folder, and of tars in it, by name: squares of `size`, or of the first's shorter side.
+
+    Raises UserError where there is no such folder, and for a picture that cannot be read.
+    """
+    for file in picture_files(place):
+        image = file.square(size)
+        yield Picture(image, file.caption)
+        size = len(image)
+
+
+def picture_files(place: str) -> Iterator[PictureFile]:
+    """Yields the picture files of a folder, and of tars in it, by name. Raises UserError where there is no folder."""
+    folder = to_path(place)
+    if not folder.is_dir():
+        raise UserError(f"{place} is no folder: expected one of pictures, or of tars of them")
+    for name in files_below(folder):
+        if name.endswith(".tar"):
+            with (folder / name).open("rb") as file, tarfile.open(fileobj=file) as archive:
+                files = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+            for inner in sorted(files):
+                if inner.lower().endswith(KINDS):
+                    beside = files.get(f"{inner.rpartition('.')[0]}.txt", b"")
+                    yield PictureFile(f"{name}/{inner}", files[inner], beside)
+        elif name.lower().endswith(KINDS) and name != "grid.png":
+            text = folder / f"{name.rpartition('.')[0]}.txt"
+            yield PictureFile(name, (folder / name).read_bytes(), text.read_bytes() if text.exists() else b"")
