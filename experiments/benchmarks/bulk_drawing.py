@@ -23,9 +23,9 @@ from unclip_jax.data.emoji_scenes import scenes
 
 
 def captions(count: int) -> list[str]:
-    """As many captions of the test split: first of single objects, then of pairs; from the start again at the end."""
-    texts = [text for kind in ("single", "pair") for _, text in scenes(kind, "test")]
-    return list(itertools.islice(itertools.cycle(texts), count))
+    """The first captions of the test and the train split, of single objects before pairs."""
+    texts = (text for split in ("test", "train") for kind in ("single", "pair") for _, text in scenes(kind, split))
+    return list(itertools.islice(texts, count))
 
 
 def command(flags, *options: str) -> list[str]:

@@ -81,13 +81,13 @@ def plan_sampling(config: ConfigDict, target: Target | None, quick: bool = False
     # Counted in the program for a CPU, because a TPU's kernels do some work in excess.
     alone = config.copy_and_resolve_references().unlock()
     alone.mesh.update(dict(data=-1, fsdp=1))
-    program = sample_program(alone.lock(), jax.devices("cpu")[:1])
+    program = sample_program(alone.lock(), jax.devices("cpu")[:1], CHUNK_ROWS)
     model_flops = len(devices) * flops.executed_flops(program.traced.jaxpr)
     if not target:
         return {"batch_size": rows} | report.flop_report(model_flops, model_flops, rows, 1)
     hosts = len(target.devices) // len(devices)
     found = {"call": f"sampling {rows} rows", "of": "call", "batch_size": rows, "hosts": hosts}
-    program = sample_program(config, devices)
+    program = sample_program(config, devices, CHUNK_ROWS)
     found |= _call_cost(program, target._replace(devices=devices), model_flops, rows, quick)
     if "examples_per_second" in found:
         found["examples_per_second"] *= hosts

@@ -13,7 +13,7 @@ from unclip_jax import cli
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.errors import UserError
 from unclip_jax.keys import RowKeys
-from unclip_jax.model import CHUNK_ROWS, jitted_sample
+from unclip_jax.model import jitted_sample
 from unclip_jax.models.mesh import specs
 from unclip_jax.paths import to_path
 from unclip_jax.planning import flops
@@ -80,8 +80,8 @@ def train_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
     return Program(stage, step.trace(*arguments), arguments)
 
 
-def sample_program(config: ConfigDict, devices: list[jax.Device], rows: int = CHUNK_ROWS) -> Program:
-    """Traces what the command `sample` runs on all devices of a process: the stage draws so many rows on each.
+def sample_program(config: ConfigDict, devices: list[jax.Device], rows: int) -> Program:
+    """Traces what the command `sample` runs on all devices of a process: the stage draws `rows` rows on each.
 
     Its arguments are the parameters, frozen CLIP, conditions and keys of rows. Raises UserError for a stage that draws
     nothing, and where mesh.fsdp does not divide the number of devices.
