@@ -14,6 +14,7 @@ from unclip_jax import drawing, sample
 from unclip_jax.cascade import Cascade
 from unclip_jax.drawing import draw_file, read_prompts
 from unclip_jax.errors import UserError
+from unclip_jax.training import sharding
 
 PROMPTS = [f"a {colour} {thing}" for thing in ("fox", "tent", "lemon") for colour in ("red", "blue", "green")]
 
@@ -111,15 +112,32 @@ def test_processes_share_the_shards_and_draw_the_same(one, undisturbed, tmp_path
     assert counts == [5, 4] and content(tmp_path) == content(undisturbed)
 
 
-def test_eight_devices_draw_what_one_draws(folder, undisturbed, tmp_path):
+def test_eight_devices_draw_what_one_draws(folder, undisturbed, tmp_path, monkeypatch):
+    """Each holding all parameters, and four sharing them."""
+    monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 256)  # so that the small networks' parameters are split, too
     with compilation_cache():
-        draw(Cascade.load(str(folder), jax.devices()), tmp_path)
-    for (name, ours), theirs in zip(images(tmp_path).items(), images(undisturbed).values(), strict=True):
+        draw(Cascade.load(str(folder), jax.devices()), tmp_path / "whole")
+        shared = Cascade.load(str(folder), jax.devices(), fsdp=4)
+        draw(shared, tmp_path / "split")
+    for model in (shared.clip, shared.prior, shared.decoder):
+        kernels = [leaf for leaf in jax.tree.leaves(model.params) if not leaf.sharding.is_fully_replicated]
+        assert kernels and all(leaf.nbytes == 4 * leaf.addressable_shards[0].data.nbytes for leaf in kernels)
+    assert content(tmp_path / "split") == content(tmp_path / "whole"), "the same program but for gathering"
+    for (name, ours), theirs in zip(images(tmp_path / "whole").items(), images(undisturbed).values(), strict=True):
         if name.endswith(".png"):
             a, b = (np.asarray(Image.open(io.BytesIO(data))).astype(int) for data in (ours, theirs))
             assert np.abs(a - b).max() <= 1, "another program may round otherwise"
         else:
             assert ours == theirs
+
+
+def test_a_shard_that_was_lost_is_drawn_among_those_it_was_drawn_with(one, tmp_path, monkeypatch):
+    """Two shards at once, as on more than four devices: neither its pictures' places nor their rounding change."""
+    monkeypatch.setattr(drawing, "SHARD_PICTURES", 2)
+    draw(one, tmp_path)
+    before = content(tmp_path)
+    (tmp_path / "000001.tar").unlink()
+    assert draw(one, tmp_path) == 2 and content(tmp_path) == before
 
 
 @pytest.mark.parametrize("changed", [{"guidance": 3.0}, {"models": {}}, {"seed": 6}])
@@ -162,6 +180,12 @@ def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, name, text, s
     with pytest.raises(UserError, match=says) as caught:
         read_prompts(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("fsdp", "says"), [("0", "at least 1 device"), ("3", "expected a divisor of 8, the devices")])
+def test_devices_that_cannot_share_a_model_are_named(folder, tmp_path, fsdp, says):
+    with pytest.raises(UserError, match=f"--fsdp {fsdp}: .*{says}"):
+        sample.main(["sample", f"--bundle={folder}", "--prompt=a fox", f"--fsdp={fsdp}", f"--out={tmp_path}"])
 
 
 def test_command_draws_a_file_and_again_draws_one_of_it(folder, tmp_path):

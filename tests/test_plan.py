@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -99,11 +100,12 @@ def wide(prior, **mesh):
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_local_measures(prior, sample):
+def test_local_measures(prior, sample, monkeypatch):
+    monkeypatch.setattr(cost, "CHUNK_ROWS", 2)
     found = plan.plan(prior, plan.find_target("local"), sample)
     assert found.keys() >= PROMISED and json.loads(json.dumps(found)) == found
     assert found["estimate"] == "measured" and found["step_seconds"] > 0 and found["fits"]
-    assert found["chips"] == (1 if sample else 8) and found["mfu"] is None  # nobody says how fast a CPU should be
+    assert found["chips"] == 8 and found["mfu"] is None  # nobody says how fast a CPU should be
     assert found["recomputed_tflops_per_chip_step"] == 0
     assert sum(found["memory_gib"].values()) == pytest.approx(found["hbm_gib_per_chip"])
     if not sample:
@@ -111,6 +113,26 @@ def test_local_measures(prior, sample):
     text = report.table(found)
     for expected in (f"{found['params']:,}", "fits", "measured", "seconds to compile"):
         assert expected in text
+
+
+def test_sampling_is_planned_for_all_devices_of_one_host(prior, monkeypatch):
+    """On what four hosts of two devices would be: one host's program, and the pictures of all."""
+    hosts = [SimpleNamespace(process_index=i // 2, platform="cpu", here=here) for i, here in enumerate(jax.devices())]
+    real = programs.sample_program
+
+    def on_local_devices(config, devices, rows):
+        return real(config, [getattr(device, "here", device) for device in devices], rows)
+
+    monkeypatch.setattr(cost, "sample_program", on_local_devices)
+    monkeypatch.setattr(cost, "CHUNK_ROWS", 4)
+    target = cost.Target("v5p", "v5p:2x2x2", hosts, chips.CHIPS["v5p"], 10 * GIB)
+    whole, split = (plan.plan(wide(prior, fsdp=n), target, sample=True) for n in (1, 2))
+    assert whole["batch_size"] == split["batch_size"] == 8 and whole["chips"] == 2 and whole["hosts"] == 4
+    assert whole["examples_per_second"] == pytest.approx(4 * 8 / whole["step_seconds"])
+    assert whole["tflops_per_chip_step"] == pytest.approx(4 * whole["tflops_per_example"])
+    assert not whole["collectives"] and split["collectives"].keys() == {"all-gather"}
+    assert split["memory_gib"]["parameters"] < 0.6 * whole["memory_gib"]["parameters"]
+    assert "sampling 8 rows on 2 x v5p, one of 4 hosts; on each chip:" in report.table(split)
 
 
 def test_sharded_state_is_counted_as_it_lies(prior):

@@ -6,6 +6,7 @@ they are there, upsampler_256/, upsampler_1024/ and, to guide the decoder, noise
 function of arrays; guidance scales and keys are arguments, so no choice of them compiles anew.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
@@ -53,25 +54,27 @@ class Chain:
         self.noised_clip = noised_clip
 
     @classmethod
-    def load(cls, folder: str, devices: Sequence[jax.Device] | None = None) -> Self:
+    def load(cls, folder: str, devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Self:
         """Reads a folder of bundles, on a disk or gs://...
 
-        devices: which of this process's rows are split over; None: all rows are on the first. Raises UserError for what
-        is missing or does not belong together.
+        devices: which of this process's rows are split over; None: all rows are on the first. fsdp: so many of them, a
+        divisor of their number, share one copy of each model's parameters, for models that do not fit one. Raises
+        UserError for what is missing or does not belong together.
         """
         root = to_path(folder)
         if not root.is_dir():
             raise UserError(f"no bundle at {root}: expected a folder with decoder/ and what it needs")
         clip = prior = noised_clip = None
+        load = functools.partial(Model.load, devices=devices, fsdp=fsdp)
         if load_description(root / "decoder")["stage"] == "decoder":
-            clip = Model.load(root / "clip", ("clip",), devices=devices)
-            prior = Model.load(root / "prior", PRIORS, clip, devices) if (root / "prior").exists() else None
-        decoder = Model.load(root / "decoder", ("decoder", "glide"), clip, devices)
+            clip = load(root / "clip", ("clip",))
+            prior = load(root / "prior", PRIORS, clip) if (root / "prior").exists() else None
+        decoder = load(root / "decoder", ("decoder", "glide"), clip)
         if (root / "noised_clip").exists():
-            noised_clip = Model.load(root / "noised_clip", ("clip",), devices=devices)
+            noised_clip = load(root / "noised_clip", ("clip",))
             _check_noised_clip(root, noised_clip, decoder)
         upsamplers = [root / name for name in UPSAMPLERS if (root / name).exists()]
-        upsamplers = [Model.load(path, ("upsampler", "glide"), clip, devices) for path in upsamplers]
+        upsamplers = [load(path, ("upsampler", "glide"), clip) for path in upsamplers]
         return cls(clip, prior, decoder, upsamplers, noised_clip)
 
     def text_embeddings(self, texts: list[str]) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 Rows are the lines of the file. They are drawn in shards of SHARD_PICTURES, which are written as a whole or not at all,
 and each process draws shards of its own on its own devices; so what is drawn does not depend on how many there are, and
-a run that was stopped draws the shards that are missing. While a shard is encoded, the next one is being drawn.
+a run that was stopped draws the shards that are missing. While a shard is encoded, the next two are being drawn: the
+devices compute one, while the host passes the other from model to model.
 """
 
+import collections
 import concurrent.futures
 import csv
 import datetime
@@ -96,23 +98,27 @@ def draw_file(
     missing = [k for k in mine if not _last_file(out, k, shards[k], kind).exists()]
     devices = cascade.decoder.mesh.size
     at_once = max(1, devices * CHUNK_ROWS // SHARD_PICTURES)  # shards: fewer rows would leave devices idle
-    groups = [missing[i : i + at_once] for i in range(0, len(missing), at_once)]
+    groups = [mine[i : i + at_once] for i in range(0, len(mine), at_once)]
+    # A group is drawn as a whole, whatever of it is missing: a row's place among others may change how it is rounded.
+    groups = [group for group in groups if not set(group).isdisjoint(missing)]
 
     def draw(group: Sequence[int]) -> np.ndarray:
         texts, rows, draws = zip(*(place for k in group for place in shards[k]), strict=True)
         return cascade.generate(list(texts), seed, *scales, rows=rows, draws=draws)["images"][-1]
 
     progress = _Progress(sum(len(shards[k]) for k in mine), sum(len(shards[k]) for k in missing))
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # the next group is drawn while this one is written
-        ahead = pool.submit(draw, groups[0]) if groups else None
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ahead = collections.deque(pool.submit(draw, group) for group in groups[:1])
+        concurrent.futures.wait(ahead)  # the first alone, as it compiles
         for i, group in enumerate(groups):
-            images = ahead.result()
-            ahead = pool.submit(draw, groups[i + 1]) if i + 1 < len(groups) else None
+            ahead.extend(pool.submit(draw, later) for later in groups[i + len(ahead) : i + 3])
+            images = ahead.popleft().result()
             about, start = settings | {"batch": chunk_rows(len(images), devices)}, 0
             for k in group:
                 stop = start + len(shards[k])
-                _write(out, k, shards[k], images[start:stop], start, seed, about, kind)
-                progress.add(stop - start)
+                if k in missing:
+                    _write(out, k, shards[k], images[start:stop], start, seed, about, kind)
+                    progress.add(stop - start)
                 start = stop
     return progress.done
 

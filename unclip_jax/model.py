@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,27 +10,30 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
-from unclip_jax.arrays import Key, Params
+from unclip_jax.arrays import Array, Key, Params
 from unclip_jax.bundle import check_params, load_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.keys import RowKeys
-from unclip_jax.models.mesh import jit_on_mesh, one_device
+from unclip_jax.models.mesh import by_rows, jit_on_mesh, one_device, specs
 from unclip_jax.stages import ClipTowers, Stage, make_stage
 from unclip_jax.stages.base import Inverter, Sampler
 from unclip_jax.stages.clip import Clip
 from unclip_jax.stages.conditions import Conditions
+from unclip_jax.training.sharding import make_mesh, split_kernels
 
 CHUNK_ROWS = 16  # rows of a device that go through at once, at most: bounds memory, and keeps the compiled shapes few
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A stage with its trained parameters and tokenizer, on one device or, row by row, on several. Each kind of call
-    compiles once.
+    """A stage with its trained parameters and tokenizer, on one device or on several, each of which computes rows of
+    its own, by the program of one. Each kind of call compiles once.
 
-    identity: SHA-256 of the bundle that it was loaded from. mesh: has the parameters on every device.
+    identity: SHA-256 of the bundle that it was loaded from. mesh: of the devices; each holds all parameters, but of a
+    `Split` its part.
     """
 
     stage: Stage
@@ -47,10 +50,12 @@ class Model:
         stages: tuple[str, ...],
         clip: "Model | None" = None,
         devices: Sequence[jax.Device] | None = None,
+        fsdp: int = 1,
     ) -> "Model":
         """Reads a bundle. Raises UserError where it is none of `stages` or was trained against another CLIP.
 
-        devices: which of this process's it runs on; None: the first.
+        devices: which of this process's it runs on; None: the first. fsdp: so many of them, a divisor of their number,
+        share one copy of the parameters.
         """
         bundle = load_bundle(folder)
         if bundle.stage not in stages:
@@ -60,8 +65,10 @@ class Model:
         stage = make_stage(bundle.config, cast(ClipTowers, clip.stage) if clip else None)
         check_params(bundle.params, jax.eval_shape(stage.init, jax.random.key(0)))
         tokenizer = Tokenizer(bundle.tokenizer_bytes) if bundle.tokenizer_bytes else None
-        mesh = Mesh(devices, ("device",)) if devices else one_device()
-        return cls(stage, jax.device_put(bundle.params, NamedSharding(mesh, P())), tokenizer, bundle.identity, mesh)
+        mesh = make_mesh(ConfigDict(dict(data=-1, fsdp=fsdp)), list(devices or jax.local_devices()[:1]))
+        params = split_kernels(bundle.params, mesh)
+        placed = jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(params)))
+        return cls(stage, placed, tokenizer, bundle.identity, mesh)
 
     def sampled_by(self, **sampling: Any) -> "Model":
         """The model with `config.sampling` changed; the same object every time, so that it compiles once."""
@@ -98,68 +105,102 @@ class Model:
             found = ", ".join(f"{rows} of {name}" for name, rows in counts.items())
             raise UserError(f"rows do not match ({found}): give as many of each")
         keys = RowKeys.of(key, count)
-        drawn = []
         scalars, key = jax.device_put((scalars, keys.key), NamedSharding(self.mesh, P()))
-        for rows, draws, *parts in self._chunks(keys.rows, keys.draws, *arrays.values()):
+        if noised_clip:
+            scalars["clip_gradient"] = jax.tree_util.Partial(noised_clip._similarity_gradient, noised_clip.params)
+
+        def drawn(rows: jax.Array, draws: jax.Array, *parts: jax.Array) -> jax.Array:
             chunk = dict(zip(arrays, parts, strict=True)) | scalars
-            if noised_clip:
-                gradient, text = noised_clip._similarity_gradient, chunk.pop("noised_text")
-                chunk["clip_gradient"] = jax.tree_util.Partial(gradient, noised_clip.params, text)
-            drawn.append(np.asarray(self._sample(self.params, frozen, Conditions(**chunk), RowKeys(key, rows, draws))))
-        return np.concatenate(drawn)[:count]
+            text = chunk.pop("noised_text", None)
+            return self._sample(self.params, frozen, Conditions(**chunk), RowKeys(key, rows, draws), text)
+
+        return fetched(drawn(*chunk) for chunk in self._chunks(keys.rows, keys.draws, *arrays.values()))[:count]
 
     def invert(self, frozen: Params, conditions: Conditions, images: np.ndarray) -> np.ndarray:
         """DDIM-inverts pictures, float32 (N, R, R, 3) in [-1, 1], to their x_T."""
         given = {name: value for name, value in conditions._asdict().items() if value is not None}
-        parts = [
-            self._invert(self.params, frozen, Conditions(**dict(zip(given, rows, strict=True))), part)
+        parts = (
+            self._invert((self.params, frozen), (Conditions(**dict(zip(given, rows, strict=True))), part))
             for part, *rows in self._chunks(images, *given.values())
-        ]
-        return np.concatenate(parts)[: len(images)]
+        )
+        return fetched(parts)[: len(images)]
 
     def embed_texts(self, texts: list[str]) -> np.ndarray:
         """Embeds captions by a CLIP: float32 (N, dim)."""
         if self.tokenizer is None:
             raise ValueError("this model has no tokenizer: it embeds no captions")
         arrays = self.tokenizer.encode(texts, self.stage.config.model.text.context, ends=True)
-        rows = [self._embed_texts(self.params, *chunk) for chunk in self._chunks(*arrays)]
-        return np.concatenate(rows)[: len(texts)]
+        return fetched(self._embed_texts(self.params, chunk) for chunk in self._chunks(*arrays))[: len(texts)]
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
         """Embeds pictures, uint8 (N, R, R, 3), by a CLIP: float32 (N, dim)."""
-        rows = [self._embed_images(self.params, *chunk) for chunk in self._chunks(images)]
-        return np.concatenate(rows)[: len(images)]
+        return fetched(self._embed_images(self.params, chunk) for chunk in self._chunks(images))[: len(images)]
 
     @functools.cached_property
     def _sample(self) -> Callable:
-        sample = cast(Sampler, self.stage).sample
-        return self._jitted(lambda params, frozen, conditions, keys: sample(params, frozen, conditions, keys.make()))
+        return jitted_sample(self.stage, self.mesh)
 
     @functools.cached_property
     def _invert(self) -> Callable:
-        return self._jitted(cast(Inverter, self.stage).invert)
+        return self._jitted(lambda shared, rows: cast(Inverter, self.stage).invert(*shared, *rows))
 
     @functools.cached_property
     def _embed_texts(self) -> Callable:
-        return self._jitted(cast(Clip, self.stage).embed_texts)
+        return self._jitted(lambda params, rows: cast(Clip, self.stage).embed_texts(params, *rows))
 
     @functools.cached_property
     def _embed_images(self) -> Callable:
-        return self._jitted(cast(Clip, self.stage).embed_images)
+        return self._jitted(lambda params, rows: cast(Clip, self.stage).embed_images(params, *rows))
 
     def _jitted(self, function: Callable) -> Callable:
-        return jit_on_mesh(function, self.mesh, self.stage.tpu_options)
+        return jit_on_mesh(functools.partial(by_rows, function), self.mesh, self.stage.tpu_options)
 
     def _chunks(self, *arrays: np.ndarray) -> Iterator[list[jax.Array]]:
         """Splits arrays into chunks, and the rows of each chunk over the devices."""
         for parts in chunks(*arrays, size=chunk_rows(len(arrays[0]), self.mesh.size)):
-            yield jax.device_put(parts, NamedSharding(self.mesh, P("device")))
+            yield jax.device_put(parts, NamedSharding(self.mesh, P(self.mesh.axis_names)))
 
     @functools.cached_property
     def _similarity_gradient(self) -> Callable:
         """One object for all calls, by which jit knows it again."""
         clip = cast(Clip, self.stage)
         return lambda params, text, x_t, t: clip.similarity_gradient(params, x_t, t, text)
+
+
+def jitted_sample(stage: Stage, mesh: Mesh) -> Callable:
+    """Makes the jitted `stage.sample`: (params, frozen, conditions, RowKeys, noised_text) → a row for each row.
+
+    Rows are split over all devices of the mesh, each of which draws its own, by the program of one device: nothing is
+    sent but the parts of a `Split`. noised_text: (N, dim), the argument that `conditions.clip_gradient` takes first.
+    """
+    sample = cast(Sampler, stage).sample
+
+    def draw(shared: tuple, rows: tuple) -> Array:
+        params, frozen, given, key = shared
+        parts, numbers, draws, text = rows
+        if text is not None:
+            given = given | {"clip_gradient": jax.tree_util.Partial(given["clip_gradient"], text)}
+        return sample(params, frozen, Conditions(**given, **parts), RowKeys(key, numbers, draws).make())
+
+    def split(
+        params: Params, frozen: Params, conditions: Conditions, keys: RowKeys, noised_text: Array | None = None
+    ) -> Array:
+        given = {name: value for name, value in conditions._asdict().items() if value is not None}
+        parts = {name: given.pop(name) for name, value in list(given.items()) if getattr(value, "ndim", 0)}
+        return by_rows(draw, (params, frozen, given, keys.key), (parts, keys.rows, keys.draws, noised_text))
+
+    return jit_on_mesh(split, mesh, stage.tpu_options)
+
+
+def fetched(results: Iterable[jax.Array]) -> np.ndarray:
+    """Concatenates results on the host; while one is fetched, the devices compute the next."""
+    arrays: list[np.ndarray] = []
+    waiting = None
+    for result in results:
+        if waiting is not None:
+            arrays.append(np.asarray(waiting))
+        waiting = result
+    return np.concatenate([*arrays, np.asarray(waiting)])
 
 
 def chunk_rows(count: int, devices: int = 1) -> int:

@@ -4,7 +4,8 @@
 
 Without --topology it counts parameters and FLOPs, from shapes alone, in seconds. With --topology it compiles the real
 train step for those devices and tells what each chip holds, moves and sends, and how long a step takes at best. Where
-the step does not fit, it searches for settings with which it does. --sample plans what `sample` runs, on one chip.
+the step does not fit, it searches for settings with which it does. --sample plans what `sample` runs for a file of
+captions: 16 rows on each chip, on every host rows of its own. --config.mesh.fsdp=N is then `sample --fsdp N`.
 
     v5p:4x4x4, v4:…, v5e:…, v6e:…       a slice of TPUs; needs jax[tpu], no TPU, and minutes to half an hour
     h100:8, h200:…, a100:…, l4:…, t4:…  GPUs of one machine; needs jax[cuda], no GPU, and seconds to minutes
@@ -34,7 +35,7 @@ DEPTH = 2  # levels of parameter names by which the table tells parts of the mod
 
 FLAGS = {
     "topology": (str, "", "a TPU slice such as v5p:4x4x4, GPUs such as h100:8, or local"),
-    "sample": (bool, False, "plan what `sample` runs on one chip, instead of the train step"),
+    "sample": (bool, False, "plan what `sample` runs for a file of captions, instead of the train step"),
     "quick": (bool, False, "leave out the TPU compiler's estimate of cycles, which takes most of the time"),
     "json": (bool, False, "print one JSON object instead of a table"),
 }

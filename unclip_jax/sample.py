@@ -10,6 +10,8 @@ on -n. A second run finds its programs compiled, whatever the prompt, seed and g
 
 --prompts takes a file of captions (.txt, .jsonl or .csv), which all devices of all processes draw, into tars of
 WebDataset or, by --format png, a file each. Stopped, the same command draws what is missing.
+
+--fsdp N splits the parameters of models that do not fit one device over N. The pictures are the same.
 """
 
 import argparse
@@ -28,8 +30,6 @@ from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder, to_path
 
 if TYPE_CHECKING:
-    import jax
-
     from unclip_jax.cascade import Cascade
 
 SCALES = ("guidance", "prior_guidance", "clip_guidance")
@@ -49,6 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--guidance", type=cli.finite, help="of the decoder; 1: none; default: the trained config's")
     parser.add_argument("--prior-guidance", type=cli.finite, help="of the prior; likewise")
     parser.add_argument("--clip-guidance", type=cli.finite, default=0.0, help="of the decoder, by noised_clip/")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that share a model, where it does not fit one")
     parser.add_argument("--out", default="samples", help="folder to write to")
     args = parser.parse_args(argv[1:])
     if sum(map(bool, (args.prompt, args.prompts, args.again))) != 1:
@@ -57,6 +58,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("no --bundle: name the folder of a trained cascade, such as --bundle quickstart/bundle")
     if args.n < 1:
         raise UserError(f"--n {args.n}: expected at least 1 picture per prompt")
+    if args.fsdp < 1:
+        raise UserError(f"--fsdp {args.fsdp}: expected at least 1 device to hold a model")
     if args.rerank and args.rerank < args.n:
         raise UserError(f"--rerank {args.rerank}: expected at least --n {args.n}, the pictures to be kept")
     if args.rerank and args.prompts:
@@ -73,7 +76,7 @@ def main(argv: list[str]) -> int:
         return _bulk(args, out)
 
     began = time.monotonic()
-    cascade, compiles = _load(args.bundle)
+    cascade, compiles = _load(args.bundle, args)
     from unclip_jax.model import chunk_rows
 
     cascade.check_prompts(args.prompt)
@@ -89,7 +92,7 @@ def main(argv: list[str]) -> int:
         kept = _best(cascade, images, args)
         images, texts, places = images[kept], [texts[i] for i in kept], [places[i] for i in kept]
 
-    batch = chunk_rows(len(rows))
+    batch = chunk_rows(len(rows), args.fsdp)
     settings = _settings(cascade, args) | {"batch": batch}
     for i, (text, image, (row, draw)) in enumerate(zip(texts, images, places, strict=True)):
         name = re.sub(r"\W+", "_", text).strip("_")[:60]
@@ -104,12 +107,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _load(bundle: str, devices: "list[jax.Device] | None" = None) -> "tuple[Cascade, cli.CompileCount]":
+def _load(bundle: str, args: argparse.Namespace) -> "tuple[Cascade, cli.CompileCount]":
+    """Loads a cascade: for a file of captions on all devices of this process, else on as few as --fsdp says."""
     cli.enable_compilation_cache()
     compiles = cli.CompileCount()
+    import jax
+
     from unclip_jax.cascade import Cascade
 
-    return Cascade.load(bundle, devices), compiles
+    devices = jax.local_devices()
+    if len(devices) % args.fsdp:
+        raise UserError(f"--fsdp {args.fsdp}: expected a divisor of {len(devices)}, the devices of this process")
+    return Cascade.load(bundle, devices if args.prompts else devices[: args.fsdp], args.fsdp), compiles
 
 
 def _bulk(args: argparse.Namespace, out: Path) -> int:
@@ -122,7 +131,7 @@ def _bulk(args: argparse.Namespace, out: Path) -> int:
     import jax
 
     began = time.monotonic()
-    cascade, compiles = _load(args.bundle, jax.local_devices())
+    cascade, compiles = _load(args.bundle, args)
     cascade.check_prompts(prompts)
     scales = [getattr(args, name) for name in SCALES]
     who = jax.process_index(), jax.process_count()
@@ -147,7 +156,7 @@ def _again(args: argparse.Namespace, out: Path) -> int:
     except (OSError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{args.again} is not a picture of this command, or of an older version: it does not hold what "
                         f"drew it ({error})") from error  # fmt: skip
-    cascade, _ = _load(bundle)
+    cascade, _ = _load(bundle, args)
     if cascade.identities() != models:
         changed = sorted(name for name in models if cascade.identities().get(name) != models[name])
         raise UserError(f"{bundle} holds another {', '.join(changed) or 'set of models'} than drew {args.again}: name "

@@ -49,7 +49,7 @@ def sampling_program(config, rows: int) -> Program:
     """What draws `rows` rows on one device; of a CLIP, what embeds so many pictures and captions."""
     device = jax.devices()[0]
     if config.stage != "clip":
-        return sample_program(config, device, rows)
+        return sample_program(config, [device], rows)
     stage, place = make_stage(config), SingleDeviceSharding(device)
 
     def towers(params, frozen, batch):

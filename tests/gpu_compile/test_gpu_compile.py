@@ -8,6 +8,7 @@ import pytest
 from shrink import CONFIGS
 
 from unclip_jax import cli
+from unclip_jax.model import CHUNK_ROWS
 from unclip_jax.models import layers
 from unclip_jax.planning import flops, traffic
 from unclip_jax.planning.compiling import compile_program
@@ -54,7 +55,7 @@ def load(name, size, dtype, **changes):
 
 
 def traced(config, call, devices):
-    return train_program(config, devices) if call == "train" else sample_program(config, devices[0])
+    return train_program(config, devices) if call == "train" else sample_program(config, devices[:1], CHUNK_ROWS)
 
 
 @pytest.mark.parametrize(("gpu", "dtype"), TARGETS, ids=[gpu for gpu, _ in TARGETS])

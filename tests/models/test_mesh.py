@@ -1,12 +1,21 @@
 """How a function is compiled for the devices of a mesh."""
 
 import os
+import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from unclip_jax.models import mesh
+from unclip_jax.models.transformer import UNROLLED, Transformer
+from unclip_jax.training.sharding import make_mesh, split_kernels
 
 
 @pytest.fixture
@@ -40,3 +49,23 @@ def test_a_compiler_that_does_not_know_the_option_is_left_alone(monkeypatch, ask
     monkeypatch.setattr(mesh, "CPU_OPTIONS", {"xla_cpu_of_another_year": "1"})
     assert mesh._cpu_options() is None
     assert mesh.jit_on_mesh(lambda: 3, mesh.one_device())() == 3
+
+
+def test_a_stack_of_layers_gathers_one_at_a_time(monkeypatch):
+    """What it computes of rows on eight devices, four of which share its kernels, is what one device computes."""
+    monkeypatch.setattr("unclip_jax.training.sharding.SMALLEST_SPLIT", 256)
+    depth, devices = UNROLLED + 1, make_mesh(ConfigDict(dict(data=2, fsdp=4)), jax.devices())
+    stack = Transformer(depth, 2, "gelu", jnp.float32, remat=False)
+    x = jax.random.normal(jax.random.key(0), (8, 3, 16))
+    params = stack.init(jax.random.key(1), x)["params"]
+    split = split_kernels(params, devices)
+    boxes = jax.tree.leaves(split, is_leaf=lambda leaf: isinstance(leaf, mesh.Split))
+    assert sum(isinstance(leaf, mesh.Split) for leaf in boxes) == 4
+
+    placed = jax.device_put(split, jax.tree.map(lambda spec: NamedSharding(devices, spec), mesh.specs(split)))
+    rows = jax.device_put(x, NamedSharding(devices, P(devices.axis_names)))
+    apply = mesh.jit_on_mesh(lambda p, x: mesh.by_rows(lambda p, x: stack.apply({"params": p}, x), p, x), devices)
+    program = apply.lower(placed, rows).compile()
+    gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather", program.as_text())
+    assert sorted(gathered) == ["16,16", "16,48", "16,64", "64,16"], "no axis of layers"
+    np.testing.assert_allclose(program(placed, rows), stack.apply({"params": params}, x), atol=1e-5)

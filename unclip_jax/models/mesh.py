@@ -1,12 +1,14 @@
 """The mesh as seen from inside a network: which devices it is compiled for, and running a function on each of them."""
 
 import contextvars
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax.core import meta
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -79,17 +81,56 @@ def replicate(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, P()) if _split() else x
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Split(meta.AxisMetadata[Any]):
+    """A parameter that is split over the mesh's axis "fsdp". Inside `by_rows` each device has its part, and a layer
+    that reads the parameter gathers it: Flax unboxes what it reads, in a stack of layers one layer at a time.
+
+    Goes where the parameter would: holds an array, its shape or a part of it. axis: which is split, counted from the
+    end, so that it stays the same for a layer of a stack.
+    """
+
+    value: Any
+    axis: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def spec(self) -> P:
+        """Place of the whole array on the mesh."""
+        return P(*[None] * (self.value.ndim + self.axis), "fsdp")
+
+    def unbox(self) -> Array:
+        return jax.lax.all_gather(self.value, "fsdp", axis=self.value.ndim + self.axis, tiled=True)
+
+    def replace_boxed(self, val: Any) -> "Split":
+        return Split(val, self.axis)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Split":
+        return self
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Split":
+        return self
+
+
+def specs(tree: Any) -> Any:
+    """Tells how parameters lie on the mesh: those in a `Split` split, the others whole on every device."""
+    return jax.tree.map(
+        lambda leaf: leaf.spec if isinstance(leaf, Split) else P(), tree, is_leaf=lambda leaf: isinstance(leaf, Split)
+    )
+
+
 def by_rows(function: Callable, shared: Any, rows: Any) -> Any:
     """Computes function(shared, rows) on each device for the rows that lie there.
 
     For functions that the compiler cannot split over devices, or not well. `rows` and the result are pytrees whose
-    leading axes are rows; every device gets all of `shared`. Where rows do not split evenly, each device computes all.
+    leading axes are rows; every device gets all of `shared`, but of a `Split` its part. Where rows do not split evenly,
+    each device computes all, which does not go with a `Split`.
     """
     mesh, axes = jax.sharding.get_abstract_mesh(), _split()
     devices = math.prod(mesh.shape[name] for name in axes)
     if not axes or jax.tree.leaves(rows)[0].shape[0] % devices:
         return function(shared, rows)
-    split = jax.shard_map(function, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(axes), check_vma=False)
+    split = jax.shard_map(function, mesh=mesh, in_specs=(specs(shared), P(axes)), out_specs=P(axes), check_vma=False)
     return split(shared, rows)
 
 

@@ -139,7 +139,7 @@ def read_context(params: Params, conditioning: "Conditioning", dtype: DTypeLike)
         projections = Projections(kernel.shape[1] // 2, 2, dtype)
         return projections.apply({"params": {"kernel": kernel, "bias": bias}}, conditioning.context)
 
-    read = {name: keys_and_values(**p["context_kv"]) for name, p in params.items() if "context_kv" in p}
+    read = {name: keys_and_values(**nn.meta.unbox(p["context_kv"])) for name, p in params.items() if "context_kv" in p}
     return conditioning._replace(context=read)
 
 

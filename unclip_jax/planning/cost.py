@@ -68,18 +68,30 @@ def plan_training(
 
 
 def plan_sampling(config: ConfigDict, target: Target | None, quick: bool = False) -> dict[str, Any]:
-    """Plans what the command `sample` runs, on one chip of a target; without a target, counts its FLOPs alone.
+    """Plans what the command `sample` runs for a file of captions; without a target, counts its FLOPs alone.
+
+    Each host of a target draws rows of its own, CHUNK_ROWS on each of its chips, so one host's program is planned.
 
     Returns its part of what --json prints. quick: as in `plan_training`. Raises UserError if the stage draws nothing.
     """
-    _say(f"{config.stage}: tracing the sampling of {CHUNK_ROWS} rows")
+    devices = target.devices if target else jax.devices("cpu")[:1]
+    devices = [device for device in devices if device.process_index == devices[0].process_index]
+    rows = CHUNK_ROWS * len(devices)
+    _say(f"{config.stage}: tracing the sampling of {rows} rows")
     # Counted in the program for a CPU, because a TPU's kernels do some work in excess.
-    model_flops = flops.executed_flops(sample_program(config, jax.devices("cpu")[0]).traced.jaxpr)
+    alone = config.copy_and_resolve_references().unlock()
+    alone.mesh.update(dict(data=-1, fsdp=1))
+    program = sample_program(alone.lock(), jax.devices("cpu")[:1], CHUNK_ROWS)
+    model_flops = len(devices) * flops.executed_flops(program.traced.jaxpr)
     if not target:
-        return {"batch_size": CHUNK_ROWS} | report.flop_report(model_flops, model_flops, CHUNK_ROWS, 1)
-    program = sample_program(config, target.devices[0])
-    found = {"call": f"sampling {CHUNK_ROWS} rows", "of": "call", "batch_size": CHUNK_ROWS}
-    return found | _call_cost(program, target._replace(devices=target.devices[:1]), model_flops, CHUNK_ROWS, quick)
+        return {"batch_size": rows} | report.flop_report(model_flops, model_flops, rows, 1)
+    hosts = len(target.devices) // len(devices)
+    found = {"call": f"sampling {rows} rows", "of": "call", "batch_size": rows, "hosts": hosts}
+    program = sample_program(config, devices, CHUNK_ROWS)
+    found |= _call_cost(program, target._replace(devices=devices), model_flops, rows, quick)
+    if "examples_per_second" in found:
+        found["examples_per_second"] *= hosts
+    return found
 
 
 def _call_cost(program: Program, target: Target, model_flops: int, examples: int, quick: bool) -> dict[str, Any]:

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from unclip_jax import cli
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.errors import UserError
-from unclip_jax.model import CHUNK_ROWS
-from unclip_jax.models.mesh import jit_on_mesh, one_device
+from unclip_jax.keys import RowKeys
+from unclip_jax.model import jitted_sample
+from unclip_jax.models.mesh import specs
 from unclip_jax.paths import to_path
 from unclip_jax.planning import flops
 from unclip_jax.planning.fitting import remat_keys
@@ -20,7 +22,7 @@ from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import Sampler
 from unclip_jax.stages.conditions import Conditions
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
-from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated
+from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated, split_kernels
 from unclip_jax.training.state import TrainState, abstract_state, init_state, make_train_step, root_key
 
 
@@ -78,24 +80,25 @@ def train_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
     return Program(stage, step.trace(*arguments), arguments)
 
 
-def sample_program(config: ConfigDict, device: jax.Device, rows: int = CHUNK_ROWS) -> Program:
-    """Traces what the command `sample` runs on one device: the stage draws so many rows.
+def sample_program(config: ConfigDict, devices: list[jax.Device], rows: int) -> Program:
+    """Traces what the command `sample` runs on all devices of a process: the stage draws `rows` rows on each.
 
-    Its arguments are the parameters, frozen CLIP, conditions and root key. Raises UserError for a stage that draws
-    nothing.
+    Its arguments are the parameters, frozen CLIP, conditions and keys of rows. Raises UserError for a stage that draws
+    nothing, and where mesh.fsdp does not divide the number of devices.
     """
-    stage = checked_stage(config)
+    stage, mesh = checked_stage(config), make_mesh(ConfigDict(dict(data=-1, fsdp=config.mesh.fsdp)), devices)
     if not isinstance(stage, Sampler):
         raise UserError(f"--sample: a {config.stage} draws nothing")
-    shapes = (
-        jax.eval_shape(stage.init, jax.random.key(0)),
-        _frozen_params(stage),
-        conditions(stage, rows),
-        jax.eval_shape(lambda: root_key(0)),
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    given = conditions(stage, rows * mesh.size)._asdict()
+    numbers = jax.ShapeDtypeStruct((rows * mesh.size,), jnp.int32, sharding=split)
+    arguments = (
+        _split(jax.eval_shape(stage.init, jax.random.key(0)), mesh),
+        _split(_frozen_params(stage), mesh),
+        Conditions(**{name: _placed(s, split if getattr(s, "shape", ()) else whole) for name, s in given.items()}),
+        RowKeys(_placed(jax.eval_shape(lambda: root_key(0)), whole), numbers, numbers),
     )
-    arguments = _placed(shapes, jax.sharding.SingleDeviceSharding(device))
-    sample = jit_on_mesh(stage.sample, one_device(device), stage.tpu_options)
-    return Program(stage, sample.trace(*arguments), arguments)
+    return Program(stage, jitted_sample(stage, mesh).trace(*arguments), arguments)
 
 
 def conditions(stage: Stage, rows: int) -> Conditions:
@@ -139,7 +142,9 @@ def random_arguments(program: Program) -> tuple:
     seed, rng = stage.config.train.seed, np.random.default_rng(stage.config.train.seed)
 
     def initial(init: Callable[[jax.Array], dict[str, Any]], tree: dict[str, Any]) -> dict[str, Any]:
-        return jax.jit(init, out_shardings=jax.tree.map(lambda s: s.sharding, tree))(jax.random.key(seed))
+        shapes, structure = jax.tree.flatten(tree)
+        leaves = jax.jit(lambda key: jax.tree.leaves(init(key)), out_shardings=[s.sharding for s in shapes])
+        return jax.tree.unflatten(structure, leaves(jax.random.key(seed)))
 
     def draw(spec: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(spec.dtype, jax.dtypes.prng_key):
@@ -162,6 +167,12 @@ def random_arguments(program: Program) -> tuple:
 def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
     """Gives each ShapeDtypeStruct of a pytree a sharding."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
+
+
+def _split(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Lays parameters out as drawing does."""
+    params = split_kernels(params, mesh)
+    return jax.tree.map(lambda spec, s: _placed(s, NamedSharding(mesh, spec)), specs(params), params)
 
 
 def _frozen_params(stage: Stage) -> dict[str, Any]:

@@ -83,7 +83,9 @@ def table(report: dict[str, Any]) -> str:
     if "tflops_per_example" in report:
         lines += ["", f"{'TFLOPs per example':34}{report['tflops_per_example']:12.4g}"]
     if "chips" in report:
-        lines += [f"\n{report['call']} on {report['chips']} x {report['device']}; on each chip:", *_memory(report)]
+        where = f"{report['chips']} x {report['device']}"
+        where += f", one of {report['hosts']} hosts" if report.get("hosts", 1) > 1 else ""
+        lines += [f"\n{report['call']} on {where}; on each chip:", *_memory(report)]
     if "step_seconds" in report:
         lines += [*_program(report), *_timing(report)]
     if report.get("fits") is False:
@@ -135,6 +137,8 @@ def _timing(report: dict[str, Any]) -> list[str]:
 
 def _proposal(report: dict[str, Any]) -> str:
     if not report.get("proposal"):
+        if report["of"] == "call":
+            return "--config.mesh.fsdp=N splits the parameters over N chips, as `unclip sample --fsdp N` does."
         return "No values of mesh.fsdp, optim.accumulate and remat were found with which it does: take more chips."
     flags = " ".join(f"--config.{name}={value}" for name, value in report["proposal"].items())
     then = report["proposed"]

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Tree
 from unclip_jax.errors import UserError
+from unclip_jax.models.mesh import Split
 
 BATCH_AXES = ("data", "fsdp")
 SMALLEST_SPLIT = 2**14  # elements; below this a leaf costs more to gather than it saves in memory
@@ -52,7 +53,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     it divides. A leaf of fewer than `SMALLEST_SPLIT` elements, or without such an axis, is replicated. The rule reads
     shapes alone, so a parameter, its average and its Adam moments always have the same sharding.
     """
-    size = mesh.shape["fsdp"]
+    size = mesh.shape.get("fsdp", 1)
 
     def sharding(leaf: Any) -> NamedSharding:
         axes = [i for i, n in enumerate(leaf.shape) if n % size == 0]
@@ -63,6 +64,18 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, P(*["fsdp" if i == split else None for i in range(len(leaf.shape))]))
 
     return jax.tree.map(sharding, tree)
+
+
+def split_kernels(params: Any, mesh: Mesh) -> Any:
+    """Puts into a `Split` the parameters that drawing splits over "fsdp": kernels and tables of embeddings, by the rule
+    of `param_shardings`. Leaves have a `.shape`; what is left whole is small."""
+
+    def split(path: tuple, leaf: Any, sharding: NamedSharding) -> Any:
+        axis = sharding.spec.index("fsdp") - leaf.ndim if "fsdp" in sharding.spec else 0
+        # Not an axis in front, over which layers are stacked: each device needs a part of every layer.
+        return Split(leaf, axis) if axis in (-2, -1) and path[-1].key in ("kernel", "embedding") else leaf
+
+    return jax.tree_util.tree_map_with_path(split, params, param_shardings(params, mesh))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
