@@ -1,8 +1,11 @@
 """The command that measures: what it reads, that its numbers are the library's, and what it refuses."""
 
+import hashlib
 import io
 import json
+import shutil
 import tarfile
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ from shrink import CAPTIONS, random_params, small_config, tokenizer_bytes
 
 from unclip_jax import evaluate, pictures
 from unclip_jax.bundle import save_bundle
+from unclip_jax.data import emoji_scenes, varied_scenes
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation import features, frechet
+from unclip_jax.evaluation import features, frechet, presets
 from unclip_jax.evaluation.clip_score import clip_score
 from unclip_jax.stages import make_stage
 
@@ -92,6 +96,8 @@ def test_numbers_are_the_librarys_and_say_what_they_depend_on(places, capsys):
     groups, reference = frechet.grouped_statistics([ours], 10, {}), frechet.statistics([theirs], {})
     assert fid["value"] == pytest.approx(frechet.fid(groups, reference).value) and fid["n"] == 40
     assert fid["low"] < fid["value"] < fid["high"]
+    assert fid["card"]["reference"]["source"] == str(places / "others")
+    assert kid["card"]["reference_sha256"] == hashlib.sha256(drawn(30, 1, low=60).tobytes()).hexdigest()
     card = fid["card"]["pictures"]
     assert card["crop"] == "center" and card["resize"] == "area, 8" and card["source"] == str(places / "tars")
     assert kid["value"] == pytest.approx(frechet.kid(ours, theirs).value) and kid["card"]["weights"] == "0" * 64
@@ -115,6 +121,43 @@ def test_captions_are_scored_by_a_clip(places, clip_folder, capsys):
     assert precision["card"]["distractors"] == 39 and score["n"] == precision["n"] == 40
 
 
+@pytest.mark.parametrize("kind", ["single", "varied"])
+def test_scenes_are_read_off_the_pictures(tmp_path, capsys, kind):
+    if kind == "single":
+        rows = [(emoji_scenes.render(scene, 32), text) for scene, text in emoji_scenes.scenes("single", "test")][:20]
+    else:
+        rows = [(varied_scenes.render(scene, 64), text) for scene, _, text in islice(varied_scenes.scenes("test"), 20)]
+    for i, (_, text) in enumerate(rows):
+        pictures.save_png(tmp_path / f"{i:02}.png", rows[(i + 1) % 20 if i < 10 else i][0], {"prompt": text})
+    found = {line["name"]: line for line in run(capsys, "alignment", "--pictures", tmp_path)}
+    whole = found["alignment, both" if kind == "single" else "alignment, all"]
+    assert 0.5 <= whole["value"] <= 0.6 and whole["n"] == 20 and whole["low"] < 0.5 < whole["high"]
+
+
+def test_bundle_draws_what_is_measured(places, tmp_path, capsys, monkeypatch):
+    """COCO in small: 30 pictures with two captions each; one of each of 25 is drawn, all are the reference."""
+    coco = tmp_path / "coco"
+    (coco / "annotations").mkdir(parents=True)
+    shutil.copytree(places / "others", coco / "val2014")
+    rows = [{"image_id": i % 30, "id": i, "caption": f" {CAPTIONS[i % 48]}\n"} for i in range(60)]
+    (coco / "annotations" / "captions_val2014.json").write_text(json.dumps({"annotations": rows}))
+    monkeypatch.setitem(evaluate.PRESETS, "small", presets.Preset(25, 8, upsample=False))
+    config, bundle = small_config("glide"), tmp_path / "cascade"
+    save_bundle(bundle / "decoder", "glide", config, random_params(make_stage(config)), tokenizer_bytes(), "", {})
+    options = ["fid", "--preset", "small", "--coco", coco, "--bundle", bundle, "--pictures", tmp_path / "drawn"]
+    options += ["--inception", "x", "--seed", "5"]
+    (fid,) = run(capsys, *options)
+    texts = [picture.caption for picture in evaluate.read_pictures(str(tmp_path / "drawn"), None)]
+    assert fid["n"] == len(texts) == 25 and set(texts) <= set(CAPTIONS)
+    assert texts == presets.read_captions(coco, 25, 5) != presets.read_captions(coco, 25, 6)
+    assert fid["card"]["reference"]["n"] == 30
+    card = fid["card"]["drawn"]
+    assert card["seed"] == 5 and card["sampling"]["decoder"]["steps"] == "3" and card["models"]["decoder"]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").iterdir()}
+    assert run(capsys, *options)[0]["value"] == fid["value"]
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").iterdir()}  # nothing drawn twice
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -130,6 +173,12 @@ def test_captions_are_scored_by_a_clip(places, clip_folder, capsys):
         (["fid", "sfid", "--pictures", "a", "--inception", "x", "--reference", "a.npz"], "one at a time"),
         (["kid", "--pictures", "a", "--inception", "x", "--reference", "b", "--save-reference", "c"], "fid or sfid"),
         (["fid", "--pictures", "a", "--inception", "x", "--reference", "b", "--size", "0"], "--size 0"),
+        (["alignment", "--pictures", "{0}/others"], "30 of 30 pictures .* have no caption"),
+        (["alignment", "--pictures", "{0}/files"], "is no caption of emoji scenes"),
+        (["alignment", "--pictures", "a", "--bundle", "b"], "name them by --prompts or --preset"),
+        (["alignment", "--pictures", "a", "--prompts", "b"], "name its folder by --bundle"),
+        (["fid", "--pictures", "a", "--inception", "x", "--preset", "small"], "captions from --coco"),
+        (["fid", "--pictures", "a", "--inception", "x", "--preset", "small", "--coco", "{0}", "--bundle", "b"], "no a"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(places, clip_folder, arguments, says):

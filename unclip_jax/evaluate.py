@@ -2,13 +2,16 @@
 
     python -m unclip_jax.evaluate fid precision_recall --pictures drawn --reference coco --inception inception
     python -m unclip_jax.evaluate clip_score r_precision --pictures drawn --clip runs/clip/bundle
+    python -m unclip_jax.evaluate fid --preset coco30k --coco coco --bundle B --pictures drawn --inception inception
 
 Pictures and reference are folders of pictures, or of tars as `sample --prompts` draws them; for fid and sfid the
-reference may be statistics (.npz), which --save-reference stores. Captions are those inside the PNG files or beside the
-pictures (.txt). Prints each number with its 95 % interval and n, and with --json what else it depends on.
+reference may be statistics (.npz), which --save-reference stores. Captions are those inside the PNG files or beside
+the pictures (.txt). With --bundle, pictures of --prompts or of a preset's captions are drawn first, those that are not
+there yet. Prints each number with its 95 % interval and n, and with --json its card: what else it depends on.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import sys
@@ -17,15 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from unclip_jax import cli
+from unclip_jax import cli, sample
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation.metrics import INCEPTION, by_inception
+from unclip_jax.evaluation.presets import PICTURES, PRESETS, read_captions
 from unclip_jax.evaluation.reading import KINDS, Picture, read_pictures
-from unclip_jax.paths import to_path
+from unclip_jax.paths import output_folder, to_path
 
-METRICS = INCEPTION | dict.fromkeys(("cmmd", "clip_score", "r_precision"), "image")
-# metric → the features it needs; "image" is a CLIP's
-ALONE = ("inception_score", "clip_score", "r_precision")  # need no reference
+METRICS = INCEPTION | dict.fromkeys(("cmmd", "clip_score", "r_precision"), "image") | {"alignment": ""}
+# metric → the features it needs; "image" is a CLIP's, "" none: alignment reads emoji scenes off the pixels
+ALONE = ("inception_score", "clip_score", "r_precision", "alignment")  # need no reference
 BATCH = 64
 
 
@@ -37,14 +41,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--reference", help="true pictures, likewise, or their statistics, .npz")
     parser.add_argument("--inception", help="folder that `pretrained inception` wrote")
     parser.add_argument("--clip", help="bundle of a CLIP, which is not the one that drew")
+    parser.add_argument("--bundle", help="folder of a trained cascade, which draws what is missing of --pictures")
+    parser.add_argument("--prompts", help="captions that it draws, as of `sample`")
+    parser.add_argument("--preset", choices=PRESETS, help="captions, reference and size of a known study on COCO")
+    parser.add_argument("--coco", help="folder of COCO's archives of 2014, for --preset")
+    parser.add_argument("-n", "--n", type=int, default=1, help="pictures per caption")
+    sample.add_drawing_flags(parser)
     parser.add_argument("--size", type=int, help="side of the square cut from each picture; default: the first's")
     parser.add_argument("--save-reference", help="file to store the reference's statistics in, .npz")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line, with the card of each number")
-    args = parser.parse_args(argv[1:])
+    args = parser.parse_args(argv[1:], argparse.Namespace(format="tar", rerank=0))
+    if args.preset:
+        if not args.coco or args.prompts:
+            raise UserError("--preset takes its captions from --coco, the folder of COCO's archives: give that alone")
+        args.size = args.size or PRESETS[args.preset].size
+        args.reference = args.reference or f"{args.coco.rstrip('/')}/{PICTURES}"
+    if args.bundle and not (args.prompts or args.preset):
+        raise UserError("--bundle draws captions: name them by --prompts or --preset")
+    if args.prompts and not args.bundle:
+        raise UserError("--prompts are drawn by a cascade: name its folder by --bundle")
+    if args.n < 1 or args.fsdp < 1:
+        raise UserError(f"--n {args.n}, --fsdp {args.fsdp}: expected at least 1")
+    _check_needs(args)
+    return args
+
+
+def _check_needs(args: argparse.Namespace) -> None:
+    """Raises UserError where a metric lacks a network or a reference."""
     features = {METRICS[name] for name in args.metric}
     if "image" in features and not args.clip:
         raise UserError("no --clip: name the bundle of a CLIP to measure by")
-    if features - {"image"} and not args.inception:
+    if features - {"image", ""} and not args.inception:
         raise UserError("no --inception: name the folder that `pretrained inception` wrote")
     if set(args.metric) - set(ALONE) and not args.reference:
         raise UserError("no --reference: name a folder of true pictures, or their statistics (.npz)")
@@ -56,38 +83,66 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("statistics (.npz) are of fid or of sfid: ask for one at a time")
     if args.size is not None and args.size < 1:
         raise UserError(f"--size {args.size}: expected at least 1 pixel")
-    return args
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
     cli.enable_compilation_cache()
+    if args.bundle:
+        _draw(args)
     found: list[Any] = []
     names = {METRICS[name] for name in args.metric}
-    if names - {"image"}:
-        found += _by_inception(args, tuple(sorted(names - {"image"})))
+    if "" in names:
+        found += _by_pixels(args)
+    if names - {"image", ""}:
+        found += _by_inception(args, tuple(sorted(names - {"image", ""})))
     if "image" in names:
         found += _by_clip(args)
+    run = to_path(args.pictures) / "run.json"
+    drawn = {"drawn": json.loads(run.read_text())} if run.is_file() else {}
     for result in found:
-        print(json.dumps(result._asdict()) if args.json else result)
+        print(json.dumps(result.noting(**drawn)._asdict()) if args.json else result)
     return 0
+
+
+def _draw(args: argparse.Namespace) -> None:
+    """Draws the captions of --prompts or of the preset into --pictures."""
+    from unclip_jax.drawing import read_prompts
+
+    preset = PRESETS.get(args.preset)
+    prompts = read_captions(to_path(args.coco), preset.captions, args.seed) if preset else read_prompts(args.prompts)
+    sample.draw_prompts(args, prompts, output_folder(args.pictures, "pictures"), not preset or preset.upsample)
+
+
+def _by_pixels(args: argparse.Namespace) -> list[Any]:
+    """Reads emoji scenes off the pictures, which are compared with their captions."""
+    from unclip_jax.evaluation import scene_scores
+
+    pictures = list(read_pictures(args.pictures, args.size))
+    captions = [picture.caption for picture in pictures]
+    _check_captions(captions, args.pictures)
+    return scene_scores.score(np.stack([picture.image for picture in pictures]), captions)
 
 
 def _by_inception(args: argparse.Namespace, names: tuple[str, ...]) -> list[Any]:
     from unclip_jax.evaluation import features, frechet
 
     network = features.inception(args.inception, names)
-    drawn, size = _features(network, args.pictures, args.size)
+    drawn, size, digest = _features(network, args.pictures, args.size)
     card = network.card | {"crop": "center", "resize": f"area, {size}"}
-    statistics = args.reference if args.reference and args.reference.endswith(".npz") else ""
-    known = _features(network, args.reference, size)[0] if args.reference and not statistics else {}
-    reference = frechet.Statistics.load(to_path(statistics)) if statistics else None
+    kinds = [INCEPTION[name] for name in args.metric if name in ("fid", "sfid")]
+    references, known = {}, {}
+    if args.reference and args.reference.endswith(".npz"):
+        references = {kind: frechet.Statistics.load(to_path(args.reference)) for kind in kinds}
+    elif args.reference:
+        known, _, theirs = _features(network, args.reference, size)
+        about = card | {"source": args.reference, "sha256": theirs}
+        references = {kind: frechet.statistics([known[kind]], about | {"features": kind}) for kind in kinds}
+        card |= {"reference_sha256": theirs}
     if args.save_reference:
-        kind = next(INCEPTION[name] for name in args.metric if name in ("fid", "sfid"))
-        reference = reference or frechet.statistics([known[kind]], card | {"features": kind, "source": args.reference})
-        reference.save(to_path(args.save_reference))
+        references[kinds[0]].save(to_path(args.save_reference))
     asked = [name for name in args.metric if name in INCEPTION]
-    return by_inception(asked, drawn, known, card | {"source": args.pictures}, reference)
+    return by_inception(asked, drawn, known, card | {"source": args.pictures, "sha256": digest}, references)
 
 
 def _by_clip(args: argparse.Namespace) -> list[Any]:
@@ -96,46 +151,56 @@ def _by_clip(args: argparse.Namespace) -> list[Any]:
 
     network = features.clip(args.clip)
     captions: list[str] = []
-    drawn, size = _features(network.pictures, args.pictures, args.size, captions)
-    card, drawn = network.pictures.card | {"crop": "center", "resize": f"area, {size}"}, drawn["image"]
+    found, size, digest = _features(network.pictures, args.pictures, args.size, captions)
+    card = network.pictures.card | {"crop": "center", "resize": f"area, {size}", "sha256": digest}
+    drawn = found["image"]
     asked = [name for name in args.metric if METRICS[name] == "image"]
     texts = None
     if set(asked) - {"cmmd"}:
-        if "" in captions:
-            raise UserError(f"{captions.count('')} of {len(captions)} pictures in {args.pictures} have no caption: "
-                            "expected it inside each PNG file, or beside each picture in a .txt")  # fmt: skip
+        _check_captions(captions, args.pictures)
         texts = network.captions(captions)
-    found = []
+    results = []
     for name in asked:
         if name == "cmmd":
-            known, _ = _features(network.pictures, args.reference, size)
-            found.append(frechet.cmmd(drawn, known["image"]).noting(**card))
+            known, _, theirs = _features(network.pictures, args.reference, size)
+            results.append(frechet.cmmd(drawn, known["image"]).noting(**card, reference_sha256=theirs))
         else:
             measure = clip_score if name == "clip_score" else r_precision
-            found.append(measure(drawn, texts).noting(**card))
-    return found
+            results.append(measure(drawn, texts).noting(**card))
+    return results
+
+
+def _check_captions(captions: list[str], place: str) -> None:
+    if not captions:
+        raise UserError(f"no pictures in {place}: expected files that end in {', '.join(KINDS)}, or tars of them")
+    if "" in captions:
+        raise UserError(f"{captions.count('')} of {len(captions)} pictures in {place} have no caption: expected it "
+                        "inside each PNG file, or beside each picture in a .txt")  # fmt: skip
 
 
 def _features(
     network: Any, place: str, size: int | None, captions: list[str] | None = None
-) -> tuple[dict[str, np.ndarray], int]:
-    """Computes the features of all pictures of a place, and the side that they were cut to; notes their captions."""
+) -> tuple[dict[str, np.ndarray], int, str]:
+    """Computes the features of all pictures of a place, the side that they were cut to, and the SHA-256 of their
+    pixels; notes their captions."""
     pictures = read_pictures(place, size)
     first = next(pictures, None)
     if first is None:
         raise UserError(f"no pictures in {place}: expected files that end in {', '.join(KINDS)}, or tars of them")
-    count = itertools.count(1)
+    count, digest = itertools.count(1), hashlib.sha256()
 
     def batches() -> Iterator[np.ndarray]:
         for group in _batched(itertools.chain([first], pictures)):
             if captions is not None:
                 captions.extend(picture.caption for picture in group)
-            yield np.stack([picture.image for picture in group])
+            images = np.stack([picture.image for picture in group])
+            digest.update(images.tobytes())
+            yield images
             print(f"\r{place}: {next(count) * BATCH} pictures", end="", file=sys.stderr, flush=True)
 
     found = network(batches())
     print(f"\r{place}: {len(next(iter(found.values())))} pictures   ", file=sys.stderr)
-    return found, len(first.image)
+    return found, len(first.image), digest.hexdigest()
 
 
 def _batched(pictures: Iterator[Picture]) -> Iterator[list[Picture]]:

@@ -74,7 +74,7 @@ class HeldOut:
         self._count = len(next(iter(examples.values())))
         self._rows = min(self._count, config.train.batch_size // config.optim.accumulate)
         self._programs = programs(stage, mesh)
-        self._inception, self._reference = _inception(config.train)
+        self._inception, self._references = _inception(config.train)
 
     def measure(self, step: int, params: Params, frozen: Params, raw: Params | None = None) -> dict[str, float]:
         """Evaluates the averaged `params`, records the numbers in WORKDIR/evaluation.jsonl and saves a grid of pictures
@@ -135,7 +135,7 @@ class HeldOut:
         names = [name for name in self._train.measure if name in INCEPTION]
         if self._inception:
             kinds = {name: self._features(examples[name]) for name in ("drawn", "true")}
-            yield from by_inception(names, kinds["drawn"], kinds["true"], self._inception.card, self._reference)
+            yield from by_inception(names, kinds["drawn"], kinds["true"], self._inception.card, self._references)
 
     def _features(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Computes Inception's features, each process those of its share of the pictures."""
@@ -173,15 +173,16 @@ class HeldOut:
                 write_bytes(folder / "samples" / f"step_{step:08d}{end}.png", pictures.png(grid), alone=True)
 
 
-def _inception(train: ConfigDict) -> tuple[Any, Any]:
-    """Loads the network that `train.measure` needs, and reference statistics if they are named."""
+def _inception(train: ConfigDict) -> tuple[Any, dict[str, Any]]:
+    """Loads the network that `train.measure` needs and, by kind of features, reference statistics if they are named."""
     kinds = tuple(sorted({INCEPTION[name] for name in train.measure if name in INCEPTION}))
     if not kinds:
-        return None, None
+        return None, {}
     from unclip_jax.evaluation import features, frechet
 
-    reference = frechet.Statistics.load(train.reference) if train.reference else None
-    return features.inception(train.inception, kinds), reference
+    named = {INCEPTION[name] for name in ("fid", "sfid") if train.reference and name in train.measure}
+    references = {kind: frechet.Statistics.load(train.reference) for kind in named}
+    return features.inception(train.inception, kinds), references
 
 
 def _fetched(tree: Any) -> Any:

@@ -45,11 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--again", help="a picture that this command drew: draws it again, by what is stored in it")
     parser.add_argument("-n", "--n", type=int, default=4, help="pictures per prompt")
     parser.add_argument("--rerank", type=int, default=0, help="draw so many a prompt, keep the n that CLIP likes best")
-    parser.add_argument("--seed", type=cli.seed, default=0)
-    parser.add_argument("--guidance", type=cli.finite, help="of the decoder; 1: none; default: the trained config's")
-    parser.add_argument("--prior-guidance", type=cli.finite, help="of the prior; likewise")
-    parser.add_argument("--clip-guidance", type=cli.finite, default=0.0, help="of the decoder, by noised_clip/")
-    parser.add_argument("--fsdp", type=int, default=1, help="devices that share a model, where it does not fit one")
+    add_drawing_flags(parser)
     parser.add_argument("--out", default="samples", help="folder to write to")
     args = parser.parse_args(argv[1:])
     if sum(map(bool, (args.prompt, args.prompts, args.again))) != 1:
@@ -67,16 +63,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of how pictures are drawn."""
+    parser.add_argument("--seed", type=cli.seed, default=0)
+    parser.add_argument("--guidance", type=cli.finite, help="of the decoder; 1: none; default: the trained config's")
+    parser.add_argument("--prior-guidance", type=cli.finite, help="of the prior; likewise")
+    parser.add_argument("--clip-guidance", type=cli.finite, default=0.0, help="of the decoder, by noised_clip/")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that share a model, where it does not fit one")
+
+
 def main(argv: list[str]) -> int:
     args = parse(argv)
     out = output_folder(args.out)
     if args.again:
         return _again(args, out)
     if args.prompts:
-        return _bulk(args, out)
+        from unclip_jax.drawing import read_prompts
+
+        draw_prompts(args, read_prompts(args.prompts), out)
+        return 0
 
     began = time.monotonic()
-    cascade, compiles = _load(args.bundle, args)
+    cascade, compiles = _load(args.bundle, args.fsdp, args.fsdp)
     from unclip_jax.model import chunk_rows
 
     cascade.check_prompts(args.prompt)
@@ -107,8 +115,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _load(bundle: str, args: argparse.Namespace) -> "tuple[Cascade, cli.CompileCount]":
-    """Loads a cascade: for a file of captions on all devices of this process, else on as few as --fsdp says."""
+def _load(bundle: str, fsdp: int, count: int) -> "tuple[Cascade, cli.CompileCount]":
+    """Loads a cascade onto so many devices of this process, of which --fsdp share a model."""
     cli.enable_compilation_cache()
     compiles = cli.CompileCount()
     import jax
@@ -116,28 +124,31 @@ def _load(bundle: str, args: argparse.Namespace) -> "tuple[Cascade, cli.CompileC
     from unclip_jax.cascade import Cascade
 
     devices = jax.local_devices()
-    if len(devices) % args.fsdp:
-        raise UserError(f"--fsdp {args.fsdp}: expected a divisor of {len(devices)}, the devices of this process")
-    return Cascade.load(bundle, devices if args.prompts else devices[: args.fsdp], args.fsdp), compiles
+    if len(devices) % fsdp:
+        raise UserError(f"--fsdp {fsdp}: expected a divisor of {len(devices)}, the devices of this process")
+    return Cascade.load(bundle, devices[:count], fsdp), compiles
 
 
-def _bulk(args: argparse.Namespace, out: Path) -> int:
-    """Draws the captions of a file."""
-    from unclip_jax.drawing import draw_file, read_prompts
+def draw_prompts(args: argparse.Namespace, prompts: list[str], out: Path, upsample: bool = True) -> None:
+    """Draws `args.n` pictures of each prompt into a folder, those that it lacks, by the flags of `add_drawing_flags`.
+
+    upsample: False draws the decoder's pictures.
+    """
+    from unclip_jax.drawing import draw_file
     from unclip_jax.training import preflight
 
-    prompts = read_prompts(args.prompts)
     preflight.join("", -1, -1, wait=300)
     import jax
 
     began = time.monotonic()
-    cascade, compiles = _load(args.bundle, args)
+    cascade, compiles = _load(args.bundle, args.fsdp, jax.local_device_count())
+    if not upsample:
+        cascade.upsamplers.clear()
     cascade.check_prompts(prompts)
     scales = [getattr(args, name) for name in SCALES]
     who = jax.process_index(), jax.process_count()
     count = draw_file(cascade, prompts, out, args.n, args.seed, scales, _settings(cascade, args), args.format, *who)
     print(f"{count} pictures in {time.monotonic() - began:.1f} s, {compiles}: {out}", file=sys.stderr)
-    return 0
 
 
 def _again(args: argparse.Namespace, out: Path) -> int:
@@ -156,7 +167,7 @@ def _again(args: argparse.Namespace, out: Path) -> int:
     except (OSError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{args.again} is not a picture of this command, or of an older version: it does not hold what "
                         f"drew it ({error})") from error  # fmt: skip
-    cascade, _ = _load(bundle, args)
+    cascade, _ = _load(bundle, args.fsdp, args.fsdp)
     if cascade.identities() != models:
         changed = sorted(name for name in models if cascade.identities().get(name) != models[name])
         raise UserError(f"{bundle} holds another {', '.join(changed) or 'set of models'} than drew {args.again}: name "
@@ -177,8 +188,10 @@ def _settings(cascade: "Cascade", args: argparse.Namespace) -> dict:
     for name, model in (("guidance", cascade.decoder), ("prior_guidance", cascade.prior)):
         if settings[name] is None and model and model.stage.guided:
             settings[name] = model.stage.config.sampling.guidance_scale
+    models = {"prior": cascade.prior, "decoder": cascade.decoder} | dict(enumerate(cascade.upsamplers))
+    sampling = {str(name): model.stage.config.sampling.to_dict() for name, model in models.items() if model}
     where = {"bundle": str(args.bundle), "models": cascade.identities(), "version": __version__}
-    return {"n": args.n, "rerank": args.rerank} | settings | where
+    return {"n": args.n, "rerank": args.rerank, "sampling": sampling} | settings | where
 
 
 def _best(cascade: "Cascade", images: np.ndarray, args: argparse.Namespace) -> np.ndarray:

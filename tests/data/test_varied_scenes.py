@@ -191,3 +191,12 @@ def test_records_are_the_scenes_and_two_builds_are_equal(few, tmp_path):
         assert Scene(**{name: record[name].decode() for name in FACTORS}) == scene
         assert record["named"].decode() == ",".join(named) and record["caption"].decode() == text
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(record["image"]))), render(scene, 64))
+
+
+def test_captions_are_read_back():
+    rows = [*itertools.islice(varied_scenes.scenes("train"), 3000), *varied_scenes.scenes("test")]
+    for scene, named, text in rows:
+        found, names = varied_scenes.read_caption(text)
+        assert names == named and all(getattr(found, name) == getattr(scene, name) for name in ("object", *named)), text
+    for text in ("", "a fox", "a small", "a red background", "a small red apple in a hurry"):
+        assert varied_scenes.read_caption(text) is None or text == "a fox"

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -169,6 +169,48 @@ def caption(scene: Scene, named: tuple[str, ...], wording: int = 0) -> str:
     if form == 3 and word:
         return f"{word}, and {text}{on_ground}"
     return ("a picture of " if form == 1 else "") + text + on_ground + (f", with {word}" if word else "")
+
+
+def read_caption(text: str) -> tuple[Scene, tuple[str, ...]] | None:
+    """Finds a scene that a caption describes, and the factors that it names besides the object; None for another text.
+
+    A factor that is not named has its first value in the scene.
+    """
+    rest, found = text, {}
+    for phrases in _phrases():
+        match = re.search(phrases, rest)
+        if match:
+            found |= {name: value for name, value in match.groupdict().items() if value}
+            rest = rest[: match.start()] + rest[match.end() :]
+    for factor, words in (("rotation", _TURNED), ("place", _WHERE)):
+        if factor in found:
+            found[factor] = next(value for value, forms in words.items() if found[factor] in forms)
+    names = {noun(name): name for name in objects()}
+    if found.get("object") not in names:
+        return None
+    found["object"] = names[found["object"]]
+    named = tuple(factor for factor in factors() if factor in found and factor != "object")
+    scene = Scene(**({factor: values[0] for factor, values in factors().items()} | found))
+    return (scene, named) if text in {caption(scene, named, wording) for wording in range(8 * _FORMS)} else None
+
+
+@functools.cache
+def _phrases() -> list[str]:
+    """Regular expressions of the parts of a caption, in the order in which they are taken out of it."""
+
+    def any_of(values: Iterable[str]) -> str:
+        return "|".join(sorted(map(re.escape, values), key=len, reverse=True))
+
+    values = factors()
+    nouns = map(noun, values["object"])
+    colour = any_of(values["colour"])
+    return [
+        f'the word "(?P<word>{any_of(WORDS)})"',
+        f"an? (?:(?P<pattern>{any_of(PATTERNS)}) )?(?:(?P<colour>{colour}) )?background",
+        f"(?P<rotation>{any_of(form for forms in _TURNED.values() for form in forms)})",
+        f"(?P<place>{any_of(form for forms in _WHERE.values() for form in forms)})",
+        f"an? (?:(?P<size>{any_of(SIDES)}) )?(?:(?P<tint>{colour}) )?(?P<object>{any_of(nouns)})",
+    ]
 
 
 def box(size: str, place: str) -> tuple[int, int, int, int]:

@@ -1,5 +1,6 @@
 """Metrics of pictures by their Inception features, by name."""
 
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,19 +20,19 @@ def by_inception(
     drawn: Mapping[str, np.ndarray],
     true: Mapping[str, np.ndarray],
     card: dict[str, Any],
-    reference: frechet.Statistics | None = None,
+    references: Mapping[str, frechet.Statistics] = types.MappingProxyType({}),
 ) -> list[Result]:
     """Computes the metrics `names`, keys of `INCEPTION`, of drawn pictures.
 
     drawn, true: features (N, d) by kind, "pool", "spatial" or "logits". card: of the features and the pictures.
-    reference: statistics for fid and sfid, instead of those of `true`.
+    references: statistics by kind for fid and sfid, instead of those of `true`.
     """
     found = []
     for name in names:
         kind = INCEPTION[name]
         about = card | {"features": kind}
         if name in ("fid", "sfid"):
-            known = reference or frechet.statistics([true[kind]], about)
+            known = references.get(kind) or frechet.statistics([true[kind]], about)
             found.append(frechet.fid(frechet.grouped_statistics([drawn[kind]], frechet.GROUPS, about), known))
         elif name == "kid":
             found.append(frechet.kid(drawn[kind], true[kind]).noting(**about))
