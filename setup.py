@@ -20,6 +20,7 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=[*find_packages(include=["unclip_jax", "unclip_jax.*"]), "unclip_jax.configs"],
+    package_data={"unclip_jax.evaluation": ["study_page.html"]},
     package_dir={"unclip_jax.configs": "configs"},  # so that --config=configs/… is found without a checkout
     entry_points={"console_scripts": ["unclip = unclip_jax.__main__:main"]},
     python_requires=">=3.11",
@@ -50,8 +51,10 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2", *gcs],
         "pretrained": pretrained,
         "test": test,
+        "browser": [*test, "playwright>=1.40"],  # and Chromium, from anywhere
         "parity": [
             *["torch>=2.6", "diffusers>=0.35,<0.43", "transformers>=5.0", "torch-fidelity>=0.4", "prdc>=0.2"],
+            "choix>=0.4",
             *test,
         ],
     },

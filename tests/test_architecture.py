@@ -19,7 +19,7 @@ PACKAGE = ROOT / "unclip_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower numbers may not import higher ones; equals may. A package's command is an entry, above the package's own layer.
-ENTRIES = ("__main__", "train", "sample", "edit", "evaluate", "plan", "quickstart", "doctor")
+ENTRIES = ("__main__", "train", "sample", "edit", "evaluate", "study", "plan", "quickstart", "doctor")
 ENTRIES += ("data.__main__", "pretrained.__main__")
 LAYERS = {"__init__": 0, "arrays": 0, "config": 0, "errors": 0, "keys": 0, "paths": 0}
 LAYERS |= {"diffusion": 1, "models": 1, "data": 1, "training": 1, "cli": 1, "pictures": 1, "config_checks": 1}

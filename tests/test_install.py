@@ -85,7 +85,8 @@ def installed(tmp_path_factory):
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_the_configs(installed):
     names = set(zipfile.ZipFile(installed[0]).namelist())
-    for path in [*(ROOT / "unclip_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")]:
+    package = (path for kind in ("py", "html") for path in (ROOT / "unclip_jax").rglob(f"*.{kind}"))
+    for path in [*package, *(ROOT / "configs").glob("*.py")]:
         name = str(path.relative_to(ROOT))
         assert (f"unclip_jax/{name}" if name.startswith("configs") else name) in names
 

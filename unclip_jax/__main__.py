@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unclip_jax import __version__
 
-COMMANDS = ("quickstart", "train", "sample", "edit", "evaluate", "plan", "doctor", "data", "pretrained")
+COMMANDS = ("quickstart", "train", "sample", "edit", "evaluate", "study", "plan", "doctor", "data", "pretrained")
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ class Result(NamedTuple):
         return f"{self.name} {self.value:.4g} [{self.low:.4g}, {self.high:.4g}], n = {self.n:,}"
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Wilson's interval of a share, `hits` of n independent rows: within [0, 1], and not empty for 0 hits or n."""
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share, `hits` (or halves) of n independent rows: in [0, 1], not empty for 0 hits or n."""
     share, spread = hits / n, Z**2 / n
     middle = (share + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * np.sqrt(share * (1 - share) / n + spread / (4 * n))
