@@ -15,7 +15,7 @@ from documents import ROOT, anchors, blocks, commands, links, shell, spans
 from shrink import CONFIGS, compilation_cache, leaves, save_cascade
 
 from unclip_jax import __main__ as unclip
-from unclip_jax import cli, edit, plan, train
+from unclip_jax import cli, edit, filter_pictures, plan, train
 from unclip_jax.config_checks import check_config
 from unclip_jax.errors import UserError
 from unclip_jax.planning.chips import parse_topology
@@ -167,9 +167,11 @@ def options():
     """Every option of every command, as its --help has it."""
     found = set()
     for name, module in zip(unclip.COMMANDS, ENTRIES, strict=True):
-        with contextlib.redirect_stdout(io.StringIO()) as words, contextlib.suppress(SystemExit):
-            module.parse([name, *(["embed"] if name == "data" else []), "--help"])
-        found |= set(re.findall(r"--(?:\[no\])?([\w-]+)", words.getvalue()))
+        actions = [["embed"], *(["filter", action] for action in filter_pictures.ACTIONS)] if name == "data" else [[]]
+        for action in actions:
+            with contextlib.redirect_stdout(io.StringIO()) as words, contextlib.suppress(SystemExit):
+                module.parse([name, *action, "--help"])
+            found |= set(re.findall(r"--(?:\[no\])?([\w-]+)", words.getvalue()))
     return {f"--{name}" for name in found}
 
 

@@ -19,8 +19,9 @@ def test_decisions_are_scikit_learns(monkeypatch):
     monkeypatch.setattr(filtering, "CHUNK", 7)
     positives, negatives = clouds(60, 0)
     negatives = negatives[:40]
-    svm = SVC(kernel="rbf", gamma="scale", class_weight="balanced")
-    svm.fit(np.concatenate([positives, negatives]).astype(np.float64), [1] * 60 + [0] * 40)
+    rows = np.concatenate([positives, negatives]).astype(np.float64)
+    gamma = 1 / np.mean([np.sum((row - rows.mean(axis=0)) ** 2) for row in rows])
+    svm = SVC(kernel="rbf", gamma=gamma, class_weight="balanced").fit(rows, [1] * 60 + [0] * 40)
     found = filtering.fit(positives, negatives, CARD)
     new = np.concatenate(clouds(50, 1))
     np.testing.assert_allclose(found.scores(new, CARD), svm.decision_function(new), atol=1e-10)
@@ -35,6 +36,11 @@ def test_bias_misses_fewer_than_the_rate(n, rate, missed):
     scores = found.scores(held_out, CARD)
     assert np.sum(scores < 0) == missed < rate * n
     assert scores[scores >= 0].min() == pytest.approx(0, abs=1e-5)  # no larger a bias than that needs
+
+
+def test_bias_stays_where_nothing_is_missed():
+    found = filtering.fit(*clouds(60, 0, apart=6.0), CARD)
+    assert found.biased(clouds(40, 2, apart=6.0)[0], 0.01) == found
 
 
 def test_bound_holds_for_pictures_that_chose_the_bias():

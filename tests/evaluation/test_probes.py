@@ -90,7 +90,7 @@ def test_probe_is_stored_and_read(tmp_path):
 
 def test_what_cannot_be_fitted_is_refused():
     x, y, preferred = comparisons(300)
-    probe, _ = probes.fit_preference(x, y, preferred, CARD)
+    probe, _ = probes.fit_rating(x, x @ TASTE, CARD)
     for does, says in (
         (lambda: probe(x, {"weights": "xyz"}), "features of CLIP xyz, the probe is of abc"),
         (lambda: probe(x[:, :2], CARD), r"expected \(n, 6\)"),

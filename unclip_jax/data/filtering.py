@@ -6,7 +6,7 @@ on a CLIP's embeddings, so biased that it misses fewer than 1 % of what it is to
 scikit-learn trains it; it is stored without pickle, and decides in NumPy. The bias is set by pictures that were not
 trained on: with m of n missed at it, a one-sided bound of 95 % on the rate of misses is Clopper–Pearson's, such as
 0.29 % for 0 of 1,024, and about 3 / n for 0 of n. It holds for pictures like those n, and although they chose the bias:
-the share of new pictures below the (m + 1)-th lowest score has just that bound's distribution, Beta(m + 1, n - m).
+the share of new pictures below the (m + 1)-th lowest score is distributed as the bound has it, Beta(m + 1, n - m).
 """
 
 from pathlib import Path
@@ -57,13 +57,13 @@ class Filter(NamedTuple):
             raise UserError(f"features of CLIP {card.get('weights')}, the filter is of {self.card['weights']}: use its")
 
     def biased(self, held_out: np.ndarray, rate: float) -> "Filter":
-        """Shifts the scores so that, of embeddings held out (n, d) of what is to be found, the share that is missed is
-        below `rate`, and as many are missed as that allows."""
+        """Raises the scores, as far as it takes, until of embeddings held out (n, d) of what is to be found the share
+        that is missed is below `rate`."""
         if not len(held_out) or not 0 < rate <= 1:
             raise UserError(f"{len(held_out)} pictures held out, rate {rate}: expected some, and a rate from 0 to 1")
         missed = int(np.ceil(rate * len(held_out))) - 1
         lowest = np.sort(self.scores(held_out, self.card))[missed]
-        return self._replace(bias=float(self.bias - lowest + MARGIN))
+        return self._replace(bias=self.bias + max(0.0, float(MARGIN - lowest)))
 
     def save(self, path: str | Path) -> None:
         """Writes an .npz of vectors, weights, bias, gamma and card, on a disk or gs://..."""
@@ -80,7 +80,8 @@ def fit(positives: np.ndarray, negatives: np.ndarray, card: dict[str, Any]) -> F
     """Trains a filter that finds pictures like the positives, by embeddings (n, d) and (m, d), each the mean over a
     picture's crops.
 
-    γ = 1 / (d Var), C = 1, and both sides weigh the same: scikit-learn's "scale" and "balanced". card: of the features.
+    1 / γ is the embeddings' mean squared distance from their mean, which is small for a CLIP's; C = 1, and both sides
+    weigh the same. card: of the features.
     Raises UserError where one side is empty, or all embeddings are the same.
     """
     from sklearn.svm import SVC
@@ -88,12 +89,12 @@ def fit(positives: np.ndarray, negatives: np.ndarray, card: dict[str, Any]) -> F
     if not len(positives) or not len(negatives):
         raise UserError(f"{len(positives)} positives and {len(negatives)} negatives: expected pictures of both")
     rows = np.concatenate([positives, negatives]).astype(np.float64)
-    if not np.isfinite(rows).all() or not rows.var():
+    variance = float(rows.var(axis=0).sum())
+    if not variance > 0:
         raise UserError("embeddings are all the same, or not finite: is this CLIP trained?")
-    gamma = float(1 / (rows.shape[1] * rows.var()))
     labels = np.arange(len(rows)) < len(positives)
-    svm = SVC(kernel="rbf", gamma=gamma, class_weight="balanced").fit(rows, labels)
-    return Filter(svm.support_vectors_, svm.dual_coef_[0], float(svm.intercept_[0]), gamma, dict(card))
+    svm = SVC(kernel="rbf", gamma=1 / variance, class_weight="balanced").fit(rows, labels)
+    return Filter(svm.support_vectors_, svm.dual_coef_[0], float(svm.intercept_[0]), 1 / variance, dict(card))
 
 
 def nearest_to_boundary(scores: np.ndarray, count: int) -> np.ndarray:
