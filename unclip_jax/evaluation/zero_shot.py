@@ -142,7 +142,7 @@ def _check_templates(templates: Sequence[str]) -> None:
 
 
 def _ranks(similarities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many other classes are at least as similar to each picture as its own: (n,)."""
+    """Counts the other classes that are at least as similar to each picture as its own: (n,)."""
     labels = np.asarray(labels)
     n, classes = similarities.shape
     if not n or labels.shape != (n,) or labels.min() < 0 or labels.max() >= classes:
