@@ -12,13 +12,23 @@ import shutil
 import pytest
 import yaml
 from documents import ROOT, anchors, blocks, commands, links, shell, spans
-from shrink import CONFIGS, compilation_cache, leaves, save_cascade
+from shrink import (
+    CONFIGS,
+    compilation_cache,
+    leaves,
+    random_params,
+    save_cascade,
+    small_config,
+    tokenizer_bytes,
+)
 
 from unclip_jax import __main__ as unclip
-from unclip_jax import cli, edit, plan, train
+from unclip_jax import cli, edit, filter_pictures, plan, train
+from unclip_jax.bundle import save_bundle
 from unclip_jax.config_checks import check_config
 from unclip_jax.errors import UserError
 from unclip_jax.planning.chips import parse_topology
+from unclip_jax.stages import make_stage
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -167,9 +177,11 @@ def options():
     """Every option of every command, as its --help has it."""
     found = set()
     for name, module in zip(unclip.COMMANDS, ENTRIES, strict=True):
-        with contextlib.redirect_stdout(io.StringIO()) as words, contextlib.suppress(SystemExit):
-            module.parse([name, *(["embed"] if name == "data" else []), "--help"])
-        found |= set(re.findall(r"--(?:\[no\])?([\w-]+)", words.getvalue()))
+        actions = [["embed"], *(["filter", action] for action in filter_pictures.ACTIONS)] if name == "data" else [[]]
+        for action in actions:
+            with contextlib.redirect_stdout(io.StringIO()) as words, contextlib.suppress(SystemExit):
+                module.parse([name, *action, "--help"])
+            found |= set(re.findall(r"--(?:\[no\])?([\w-]+)", words.getvalue()))
     return {f"--{name}" for name in found}
 
 
@@ -274,6 +286,17 @@ def test_python_runs(page, bundle, tmp_path, monkeypatch):
     with compilation_cache():
         exec(compile(found[0], page, "exec"), {})
     assert page != "README.md" or (tmp_path / "variation.png").is_file()
+
+
+def test_python_on_clips_features_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = small_config("clip")
+    save_bundle(tmp_path / "clip", "clip", config, random_params(make_stage(config)), tokenizer_bytes(), "", {})
+    found = [block.text for block in blocks(TEXTS["docs/evaluation.md"]) if "zero_shot" in block.text]
+    assert len(found) == 1
+    with compilation_cache():
+        exec(compile(found[0], "docs/evaluation.md", "exec"), {})
+    assert capsys.readouterr().out.count(", n = ") == 6
 
 
 def test_colab_cells_are_python():

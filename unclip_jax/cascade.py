@@ -9,6 +9,7 @@ import numpy as np
 from unclip_jax.chain import Chain, Drawn, unit
 from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
+from unclip_jax.evaluation.zero_shot import class_embeddings
 from unclip_jax.keys import RowKeys, seed_key
 from unclip_jax.pictures import to_float, to_uint8
 
@@ -196,16 +197,7 @@ class Cascade(Chain):
         templates: captions with {} for the label, such as "a photo of a {}."; the embeddings of a label's captions are
         averaged (arXiv 2103.00020, section 3.1.4). Raises UserError for labels that the CLIP cannot tell apart.
         """
-        for template in templates:
-            if "{}" not in template:
-                raise UserError(f"template {template!r}: expected {{}} in it, where the label goes")
-        captions = [template.replace("{}", label) for template in templates for label in labels]
-        z_t = unit(self.text_embeddings(captions)).reshape(len(templates), len(labels), -1)
-        z_t = unit(z_t.mean(axis=0))
-        alike = np.argwhere(np.triu(z_t @ z_t.T, 1) > 1 - 1e-6)
-        if len(alike):
-            raise UserError(f"labels {labels[alike[0][0]]!r} and {labels[alike[0][1]]!r} are the same to this CLIP, "
-                            "which may have cut them: give others")  # fmt: skip
+        z_t = class_embeddings(self.text_embeddings, labels, templates)
         similarity = (unit(self.image_embeddings([picture])) @ z_t.T)[0]
         logits = np.exp(self.clip.params["logit_scale"]) * similarity
         weights = np.exp(logits - logits.max())

@@ -1,26 +1,33 @@
-"""Makes CLIP's embeddings of a whole dataset once, so that no step of training needs to run it.
+"""Prepares data: embeds a whole dataset with CLIP once, so that no training needs to; filters pictures.
 
     python -m unclip_jax.data embed --config=configs/prior_diffusion.py:tiny --config.clip.bundle=runs/clip/bundle \\
         --out=embeddings
+    python -m unclip_jax.data filter apply --filter people.npz --clip runs/clip/bundle --pictures mine --out kept.txt
 
-embeds every picture and every caption of the training and the held-out split. Priors and decoders are then trained with
---config.data.embeddings=embeddings, and have the same loss as with CLIP in the step. After a stop the same command goes
-on: files that are finished are not made again. Where several processes run, each makes files of its own.
+embed embeds every picture and every caption of the training and the held-out split. Priors and decoders are then
+trained with --config.data.embeddings=embeddings, and have the same loss as with CLIP in the step. After a stop the same
+command goes on: files that are finished are not made again. Where several processes run, each makes files of its own.
+
+filter trains, checks and applies a filter of pictures such as GLIDE's: `data filter --help`.
 """
+
+import argparse
 
 import jax
 
-from unclip_jax import cli
+from unclip_jax import cli, filter_pictures
 from unclip_jax.data.embeddings import COMMAND
 from unclip_jax.embed import embed_dataset
 from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder
 
 
-def parse(argv: list[str]) -> "cli.FlagValues":
-    """Reads the command line: `out` and `config`. Raises UserError for what is wrong with it."""
+def parse(argv: list[str]) -> "cli.FlagValues | argparse.Namespace":
+    """Reads the command line, of embed: `out` and `config`. Raises UserError for what is wrong with it."""
+    if argv[1:2] == ["filter"]:
+        return filter_pictures.parse(argv[1:])
     if argv[1:2] != ["embed"]:
-        raise UserError(f"expected {COMMAND} --config=configs/prior_diffusion.py:tiny --out=DIR")
+        raise UserError(f"expected {COMMAND} --config=configs/prior_diffusion.py:tiny --out=DIR, or filter")
     flags = cli.parse([argv[0], *argv[2:]], {"out": (str, None, "folder to write to")})
     if not flags.out:
         raise UserError(f"--out is {flags.out!r}: expected a folder, such as --out=embeddings")
@@ -28,6 +35,8 @@ def parse(argv: list[str]) -> "cli.FlagValues":
 
 
 def main(argv: list[str]) -> int:
+    if argv[1:2] == ["filter"]:
+        return filter_pictures.main(argv[1:])
     flags = parse(argv)
     cli.enable_compilation_cache()
     embed_dataset(flags.config, output_folder(flags.out), jax.process_index(), jax.process_count())

@@ -114,6 +114,14 @@ def clip(folder: str | Path, rows: int = ROWS, devices: list[jax.Device] | None 
     return Clip(Features(run_images, card, squares), captions)
 
 
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Brings rows (n, d) to unit norm. Raises UserError for rows that have no direction: of zeros, or not finite."""
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    if wrong := int(np.sum(~(np.isfinite(norms) & (norms > 0)))):
+        raise UserError(f"{wrong} of {len(rows)} embeddings are zero or not finite: what made them?")
+    return rows / norms
+
+
 def _checked(batch: np.ndarray) -> np.ndarray:
     if getattr(batch, "dtype", None) != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
         found = f"{batch.dtype} {batch.shape}" if isinstance(batch, np.ndarray) else type(batch).__name__

@@ -9,20 +9,17 @@ Less is nearer. FID falls with the number of pictures: compare it at one n alone
 
 import dataclasses
 import functools
-import io
-import json
 import operator
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from unclip_jax import npz
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation.devices import rebatched
 from unclip_jax.evaluation.intervals import Result, around, jackknife
-from unclip_jax.paths import to_path, write_bytes
 
 GROUPS = 10  # of pictures, left out one after the other: what an interval is made of
 CHUNK = 512  # rows of a group that go into its moments at once
@@ -72,22 +69,14 @@ class Statistics:
         """
         if missing := [key for key in STORED if key not in self.card]:
             raise UserError(f"the card of the statistics does not say {', '.join(missing)}: add them")
-        file, card = io.BytesIO(), json.dumps(self.card)
-        np.savez(file, n=self.n, mean=self.mean, covariance=self.covariance, card=card)
-        write_bytes(to_path(path), file.getvalue())
+        npz.save(path, self.card, n=self.n, mean=self.mean, covariance=self.covariance)
 
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
         """Reads what `save` wrote. Raises UserError for anything else."""
-        path = to_path(path)
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-                n, card = int(file["n"]), json.loads(str(file["card"]))
-                return cls(n, file["mean"], file["covariance"] * (n - 1), card)
-        except FileNotFoundError as error:
-            raise UserError(f"no statistics at {path}: there is no such file") from error
-        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} holds no statistics: expected an .npz of n, mean, covariance and card") from error
+        arrays, card = npz.load(path, "statistics", ("n", "mean", "covariance"))
+        n = int(arrays["n"])
+        return cls(n, arrays["mean"], arrays["covariance"] * (n - 1), card)
 
 
 def grouped_statistics(batches: Iterable[np.ndarray], groups: int, card: dict[str, Any]) -> list[Statistics]:

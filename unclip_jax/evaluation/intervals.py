@@ -36,6 +36,30 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
+def share(name: str, hits: np.ndarray, over: str, **card: Any) -> Result:
+    """Share of the rows that are hits, bool (n,), with Wilson's interval. over: the rows, in words."""
+    low, high = wilson(int(np.sum(hits)), len(hits))
+    return Result(name, float(np.mean(hits)), low, high, len(hits), card | {"interval": f"Wilson's, over the {over}"})
+
+
+def mean(name: str, values: np.ndarray, over: str, **card: Any) -> Result:
+    """Mean of values (n,), with a bootstrap's interval. over: the rows, in words."""
+    low, high = bootstrap(values)
+    about = card | {"interval": f"bootstrap over the {over}"}
+    return Result(name, float(np.mean(values, dtype=np.float64)), low, high, len(values), about)
+
+
+def at_most(hits: int, n: int) -> float:
+    """Clopper–Pearson's upper bound of a share, `hits` of n independent rows: one-sided, and exact.
+
+    A share above it would give so few hits in fewer than 5 % of all samples. For no hits it is 1 - 0.05^(1 / n), about
+    3 / n.
+    """
+    from scipy.special import betaincinv
+
+    return 1.0 if hits == n else float(betaincinv(hits + 1, n - hits, SHARE))
+
+
 def bootstrap(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """Percentiles of the means of so many samples of n of the values (n,), drawn with replacement."""
     rng = np.random.default_rng(seed)
