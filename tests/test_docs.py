@@ -15,7 +15,7 @@ from documents import ROOT, anchors, blocks, commands, links, shell, spans
 from shrink import CONFIGS, compilation_cache, leaves, save_cascade
 
 from unclip_jax import __main__ as unclip
-from unclip_jax import cli, edit, plan, train
+from unclip_jax import cli, plan, train
 from unclip_jax.config_checks import check_config
 from unclip_jax.errors import UserError
 from unclip_jax.planning.chips import parse_topology
@@ -47,8 +47,6 @@ def check_unclip(name, arguments):
         check_config(parsed.config, parsed.workdir)
     if module is plan and parsed.topology not in ("", "local"):
         parse_topology(parsed.topology)
-    if module is edit:
-        edit._check(parsed, parsed.image, parsed.mask)
 
 
 @functools.cache

@@ -190,8 +190,9 @@ def files(tmp_path, pictures):
 
 
 def run(folder, out, command, *options):
+    few = ["--steps=5"] * ("steps" in edit.COMMANDS.get(command, ()))
     with compilation_cache():
-        return edit.main(["edit", command, "--bundle", str(folder), "--out", str(out), "--steps", "5", *options])
+        return edit.main(["edit", command, "--bundle", str(folder), "--out", str(out), *few, *options])
 
 
 @pytest.mark.parametrize(

@@ -138,11 +138,17 @@ class Glide(Stage):
         self, params: Params, frozen: Params, conditions: Conditions, key: Key
     ) -> Float[Array, "B R R 3"]:
         """Draws pictures in [-1, 1] for captions, guided where there is a scale: the unconditional branch has no
-        caption. An upsampler needs `low_res`."""
+        caption. An upsampler needs `low_res`.
+
+        A model that was trained to inpaint sees the known pixels, unless `config.sampling` has a key "implicit", as by
+        `Model.sampled_by(implicit=True)`: it sees none then, and they are put back after each step (section 4.3).
+        """
         del frozen
         size, tokens, length = self.config.model.image_size, conditions.tokens, conditions.tokens_length
         shape = (len(tokens), size, size, 3)
-        extra = self._extra_channels(conditions, shape)
+        told = self.config.model.inpaint and "implicit" not in self.config.sampling
+        seen = conditions if told else conditions._replace(known=None, known_image=None)
+        extra = self._extra_channels(seen, shape)
         if conditions.guidance_scale is not None:
             tokens, length = jnp.concatenate([tokens, tokens]), jnp.concatenate([length, jnp.zeros_like(length)])
             extra = [jnp.concatenate([channel, channel]) for channel in extra]
@@ -152,7 +158,7 @@ class Glide(Stage):
         def network(x_t: Array, t: Array) -> Array:
             return self.apply(params, conditioning, extra, x_t, t)
 
-        return draw(self.config, network, shape, conditions, key, network_inpaints=self.config.model.inpaint)
+        return draw(self.config, network, shape, conditions, key, network_inpaints=told)
 
     def evaluate(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Scalars, Pictures]:
         """Computes the held-out loss; draws for the captions, each picture above the true one. Where the model
