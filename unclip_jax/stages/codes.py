@@ -43,7 +43,7 @@ def principal_components(
     chunks: Iterable[Float[np.ndarray, "_ dim"]],
 ) -> tuple[Float[np.ndarray, " dim"], Float[np.ndarray, "dim dim"]]:
     """Finds the mean and all principal components of the rows of `chunks`, the largest first, in float64."""
-    count, total, products = 0, np.float64(0), np.float64(0)
+    count, total, products = 0, np.zeros(()), np.zeros(())
     for chunk in chunks:
         z = chunk.astype(np.float64)
         count, total, products = count + len(z), total + z.sum(axis=0), products + z.T @ z
