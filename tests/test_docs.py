@@ -23,7 +23,7 @@ from shrink import (
 )
 
 from unclip_jax import __main__ as unclip
-from unclip_jax import cli, edit, filter_pictures, plan, train
+from unclip_jax import cli, filter_pictures, plan, train
 from unclip_jax.bundle import save_bundle
 from unclip_jax.config_checks import check_config
 from unclip_jax.errors import UserError
@@ -57,8 +57,6 @@ def check_unclip(name, arguments):
         check_config(parsed.config, parsed.workdir)
     if module is plan and parsed.topology not in ("", "local"):
         parse_topology(parsed.topology)
-    if module is edit:
-        edit._check(parsed, parsed.image, parsed.mask)
 
 
 @functools.cache

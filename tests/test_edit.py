@@ -1,5 +1,6 @@
 """Editing with random models: what must hold whatever they draw; and the command."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,17 +10,23 @@ import pytest
 from PIL import Image
 from shrink import compilation_cache, save_cascade, small_config, small_stage, tokenizer_bytes
 
-from unclip_jax import edit, sample
+from unclip_jax import __version__, edit, sample
 from unclip_jax.bundle import save_bundle
 from unclip_jax.cascade import Cascade, ddim_to_and_fro, slerp
+from unclip_jax.data import embeddings
+from unclip_jax.data.embeddings import Provenance
+from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
+from unclip_jax.model import Model
 from unclip_jax.paths import copy_folder, files_below, to_path, write_bytes
 from unclip_jax.pictures import save_gif
+from unclip_jax.stages import codes, make_stage
 from unclip_jax.stages.base import draw
 from unclip_jax.stages.conditions import Conditions
 
 STEPS = 5
+LONG = "a red " * 10  # more tokens than the shrunk CLIP reads
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +139,14 @@ def test_masks_that_cannot_be_meant_are_refused(cascade, pictures, mask, says):
         cascade.inpaint(pictures[0], mask, "a red apple", 1, 0)
 
 
+@pytest.mark.parametrize(("columns", "says"), [(slice(0, 12), "nothing"), (slice(12, 36), "all")])
+def test_what_a_mask_marks_beside_the_square_does_not_count(cascade, pictures, columns, says):
+    mask = np.zeros((24, 48), bool)
+    mask[:, columns] = True
+    with pytest.raises(UserError, match=f"marks {says} of the square in the picture's middle"):
+        cascade.inpaint(np.concatenate([pictures[0], pictures[1]], axis=1), mask, "a red apple", 1, 0)
+
+
 def test_sdedit_starts_from_the_sketch_noised_as_far_as_was_said():
     """A network that takes what it sees for the picture leaves the noise in, so that it can be measured."""
     config = small_config("decoder").unlock()
@@ -190,8 +205,9 @@ def files(tmp_path, pictures):
 
 
 def run(folder, out, command, *options):
+    few = ["--steps=5"] * ("steps" in edit.COMMANDS.get(command, ()))
     with compilation_cache():
-        return edit.main(["edit", command, "--bundle", str(folder), "--out", str(out), "--steps", "5", *options])
+        return edit.main(["edit", command, "--bundle", str(folder), "--out", str(out), *few, *options])
 
 
 @pytest.mark.parametrize(
@@ -221,7 +237,21 @@ def test_command_writes_pictures_and_a_sheet(folder, files, tmp_path, command, o
     assert {path.name for path in out.iterdir()} == written
     with Image.open(out / "sheet.png") as sheet:
         about = json.loads(sheet.text["edit"])
-    assert about["command"] == command and about["seed"] == 0
+    read = {name for name, default in edit.COMMANDS[command].items() if default is not None}
+    assert set(about) == read | {"command", "bundle", "image", "sha256", "models", "version"}
+    assert about["command"] == command and about["seed"] == 0 and about["version"] == __version__
+    assert about["models"] == Cascade.load(str(folder)).identities()
+    named = [*about["image"], *about.get("mask", [])]
+    assert about["sha256"] == {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in named}
+    with Image.open(out / f"{command}_one_0_0.png") as picture:
+        assert json.loads(picture.text["edit"]) == about | {"index": 0}
+    stored = {name: about[name] for name in ("bundle", "image", *read) if about[name] is not False}
+    given = [(name, value) for name, values in stored.items() for value in np.atleast_1d(values).tolist()]
+    again = [edit._flag(name) if value is True else f"{edit._flag(name)}={value}" for name, value in given]
+    with compilation_cache():
+        assert edit.main(["edit", command, *again, f"--out={tmp_path / 'again'}"]) == 0
+    for name in written:
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
 @pytest.mark.parametrize("drop_caption", [0.0, 0.2])
@@ -243,6 +273,87 @@ def test_glide_follows_sketches_and_is_guided_only_where_it_was_trained_for_it(t
     else:
         with pytest.raises(UserError, match=r"guidance 3.0: this model was never trained without captions"):
             cascade.generate(["a fox"], 0, 3.0)
+
+
+@pytest.mark.parametrize("command", sorted(edit.COMMANDS.keys() - {"inpaint", "sdedit"}))
+def test_glide_has_no_embeddings_to_edit(tmp_path, files, command):
+    stage, _, params = small_stage("glide")
+    save_bundle(tmp_path / "glide" / "decoder", "glide", stage.config, params, tokenizer_bytes(), "", {})
+    needed = {"text_diff": ["--after=a"], "reconstruct": ["--components=1"], "classify": ["--label=a"]}
+    images = [f"--image={files[name]}" for name in ("one", "two")][: 1 + (command == "interpolate")]
+    with pytest.raises(UserError, match=f"glide has no clip/, which {command} needs: give a cascade of unCLIP$"):
+        run(tmp_path / "glide", tmp_path / "out", command, *images, *needed.get(command, []))
+
+
+def inpainter(name, inpaint):
+    """A random GLIDE; one that was trained to inpaint has the same weights, and others for the known pixels."""
+    plain, _, params = small_stage(name)
+    config = plain.config.copy_and_resolve_references().unlock()
+    config.model.update(dict(inpaint=inpaint, image_size=32 if plain.config.model.factor else 8))
+    stage = make_stage(config.lock())
+    if inpaint:
+        params = stage.adapt_params(params, plain.config)
+        first = params["unet"]["conv_in"]
+        kernel = first["kernel"].at[:, :, 3:7].set(0.3)
+        params = params | {"unet": params["unet"] | {"conv_in": first | {"kernel": kernel}}}
+    return Model(stage, params, Tokenizer(tokenizer_bytes()), "")
+
+
+def test_a_model_that_inpaints_is_told_of_the_known_pixels_or_not():
+    """Untold, it draws what a model would that never could be told."""
+    trained, plain = (
+        Cascade(None, None, inpainter("glide", inpaint), [inpainter("glide_upsampler", inpaint)])
+        for inpaint in (True, False)
+    )
+    picture = np.random.default_rng(1).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    mask = np.zeros((32, 32), bool)
+    mask[8:24, 12:] = True
+    drawn = [
+        chain.inpaint(picture, mask, "a red apple", 2, 0, implicit=implicit)["images"]
+        for chain, implicit in ((trained, False), (trained, True), (plain, False))
+    ]
+    for told, untold, never in zip(*drawn, strict=True):
+        anew = mask[:: 32 // told.shape[1], :: 32 // told.shape[1]]
+        for images in (untold, never):
+            np.testing.assert_array_equal(images[:, ~anew], told[:, ~anew])
+        np.testing.assert_allclose(untold.astype(int), never, atol=1)
+        assert np.abs(told.astype(int) - untold)[:, anew].mean() > 5
+    for images in drawn:
+        np.testing.assert_array_equal(images[-1][:, ~mask], np.stack([picture[~mask]] * 2))
+
+
+def test_components_of_stored_embeddings_are_those_of_an_autoregressive_prior(folder, cascade, files, tmp_path):
+    """Against NumPy's singular values; records that could not be read are left out."""
+    z = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32) * np.arange(1, 9, dtype=np.float32)
+    place = Provenance(cascade.clip.identity, "some:data", "image", "caption")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embeddings, "SHARD_RECORDS", 20)
+        shards = embeddings.begin(tmp_path / "stored", place, {"train": 50, "test": 3})
+    for shard in shards[:-1]:  # the held-out one is not needed
+        rows = z[shard.start : shard.stop]
+        records = np.stack([np.arange(len(rows)), np.ones(len(rows)), np.zeros(len(rows))], 1).astype(np.int64)
+        broken = np.full((1, 8), 1000, np.float32)
+        records[-1, 1], rows = 0, np.concatenate([rows[:-1], broken])
+        embeddings.write(shard, rows, rows, records)
+    kept = z[[i for i in range(50) if i not in (19, 39, 49)]].astype(np.float64)
+    found = edit._components(cascade, str(tmp_path / "stored"))
+    np.testing.assert_allclose(found["mean"], kept.mean(axis=0), atol=1e-9)
+    true = np.linalg.svd(kept - kept.mean(axis=0))[2]
+    np.testing.assert_allclose(np.abs(found["components"] @ true.T), np.eye(8), atol=1e-7)
+    fitted = codes.fit(kept, kept[:, 0], 5, 0.0)
+    np.testing.assert_allclose(found["components"][:5], fitted["components"], atol=1e-6)
+
+    counts = [f"--components={count}" for count in (8, 0, 4)]
+    options = [f"--image={files['one']}", f"--pca={tmp_path / 'stored'}", *counts]
+    assert run(folder, tmp_path / "out", "reconstruct", *options) == 0
+    with Image.open(tmp_path / "out" / "reconstruct_one_0_0.png") as picture:
+        digests = json.loads(picture.text["edit"])["sha256"]
+    numbers = found["mean"].tobytes() + found["components"].tobytes()
+    assert digests[str(tmp_path / "stored")] == hashlib.sha256(numbers).hexdigest()
+    whole = cascade.reconstructions(edit._read(files["one"]), found, [8], 0, steps=STEPS)["embeddings"][0]
+    np.testing.assert_allclose(whole, cascade.image_embeddings([edit._read(files["one"])])[0], atol=1e-5)
+    with pytest.raises(UserError, match="holds embeddings of clip"):
+        next(embeddings.image_embeddings(tmp_path / "stored", "another"))
 
 
 def test_classify_prints_labels_by_probability(folder, files, tmp_path, capsys):
@@ -302,6 +413,18 @@ def test_command_reads_and_writes_a_bucket(folder, files, bucket, tmp_path, caps
         ("sdedit", ["--image={one}"], "sdedit needs --prompt"),
         ("classify", ["--image={one}"], "classify needs --label"),
         ("blur", ["--image={one}"], "invalid choice: 'blur'"),
+        ("variations", ["--image={one}", "--theta=0.4"], "^--theta is of text_diff, not of variations$"),
+        ("variations", ["--image={one}", "--implicit"], "^--implicit is of inpaint, not of variations$"),
+        ("classify", ["--image={one}", "--label=a", "-n=2"], "--n is of variations, .* and sdedit, not of classify"),
+        ("sdedit", ["--image={one}", "--prompt=a", "--steps=5"], "--steps is of variations, .*, not of sdedit"),
+        ("sdedit", ["--image={one}", "--prompt=a", "--prompt=b"], "sdedit takes 1 --prompt, not 2"),
+        ("variations", ["--image={one}", "--steps=1"], "1 steps of DDIM: expected 3 to 1000"),
+        ("classify", ["--image={one}", f"--label={LONG} fox", f"--label={LONG} tent"], "which may have cut them"),
+        ("text_diff", ["--image={one}", f"--before={LONG} fox", f"--after={LONG} tent"], "are the same to this CLIP"),
+        ("inpaint", ["--image={one}", *(f"--mask={{{m}}}" for m in ("mask", "small")), "--prompt=a", "--prompt=b"],
+         "the mask is 12x12 pixels"),
+        ("reconstruct", ["--image={one}", "--components=2"], "needs principal components: name by --pca"),
+        ("reconstruct", ["--image={one}", "--components=2", "--pca={one}x"], "no bundle at"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(folder, files, tmp_path, command, options, says):

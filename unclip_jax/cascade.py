@@ -11,6 +11,7 @@ from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation.zero_shot import class_embeddings
 from unclip_jax.keys import RowKeys, seed_key
+from unclip_jax.model import Model
 from unclip_jax.pictures import to_float, to_uint8
 
 STEPS = 250  # of DDIM, to and fro: what reproduces a picture (arXiv 2105.05233, appendix F)
@@ -57,8 +58,8 @@ class Cascade(Chain):
     def encode(self, pictures: Sequence[np.ndarray], steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
         """Encodes pictures in the two parts that the decoder draws them from: the CLIP embedding (N, dim) and, by DDIM
         inversion, x_T (N, R, R, 3)."""
+        model = self._to_and_fro(steps)
         embeddings = self.image_embeddings(pictures)
-        model = self.decoder.sampled_by(**ddim_to_and_fro(steps, self.decoder.stage.config.diffusion.timesteps))
         conditions = self._captions(model, [""] * len(pictures))._replace(image_embedding=embeddings)
         return embeddings, model.invert(self.clip.params, conditions, to_float(self._squares(pictures)))
 
@@ -73,7 +74,7 @@ class Cascade(Chain):
     ) -> Drawn:
         """Draws pictures from embeddings (N, dim) and x_T (N, R, R, 3) by DDIM. eta 0 adds no noise, so that `encode`d
         pictures come out as they were."""
-        model = self.decoder.sampled_by(**ddim_to_and_fro(steps, self.decoder.stage.config.diffusion.timesteps))
+        model = self._to_and_fro(steps)
         conditions = self._captions(model, [""] * len(embeddings))
         conditions = conditions._replace(image_embedding=embeddings, x_T=x_T, eta=np.float32(eta))
         key_decoder, key_upsampler = RowKeys.of(seed_key(seed), len(embeddings)).split(2)
@@ -115,11 +116,11 @@ class Cascade(Chain):
 
         before: "" where there is none, as in the paper. Raises UserError where the two are the same to the CLIP.
         """
-        embeddings, x_T = self.encode([picture], options.get("steps", STEPS))
         source, target = self.text_embeddings([before, after])
         distance = np.linalg.norm(target - source)
         if distance < 1e-4 * np.linalg.norm(source):
             raise UserError(f"{before!r} and {after!r} are the same to this CLIP: say how the picture is to change")
+        embeddings, x_T = self.encode([picture], options.get("steps", STEPS))
         direction = (target - source) / distance * np.linalg.norm(embeddings[0])
         path = [slerp(embeddings[0], direction, share) for share in np.linspace(0, theta, count)]
         return self.redraw(np.stack(path), np.repeat(x_T, count, axis=0), seed, **options)
@@ -130,8 +131,8 @@ class Cascade(Chain):
         """Draws a picture again for each of `counts`, from that many principal components of its CLIP embedding
         (section 4.2, figure 7), all from one draw of noise.
 
-        statistics: "mean" (dim,) and "components" (N, dim), as an autoregressive prior holds them. Raises UserError
-        for a count that is not from 0 to N.
+        statistics: "mean" (dim,) and "components" (N, dim), as an autoregressive prior holds them and
+        `codes.principal_components` finds them. Raises UserError for a count that is not from 0 to N.
         """
         mean, components = statistics["mean"], statistics["components"]
         for count in counts:
@@ -146,28 +147,31 @@ class Cascade(Chain):
         return self.redraw(rows, np.repeat(noise, len(rows), axis=0), seed, **options)
 
     def inpaint(
-        self, picture: np.ndarray, mask: np.ndarray, text: str, count: int, seed: int, **options: Any
+        self,
+        picture: np.ndarray,
+        mask: np.ndarray,
+        text: str,
+        count: int,
+        seed: int,
+        implicit: bool = False,
+        **options: Any,
     ) -> Drawn:
         """Draws `count` pictures for a caption that change `picture` only where `mask`, bool (H, W), is True.
 
         A model that was trained to inpaint takes the known pixels as input; others have them put back after every
-        step. In the result, at every size, they equal those of `picture` bit for bit. options: of `generate`. Raises
-        UserError for a mask of another size than the picture, or that marks all or nothing.
+        step, and so has every model where `implicit` (GLIDE, section 4.3). In the result, at every size, they equal
+        those of `picture` bit for bit. options: of `generate`. Raises UserError for a mask of another size than the
+        picture, or that marks all or nothing of the square in its middle.
         """
-        if mask.shape != picture.shape[:2]:
-            sizes = [f"{shape[1]}x{shape[0]}" for shape in (mask.shape, picture.shape)]
-            raise UserError(f"the mask is {sizes[0]} pixels, the picture {sizes[1]}: make them the same")
-        if mask.all() or not mask.any():
-            raise UserError(f"the mask marks {'all' if mask.all() else 'nothing'} of the picture: mark a part of it")
-        marked = np.repeat(np.uint8(255) * mask[..., None], 3, axis=-1)
+        check_mask(mask, picture)
 
         def known(size: int) -> dict[str, np.ndarray]:
-            """Pixels that are kept at a size: those of which no part is marked."""
-            kept = center_square(marked, size, "area")[..., :1] == 0
+            kept = ~scaled_mask(mask, size)[..., None]
             source = to_float(center_square(picture, size, "area"))
             return {"known_image": np.stack([source] * count), "known": np.stack([kept] * count)}
 
-        drawn = self._generate([text] * count, seed, known=known, **options)
+        chain = self._implicit() if implicit else self
+        drawn = chain._generate([text] * count, seed, known=known, **options)
         for i, images in enumerate(drawn["images"]):
             there = known(images.shape[1])
             drawn["images"][i] = np.where(there["known"], to_uint8(there["known_image"]), images)
@@ -203,10 +207,36 @@ class Cascade(Chain):
         weights = np.exp(logits - logits.max())
         return weights / weights.sum()
 
+    def _to_and_fro(self, steps: int) -> Model:
+        """Sets the decoder to DDIM up and down. Raises UserError for a number of steps that its chain has not."""
+        return self.decoder.sampled_by(**ddim_to_and_fro(steps, self.decoder.stage.config.diffusion.timesteps))
+
+    def _implicit(self) -> "Cascade":
+        """Makes a cascade of the same models that tells none of them which pixels are known."""
+        decoder, *upsamplers = [model.sampled_by(implicit=True) for model in (self.decoder, *self.upsamplers)]
+        return Cascade(self.clip, self.prior, decoder, upsamplers, self.noised_clip)
+
     def _squares(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Crops the squares in the middle of pictures, at the decoder's size: uint8 (N, R, R, 3)."""
         size = self.decoder.stage.config.model.image_size
         return np.stack([center_square(picture, size, "area") for picture in pictures])
+
+
+def check_mask(mask: np.ndarray, picture: np.ndarray) -> None:
+    """Raises UserError for a mask, bool (H, W), that is not of the picture's size, or marks all or nothing of the
+    square in its middle."""
+    if mask.shape != picture.shape[:2]:
+        sizes = [f"{shape[1]}x{shape[0]}" for shape in (mask.shape, picture.shape)]
+        raise UserError(f"the mask is {sizes[0]} pixels, the picture {sizes[1]}: make them the same")
+    square = scaled_mask(mask, min(mask.shape))
+    if square.all() or not square.any():
+        marked = "all" if square.all() else "nothing"
+        raise UserError(f"the mask marks {marked} of the square in the picture's middle: mark a part of it")
+
+
+def scaled_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """Crops the square in the middle of a mask, bool (H, W), at a size: (size, size), True where any part was."""
+    return center_square(np.repeat(np.uint8(255) * mask[..., None], 3, axis=-1), size, "area")[..., 0] > 0
 
 
 def slerp(a: np.ndarray, b: np.ndarray, theta: float) -> np.ndarray:

@@ -17,7 +17,7 @@ from unclip_jax import cli
 from unclip_jax.cascade import Cascade
 from unclip_jax.data import emoji_scenes
 from unclip_jax.data.emoji_scenes import Scene
-from unclip_jax.evaluation import alignment
+from unclip_jax.evaluation import alignment, intervals
 from unclip_jax.model import Model
 
 HERE = Path(__file__).parent
@@ -117,25 +117,46 @@ def clip_guidance_early(cascade: Cascade, runs: Path) -> dict:
 
 
 def inversion(cascade: Cascade, runs: Path) -> dict:
-    """DDIM there and back by a decoder that was trained longer; ends of interpolations; variations without noise and
-    with it."""
-    cascade = Cascade(cascade.clip, None, Model.load(runs / "decoder" / "bundle", ("decoder",), cascade.clip), [])
+    """DDIM there and back by a decoder that was trained longer; see `to_and_fro`."""
+    return to_and_fro(cascade, runs / "decoder" / "bundle")
+
+
+def inversion_eps(cascade: Cascade, runs: Path) -> dict:
+    """DDIM there and back by a decoder that predicts eps and learns its variance, as the papers' do."""
+    return to_and_fro(cascade, runs / "decoder_eps" / "bundle")
+
+
+def to_and_fro(cascade: Cascade, decoder: Path) -> dict:
+    """32 training pictures and their variations without noise and with it, ends of interpolations, and what is drawn of
+    their embeddings and fresh noise."""
+    cascade = Cascade(cascade.clip, None, Model.load(decoder, ("decoder",), cascade.clip), [])
     scenes = [scene for scene, _ in emoji_scenes.scenes("single", "train")]
     scenes = scenes[:: len(scenes) // 32][:32]
     pictures = [emoji_scenes.render(scene, 64) for scene in scenes]
     squares = cascade._squares(pictures)
-    there = cascade.encode(pictures)
-    again = cascade.redraw(*there, seed=0)["images"][0]
-    drifted = cascade.redraw(*there, seed=0, eta=1.0)["images"][0]
-    ends = np.concatenate(
-        [cascade.interpolate(*pair, 2, 0)["images"][0] for pair in zip(pictures[::2], pictures[1::2], strict=True)]
+    embeddings, x_T = cascade.encode(pictures)
+    noise = np.random.default_rng(0).normal(size=x_T.shape).astype(np.float32)
+    again, varied, fresh = (
+        cascade.redraw(embeddings, start, seed=0, eta=eta)["images"][0]
+        for start, eta in ((x_T, 0.0), (x_T, 1.0), (noise, 0.0))
     )
+    pairs = zip(pictures[::2], pictures[1::2], strict=True)
+    ends = np.concatenate([cascade.interpolate(*pair, 2, 0)["images"][0] for pair in pairs])
     return {
-        "psnr": {"mean": np.mean(psnr(again, squares)), "least": np.min(psnr(again, squares))},
-        "interpolation_ends_psnr": {"mean": np.mean(psnr(ends, squares)), "least": np.min(psnr(ends, squares))},
-        "variations_eta_0": score(again, scenes),
-        "variations_eta_1": score(drifted, scenes) | {"psnr": np.mean(psnr(drifted, squares))},
+        "saturated_in_the_pictures": saturated(squares),
+        "interpolation_ends_psnr": mean_psnr(ends, squares),
+        "variations_eta_0": compared(again, squares, scenes),
+        "variations_eta_1": compared(varied, squares, scenes),
+        "fresh_noise": compared(fresh, squares, scenes),
     }
+
+
+def compared(drawn, squares, scenes) -> dict:
+    """How near drawn pictures are to those they were drawn from, what they show, and the share of values at an end."""
+    both = score(drawn, scenes)
+    low, high = intervals.wilson(round(both["both"] * len(drawn)), len(drawn))
+    kept = both | {"both_low": low, "both_high": high}
+    return {"psnr": mean_psnr(drawn, squares), "kept": kept, "saturated": saturated(drawn)}
 
 
 def text_diff(cascade: Cascade, runs: Path) -> dict:
@@ -155,24 +176,25 @@ def text_diff(cascade: Cascade, runs: Path) -> dict:
 
 
 def inpainting(cascade: Cascade, runs: Path) -> dict:
-    """64 held-out scenes whose object is masked and another one asked for: by the model that was trained to inpaint, by
-    GLIDE and by unCLIP, which have the known pixels put back."""
+    """64 held-out scenes whose object is masked and another one asked for: by the model that was trained to inpaint,
+    told of the known pixels and not, and by GLIDE and unCLIP, which have them put back."""
     scenes, _ = held_out()
     names = emoji_scenes.objects()
     wanted = [Scene(names[(names.index(scene.object) + 11) % len(names)], scene.colour) for scene in scenes]
     mask = np.zeros((256, 256), bool)
     edge = round(256 * (1 - emoji_scenes.SINGLE_SIDE) / 2) - 8
     mask[edge:-edge, edge:-edge] = True
-    chains = {
-        name: Cascade(None, None, Model.load(runs / run / "bundle", ("glide",)), [])
-        for name, run in (("trained", "glide_inpaint"), ("implicit, GLIDE", "glide"))
-    }
+    trained, glide = (
+        Cascade(None, None, Model.load(runs / run / "bundle", ("glide",)), []) for run in ("glide_inpaint", "glide")
+    )
+    chains = {"trained": trained, "trained, not told": trained, "implicit, GLIDE": glide, "implicit, unCLIP": cascade}
     found = {}
-    for name, chain in (chains | {"implicit, unCLIP": cascade}).items():
+    for name, chain in chains.items():
         drawn, equal = [], True
         for i, (scene, other) in enumerate(zip(scenes, wanted, strict=True)):
             picture = emoji_scenes.render(scene, 256)
-            images = chain.inpaint(picture, mask, emoji_scenes.caption(other), 1, i)["images"][0]
+            implicit = name != "trained"
+            images = chain.inpaint(picture, mask, emoji_scenes.caption(other), 1, i, implicit)["images"][0]
             small, kept = chain._squares([picture]), known(mask, images.shape[1])
             equal &= np.array_equal(images[:, kept], small[:, kept])
             drawn.append(images)
@@ -199,15 +221,25 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2, axis=(1, 2, 3)))
 
 
+def mean_psnr(drawn, squares) -> dict:
+    values = psnr(drawn, squares)
+    low, high = intervals.bootstrap(values)
+    return {"mean": values.mean(), "low": low, "high": high, "least": values.min(), "n": len(values)}
+
+
+def saturated(images) -> float:
+    """Share of the values that are at an end of their range."""
+    return np.mean((images == 0) | (images == 255))
+
+
 def rounded(value):
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     return value if isinstance(value, bool | str | int) else round(float(value), 4)
 
 
-PARTS = {
-    f.__name__: f for f in (priors, dot_products, clip_guidance, clip_guidance_early, inversion, text_diff, inpainting)
-}
+PARTS = (priors, dot_products, clip_guidance, clip_guidance_early, inversion, inversion_eps, text_diff, inpainting)
+PARTS = {f.__name__: f for f in PARTS}
 
 if __name__ == "__main__":
     main()

@@ -15,6 +15,7 @@ Every host needs all of them.
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
@@ -63,7 +64,7 @@ def begin(folder: Path, provenance: Provenance, splits: dict[str, int]) -> list[
     if not (folder / DESCRIPTION).exists():
         description = {"format": FORMAT} | provenance._asdict() | {"shard": SHARD_RECORDS, "splits": splits}
         write_bytes(folder / DESCRIPTION, json.dumps(description, indent=2).encode() + b"\n")  # alike in all processes
-    description = _description(folder, provenance)
+    description = _description(folder, **provenance._asdict())
     if description["splits"] != splits:
         found, now = (", ".join(f"{n} of {name}" for name, n in s.items()) for s in (description["splits"], splits))
         raise UserError(f"{folder} was begun for records {found}, now there are {now}: give a new folder")
@@ -109,7 +110,7 @@ class EmbeddedSource:
     """
 
     def __init__(self, source: Source, folder: Path, provenance: Provenance, split: str):
-        description = _description(folder, provenance)
+        description = _description(folder, **provenance._asdict())
         if split not in description["splits"]:
             there = ", ".join(description["splits"])
             raise UserError(f"data.embeddings {folder} has no split {split!r}: it has {there}")
@@ -118,14 +119,8 @@ class EmbeddedSource:
                 f"data.embeddings {folder} is of {description['splits'][split]} records of split {split!r}, now there "
                 f"are {len(source)}: make it anew with {COMMAND}"
             )
-        shards = _shards(folder, description, split)
-        missing = len(shards) - len(finished(folder, shards))
-        if missing:
-            raise UserError(f"data.embeddings {folder} lacks {missing} of {len(shards)} files of split {split!r}: run "
-                            f"{COMMAND} again, it goes on where it stopped")  # fmt: skip
         self._source, self._folder, self._size = source, folder, description["shard"]
-        files = on_disk([shard.path for shard in shards], f"copying {folder}")
-        self._shards = [_opened(shard, file) for shard, file in zip(shards, files, strict=True)]
+        self._shards = _all_opened(folder, description, split)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -147,7 +142,17 @@ class EmbeddedSource:
         }
 
 
-def _description(folder: Path, provenance: Provenance) -> dict[str, Any]:
+def image_embeddings(folder: Path, clip: str) -> Iterator[np.ndarray]:
+    """Yields the image embeddings (records, dim) of the training split, file by file, without unreadable records.
+
+    clip: identity of the CLIP that must have made them. Raises UserError where another one did, and for missing files.
+    """
+    description = _description(folder, clip=clip)
+    for shard in _all_opened(folder, description, next(iter(description["splits"]))):  # the held-out one is the second
+        yield shard.get_tensor("image")[shard.get_tensor("records")[:, 1] > 0]
+
+
+def _description(folder: Path, **provenance: str) -> dict[str, Any]:
     """Reads embeddings.json. Raises UserError where it is missing, damaged or of another provenance."""
     if not (folder / DESCRIPTION).exists():
         raise UserError(f"no embeddings at {folder}: it has no {DESCRIPTION}; make them with {COMMAND} --out={folder}")
@@ -158,7 +163,7 @@ def _description(folder: Path, provenance: Provenance) -> dict[str, Any]:
         found = {name: description[name] for name in (*Provenance._fields, "shard", "splits")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / DESCRIPTION} cannot be read ({error!r}): make it anew with {COMMAND}") from error
-    for name, ours in provenance._asdict().items():
+    for name, ours in provenance.items():
         if found[name] != ours:
             raise UserError(f"{folder} holds embeddings of {name} {found[name]}, not {ours}: give others, by {COMMAND}")
     return found
@@ -176,6 +181,17 @@ def _shards(folder: Path, description: dict[str, Any], split: str) -> list[Shard
         name = f"{quote(split, safe='')}-{k:05}-of-{count:05}.safetensors"
         found.append(Shard(folder / name, start, stop, labels))
     return found
+
+
+def _all_opened(folder: Path, description: dict[str, Any], split: str) -> "list[safe_open]":
+    """Opens all shards of a split, or their copies on a disk. Raises UserError where some are missing."""
+    shards = _shards(folder, description, split)
+    missing = len(shards) - len(finished(folder, shards))
+    if missing:
+        raise UserError(f"{folder} lacks {missing} of {len(shards)} files of split {split!r}: run {COMMAND} again, it "
+                        "goes on where it stopped")  # fmt: skip
+    files = on_disk([shard.path for shard in shards], f"copying {folder}")
+    return [_opened(shard, file) for shard, file in zip(shards, files, strict=True)]
 
 
 def _opened(shard: Shard, file: Path) -> "safe_open":

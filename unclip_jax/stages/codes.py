@@ -9,6 +9,7 @@ largest value, in training. `fit` finds all this once; the other functions take 
 """
 
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,25 @@ def fit(
 
     outside: share of the rows beyond each end of a component's buckets. Worked out in float64, given as float32.
     """
-    z_i = z_i.astype(np.float64)
-    mean = z_i.mean(axis=0)
-    z_i -= mean
-    _, vectors = np.linalg.eigh(z_i.T @ z_i)  # columns, in the order of increasing eigenvalues
-    components = vectors[:, ::-1][:, :num_codes].T
-    low, high = np.quantile(z_i @ components.T, [outside, 1 - outside], axis=0)
+    mean, components = principal_components([z_i])
+    components = components[:num_codes]
+    low, high = np.quantile((z_i.astype(np.float64) - mean) @ components.T, [outside, 1 - outside], axis=0)
     quantiles = np.quantile(dot.astype(np.float64), np.linspace(0, 1, DOT_QUANTILES))
     found = {"mean": mean, "components": components, "low": low, "high": high, "dot_quantiles": quantiles}
     return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+
+def principal_components(
+    chunks: Iterable[Float[np.ndarray, "_ dim"]],
+) -> tuple[Float[np.ndarray, " dim"], Float[np.ndarray, "dim dim"]]:
+    """Finds the mean and all principal components of the rows of `chunks`, the largest first, in float64."""
+    count, total, products = 0, np.zeros(()), np.zeros(())
+    for chunk in chunks:
+        z = chunk.astype(np.float64)
+        count, total, products = count + len(z), total + z.sum(axis=0), products + z.T @ z
+    mean = total / count
+    _, vectors = np.linalg.eigh(products - count * np.outer(mean, mean))  # columns, the smallest eigenvalue first
+    return mean, vectors[:, ::-1].T
 
 
 def unfitted(dim: int, num_codes: int) -> Statistics:

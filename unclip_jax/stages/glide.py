@@ -140,11 +140,17 @@ class Glide(Stage):
         self, params: Params, frozen: Params, conditions: Conditions, key: Key
     ) -> Float[Array, "B R R 3"]:
         """Draws pictures in [-1, 1] for captions, guided where there is a scale: the unconditional branch has no
-        caption. An upsampler needs `low_res`."""
+        caption. An upsampler needs `low_res`.
+
+        A model that was trained to inpaint sees the known pixels, unless `config.sampling` has a key "implicit", as by
+        `Model.sampled_by(implicit=True)`: it sees none then, and they are put back after each step (section 4.3).
+        """
         del frozen
         size, tokens, length = self.config.model.image_size, conditions.tokens, conditions.tokens_length
         shape = (len(tokens), size, size, 3)
-        extra = self._extra_channels(conditions, shape)
+        told = self.config.model.inpaint and "implicit" not in self.config.sampling
+        seen = conditions if told else conditions._replace(known=None, known_image=None)
+        extra = self._extra_channels(seen, shape)
         if conditions.guidance_scale is not None:
             tokens, length = jnp.concatenate([tokens, tokens]), jnp.concatenate([length, jnp.zeros_like(length)])
             extra = [jnp.concatenate([channel, channel]) for channel in extra]
@@ -154,7 +160,7 @@ class Glide(Stage):
         def network(x_t: Array, t: Array) -> Array:
             return self.apply(params, conditioning, extra, x_t, t)
 
-        return draw(self.config, network, shape, conditions, key, network_inpaints=self.config.model.inpaint)
+        return draw(self.config, network, shape, conditions, key, network_inpaints=told)
 
     def draw_examples(self, params: Params, frozen: Params, batch: Batch, keys: Key) -> dict[str, Pictures]:
         """Draws pictures for the captions. Where the model inpaints, "known" are the pixels that it was given, the rest
