@@ -121,6 +121,36 @@ def test_captions_are_scored_by_a_clip(places, clip_folder, capsys):
     assert precision["card"]["distractors"] == 39 and score["n"] == precision["n"] == 40
 
 
+def test_metrics_of_a_clip_are_the_librarys(tmp_path, clip_folder, capsys):
+    """24 drawings of 8 captions, of which the first of each is a copy of its training picture."""
+    names = ["apple", "bus", "cat", "dog", "egg", "fox", "moon", "tent"]  # in the order of letters, as classes are
+    own, others = drawn(8, 2), drawn(16, 3)
+    for i in range(24):
+        image = own[i] if i < 8 else others[i - 8]
+        pictures.save_png(tmp_path / "drawn" / f"{i:02}.png", image, {"prompt": names[i % 8]})
+    for i in range(8):
+        pictures.save_png(tmp_path / "training" / f"{i:02}.png", own[i], {"prompt": names[i]})
+    (tmp_path / "templates.txt").write_text("{}\na {}\n")
+    metrics = ["diversity", "vendi_score", "zero_shot", "near_matches", "regurgitation"]
+    options = ["--pictures", tmp_path / "drawn", "--reference", tmp_path / "training", "--clip", clip_folder]
+    options += ["--templates", tmp_path / "templates.txt", "--threshold", "0.99999"]
+    found = {line["name"]: line for line in run(capsys, *metrics, *options)}
+    clip = features.clip(clip_folder)
+    z = clip.pictures(np.concatenate([own, others]))["image"]
+    numbers = np.arange(24) % 8
+    cosines = [[z[i] @ z[j] for i in range(24) for j in range(i) if i % 8 == j % 8 == k] for k in range(8)]
+    assert found["diversity"]["value"] == pytest.approx(1 - np.mean([np.mean(row) for row in cosines]), abs=1e-5)
+    eigenvalues = np.linalg.eigvalsh(z.astype(float) @ z.T / 24)
+    eigenvalues = eigenvalues[eigenvalues > 1e-12]
+    assert found["Vendi score"]["value"] == pytest.approx(np.exp(-np.sum(eigenvalues * np.log(eigenvalues))), rel=1e-3)
+    texts = sum(clip.captions([form.format(text) for text in names]) for form in ("{}", "a {}"))
+    right = np.argmax(z @ (texts / np.linalg.norm(texts, axis=1, keepdims=True)).T, axis=1) == numbers
+    assert found["top-1 accuracy"]["value"] == right.mean() and found["top-1 accuracy"]["card"]["classes"] == 8
+    assert found["share with a near match"]["value"] >= 1 / 3 and found["share near to its own"]["value"] >= 1 / 3
+    nearest = found["share near to its own"]["card"]["nearest_to_own"][:8]
+    assert {row["drawing"] for row in nearest} == set(range(8)) and all(row["cosine"] > 0.9999 for row in nearest)
+
+
 @pytest.mark.parametrize("kind", ["single", "varied"])
 def test_scenes_are_read_off_the_pictures(tmp_path, capsys, kind):
     if kind == "single":

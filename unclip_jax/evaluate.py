@@ -22,14 +22,14 @@ import numpy as np
 
 from unclip_jax import cli, sample
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation.metrics import INCEPTION, by_inception
+from unclip_jax.evaluation.metrics import CAPTIONED, CLIP, COMPARED, INCEPTION, Embedded, by_clip, by_inception
 from unclip_jax.evaluation.presets import PICTURES, PRESETS, read_captions
 from unclip_jax.evaluation.reading import KINDS, Picture, read_pictures
 from unclip_jax.paths import output_folder, to_path
 
-METRICS = INCEPTION | dict.fromkeys(("cmmd", "clip_score", "r_precision"), "image") | {"alignment": ""}
+METRICS = INCEPTION | dict.fromkeys(CLIP, "image") | {"alignment": ""}
 # metric → the features it needs; "image" is a CLIP's, "" none: alignment reads emoji scenes off the pixels
-ALONE = ("inception_score", "clip_score", "r_precision", "alignment")  # need no reference
+ALONE = ("inception_score", "alignment", *(name for name in CLIP if name not in COMPARED))  # need no reference
 BATCH = 64
 
 
@@ -48,6 +48,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("-n", "--n", type=int, default=1, help="pictures per caption")
     sample.add_drawing_flags(parser)
     parser.add_argument("--size", type=int, help="side of the square cut from each picture; default: the first's")
+    parser.add_argument("--templates", help="of zero_shot: file of captions with {} for a class, one a line")
+    parser.add_argument("--threshold", type=cli.finite, default=0.9, help="cosine from which two pictures are near")
     parser.add_argument("--save-reference", help="file to store the reference's statistics in, .npz")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line, with the card of each number")
     args = parser.parse_args(argv[1:], argparse.Namespace(format="tar", rerank=0))
@@ -146,28 +148,26 @@ def _by_inception(args: argparse.Namespace, names: tuple[str, ...]) -> list[Any]
 
 
 def _by_clip(args: argparse.Namespace) -> list[Any]:
-    from unclip_jax.evaluation import features, frechet
-    from unclip_jax.evaluation.clip_score import clip_score, r_precision
+    from unclip_jax.evaluation import features
+    from unclip_jax.evaluation.zero_shot import read_templates
 
+    templates = read_templates(args.templates) if args.templates else ["{}"]
     network = features.clip(args.clip)
-    captions: list[str] = []
-    found, size, digest = _features(network.pictures, args.pictures, args.size, captions)
-    card = network.pictures.card | {"crop": "center", "resize": f"area, {size}", "sha256": digest}
-    drawn = found["image"]
-    asked = [name for name in args.metric if METRICS[name] == "image"]
-    texts = None
-    if set(asked) - {"cmmd"}:
-        _check_captions(captions, args.pictures)
-        texts = network.captions(captions)
-    results = []
-    for name in asked:
-        if name == "cmmd":
-            known, _, theirs = _features(network.pictures, args.reference, size)
-            results.append(frechet.cmmd(drawn, known["image"]).noting(**card, reference_sha256=theirs))
-        else:
-            measure = clip_score if name == "clip_score" else r_precision
-            results.append(measure(drawn, texts).noting(**card))
-    return results
+    asked = [name for name in args.metric if name in CLIP]
+
+    def embedded(place: str, size: int | None, captioned: bool) -> tuple[Embedded, int, str]:
+        captions: list[str] = []
+        found, size, digest = _features(network.pictures, place, size, captions)
+        if captioned:
+            _check_captions(captions, place)
+        return Embedded(found["image"], captions), size, digest
+
+    drawn, size, digest = embedded(args.pictures, args.size, bool(set(asked) & set(CAPTIONED)))
+    card, reference = network.pictures.card | {"crop": "center", "resize": f"area, {size}", "sha256": digest}, None
+    if set(asked) & set(COMPARED):
+        reference, _, card["reference_sha256"] = embedded(args.reference, size, "regurgitation" in asked)
+    found = by_clip(asked, network, drawn, reference, templates, args.threshold)
+    return [result.noting(**card) for result in found]
 
 
 def _check_captions(captions: list[str], place: str) -> None:
