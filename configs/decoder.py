@@ -9,6 +9,8 @@ small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores; trains its CLIP first if none is named. It predicts x0, which
        learns faster in a short run than the papers' eps with a learned variance. Takes 347 s.
        Given true embeddings of 64 held-out scenes, object right in 92%, background in 100%.
+miniature  The paper's recipe with tiny's networks: eps and L_vlb with a learned variance, dropout, bfloat16, captions
+       dropped by half, 250 steps of DDPM. Takes ten times tiny's steps to draw as well, and then draws better.
 """
 
 from unclip_jax import config
@@ -68,6 +70,16 @@ TINY = dict(
                expected_loss=((100, 0.065, 0.17), (600, 0.03, 0.08), (1300, 0.012, 0.045))),
 )
 
+# The paper's recipe with smaller numbers: the networks', the batch's and the run's.
+MINIATURE = dict(
+    model=dict(image_size=16, embedding_dim=64,
+               unet=TINY["model"]["unet"] | dict(dropout=0.1), text=TINY["model"]["text"]),
+    clip=TINY["clip"],
+    data=TINY["data"],
+    optim=dict(learning_rate=0.002, warmup_steps=100, schedule="cosine", ema_decay=0.9995),
+    train=dict(steps=12000, batch_size=32, checkpoint_every=1000, sample_every=3000, keep=2, measure=("alignment",)),
+)
+
 
 def get_config(size: str = "paper") -> config.ConfigDict:
-    return config.sized(size, PAPER, SMALL, TINY)
+    return config.sized(size, PAPER, small=SMALL, tiny=TINY, miniature=MINIATURE)

@@ -63,4 +63,4 @@ TINY = dict(
 
 
 def get_config(size: str = "paper") -> config.ConfigDict:
-    return config.sized(size, PAPER, SMALL, TINY)
+    return config.sized(size, PAPER, small=SMALL, tiny=TINY)

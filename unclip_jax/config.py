@@ -25,14 +25,14 @@ from collections.abc import Callable, Iterator
 from ml_collections import ConfigDict
 
 
-def sized(size: str, paper: dict, small: dict, tiny: dict) -> ConfigDict:
-    """Returns the config `paper`, with what `small` or `tiny` changes of it where `size` names one of these.
+def sized(size: str, paper: dict, **sizes: dict) -> ConfigDict:
+    """Returns the config `paper`, with what the one of `sizes` that `size` names changes of it.
 
     Raises ValueError for another size, and for a change of a key that `paper` does not have.
     """
-    sizes = {"paper": {}, "small": small, "tiny": tiny}
+    sizes = {"paper": {}} | sizes
     if size not in sizes:
-        raise ValueError(f"config size {size!r}: expected paper, small or tiny")
+        raise ValueError(f"config size {size!r}: expected one of {', '.join(sizes)}")
     known = sorted(flat_keys(paper))
     for key in flat_keys(sizes[size]):
         if key not in known:
