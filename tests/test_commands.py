@@ -51,7 +51,7 @@ REFUSED = [
     (train, ["--config=configs/clop.py:tiny", "--workdir={new}"], "no config file configs/clop.py"),
     (train, ["--config=s3://bucket/config.json", "--workdir={new}"], "expected a place on a disk, or gs://"),
     (train, ["--config=gs:/bucket/config.json", "--workdir={new}"], "expected a place on a disk"),
-    (train, ["--config=configs/clip.py:huge", "--workdir={new}"], "size 'huge': expected paper, small or tiny"),
+    (train, ["--config=configs/clip.py:huge", "--workdir={new}"], "size 'huge': expected one of paper, small, tiny"),
     (train, ["--config=configs/clip.py:paper", "--workdir={new}"], "data.source is empty"),
     (train, [*TRAIN, "--config.mesh.fsdp=3"], "do not cover 8"),
     (train, [*TRAIN, "--config.train.batch_size=100", "--config.data.source=folder:{pictures}"], "batch_size=100"),

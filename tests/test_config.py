@@ -19,7 +19,7 @@ FUNCTIONS = [f for _, f in inspect.getmembers(config, inspect.isfunction) if "*,
 
 
 def test_sizes_change_the_paper():
-    paper, small, tiny = (config.sized(size, PAPER, SMALL, TINY) for size in ("paper", "small", "tiny"))
+    paper, small, tiny = (config.sized(size, PAPER, small=SMALL, tiny=TINY) for size in ("paper", "small", "tiny"))
     assert isinstance(paper, ConfigDict) and isinstance(paper.model.unet, ConfigDict)
     assert paper.to_dict() == PAPER
     assert small.to_dict() == PAPER | dict(model=PAPER["model"] | dict(unet=dict(channels=2, dropout=0.1)))
@@ -41,12 +41,12 @@ def test_sizes_change_the_paper():
 )
 def test_a_change_of_an_unknown_key_is_refused(change, words):
     with pytest.raises(ValueError, match=rf"^tiny changes {words}"):
-        config.sized("tiny", PAPER, SMALL, change)
+        config.sized("tiny", PAPER, small=SMALL, tiny=change)
 
 
 def test_an_unknown_size_is_refused():
-    with pytest.raises(ValueError, match=r"^config size 'huge': expected paper, small or tiny$"):
-        config.sized("huge", PAPER, SMALL, TINY)
+    with pytest.raises(ValueError, match=r"^config size 'huge': expected one of paper, small, tiny$"):
+        config.sized("huge", PAPER, small=SMALL, tiny=TINY)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
@@ -94,5 +94,5 @@ def test_a_file_of_ones_own(tmp_path):
     assert cli.load_config(f"{path}:small").data.threads == 4
     with pytest.raises(UserError, match=r"mine\.py:tiny: tiny changes 'data\.thread', .* nearest is 'data\.threads'$"):
         cli.load_config(f"{path}:tiny")
-    with pytest.raises(UserError, match=r"mine\.py:huge: config size 'huge': expected paper, small or tiny$"):
+    with pytest.raises(UserError, match=r"mine\.py:huge: config size 'huge': expected one of paper, small, tiny$"):
         cli.load_config(f"{path}:huge")

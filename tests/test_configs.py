@@ -349,3 +349,16 @@ def test_tiny_trains_two_steps_and_draws_once(name):
     assert np.isfinite([float(value) for value in scalars.values()]).all()
     if "factor" in config.model or config.stage in ("decoder", "glide"):
         assert pictures.dtype == jnp.uint8 and pictures.shape[0] == 2
+
+
+def test_miniature_is_the_papers_recipe():
+    """Sizes, the batch and the run are smaller; all else is the paper's."""
+    paper, miniature = (leaves(load("decoder", size)) for size in ("paper", "miniature"))
+    changed = {name for name in paper if paper[name] != miniature[name]}
+    sizes = {"channels", "channel_mult", "res_blocks", "attention", "head_channels", "norm_groups"}
+    sizes = {f"model.unet.{name}" for name in sizes} | {"model.image_size", "model.embedding_dim"}
+    sizes |= {f"model.text.{name}" for name in ("vocab_size", "context", "width", "depth", "heads")}
+    run = {f"train.{name}" for name in ("steps", "batch_size", "checkpoint_every", "sample_every", "keep", "measure")}
+    run |= {"data.source", "data.crop", "data.threads", "clip.config"}
+    scaled = {f"optim.{name}" for name in ("learning_rate", "warmup_steps", "schedule", "ema_decay")}
+    assert changed == sizes | run | scaled
