@@ -7,7 +7,8 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
-from unclip_jax.training.sharding import gather_params, global_batch, make_mesh, param_shardings
+from unclip_jax.models.mesh import specs
+from unclip_jax.training.sharding import gather_params, global_batch, make_mesh, param_shardings, split_kernels
 
 
 def sizes(data, fsdp):
@@ -69,3 +70,22 @@ def test_gather_makes_parameters_whole():
     whole = jax.jit(lambda w: gather_params(w, mesh))(split)
     assert split.addressable_shards[0].data.shape == (2**12,)
     assert whole.addressable_shards[0].data.shape == (2**14,) and np.array_equal(whole, weight)
+
+
+def test_drawing_splits_kernels_and_tables_but_never_over_layers():
+    shapes = {
+        "a": {"kernel": (3, 3, 64, 128), "bias": (2**14,)},
+        "b": {"kernel": (8, 64, 128), "bias": (8, 2**12)},  # of eight layers
+        "c": {"kernel": (8, 63, 129)},  # only the number of layers divides
+        "d": {"embedding": (1001, 64)},
+    }
+    tree = {
+        layer: {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in leaves.items()}
+        for layer, leaves in shapes.items()
+    }
+    assert specs(split_kernels(tree, make_mesh(sizes(2, 4)))) == {
+        "a": {"kernel": P(None, None, "fsdp", None), "bias": P()},
+        "b": {"kernel": P(None, "fsdp", None), "bias": P()},
+        "c": {"kernel": P()},
+        "d": {"embedding": P(None, "fsdp")},
+    }

@@ -97,7 +97,9 @@ class Split(meta.AxisMetadata[Any]):
     @property
     def spec(self) -> P:
         """Place of the whole array on the mesh."""
-        return P(*[None] * (self.value.ndim + self.axis), "fsdp")
+        axes = [None] * self.value.ndim
+        axes[self.axis] = "fsdp"
+        return P(*axes)
 
     def unbox(self) -> Array:
         return jax.lax.all_gather(self.value, "fsdp", axis=self.value.ndim + self.axis, tiled=True)
