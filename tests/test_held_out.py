@@ -14,6 +14,7 @@ from unclip_jax.evaluation import features, frechet
 from unclip_jax.evaluation.alignment import classify
 from unclip_jax.held_out import HeldOut, programs
 from unclip_jax.keys import RowKeys
+from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.stages import make_stage
 from unclip_jax.training import sharding
 from unclip_jax.training.sharding import batch_sharding, make_mesh, param_shardings, replicated
@@ -65,8 +66,8 @@ def test_each_of_eight_devices_does_an_eighth_and_parameters_are_gathered(monkey
         arguments = jax.device_put((params, frozen, batch), (param_shardings(params, mesh), whole, split))
         keys = RowKeys(jax.device_put(jax.random.key(0), whole), *jax.device_put((np.arange(ROWS),) * 2, split))
         key = jax.device_put(jax.random.key(0), whole)
-        made = programs(stage, mesh)
-        compiled = [made.evaluate.lower(*arguments, key).compile(), made.draw.lower(*arguments, keys).compile()]
+        evaluate, draw, _ = (jit_on_mesh(f, mesh, out_shardings=whole) for f in programs(stage, mesh))
+        compiled = [evaluate.lower(*arguments, key).compile(), draw.lower(*arguments, keys).compile()]
         flops.append([program.cost_analysis()["flops"] for program in compiled])
         for program in compiled:
             assert ("all-gather" in program.as_text()) == (mesh.size == 8)

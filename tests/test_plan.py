@@ -115,6 +115,23 @@ def test_local_measures(prior, sample, monkeypatch):
         assert expected in text
 
 
+def test_evaluation_is_planned_beside_the_train_state(prior):
+    """As many examples as are drawn at once, over the whole mesh, with all that lies on the devices meanwhile."""
+    config = wide(prior, fsdp=8)
+    with config.unlocked():
+        config.train.update(dict(eval_size=64, draw_size=64, batch_size=16))
+    found = plan.plan(config, plan.find_target("local"), evaluate=True)
+    assert found["batch_size"] == 64 and found["call"] == "evaluating 64 held-out examples" and found["fits"]
+    step = plan.plan(config, plan.find_target("local"))
+    for part in ("parameters", "moving average", "optimizer"):
+        assert found["memory_gib"][part] == step["memory_gib"][part]
+    assert found["tflops_per_chip_step"] == pytest.approx(8 * found["tflops_per_example"])
+    assert found["collectives"].keys() <= {"all-gather", "all-reduce"} and "all-gather" in found["collectives"]
+    assert "evaluating 64 held-out examples on 8 x" in report.table(found)
+    with pytest.raises(UserError, match="--evaluate needs a --topology"):
+        plan.main(["plan", "--config=configs/decoder.py:tiny", "--evaluate"])
+
+
 def test_sampling_is_planned_for_all_devices_of_one_host(prior, monkeypatch):
     """On what four hosts of two devices would be: one host's program, and the pictures of all."""
     hosts = [SimpleNamespace(process_index=i // 2, platform="cpu", here=here) for i, here in enumerate(jax.devices())]

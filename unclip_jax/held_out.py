@@ -6,7 +6,7 @@ do not depend on the number of devices.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -31,15 +31,15 @@ SHOWN = 64  # pictures of a grid, at most
 
 
 class Programs(NamedTuple):
-    """Jitted functions of a stage on a mesh; parameters are split by `param_shardings`, results whole everywhere."""
+    """Functions of a stage on a mesh; parameters are split by `param_shardings`, results whole everywhere."""
 
-    evaluate: Any  # (params, frozen, batch, key) → scalars
-    draw: Any  # (params, frozen, batch, RowKeys) → rows drawn, and the true ones
-    finish: Any  # (params, frozen, batch, key) → parameters, scalars
+    evaluate: Callable  # (params, frozen, batch, key) → scalars
+    draw: Callable  # (params, frozen, batch, RowKeys) → rows drawn, and the true ones
+    finish: Callable  # (params, frozen, batch, key) → parameters, scalars
 
 
 def programs(stage: Stage, mesh: Mesh) -> Programs:
-    """Makes the programs by which a stage is evaluated; compiles nothing yet."""
+    """Makes the functions by which a stage is evaluated, for `jit_on_mesh`."""
 
     def evaluate(params: Params, frozen: Params, batch: Batch, key: Key) -> Any:
         return stage.evaluate(gather_params(params, mesh), frozen, batch, key)
@@ -56,8 +56,7 @@ def programs(stage: Stage, mesh: Mesh) -> Programs:
     def finish(params: Params, frozen: Params, batch: Batch, key: Key) -> Any:
         return stage.finish(gather_params(params, mesh), frozen, batch, key)
 
-    options: dict[str, Any] = {"out_shardings": replicated(mesh)}
-    return Programs(*(jit_on_mesh(f, mesh, stage.tpu_options, **options) for f in (evaluate, draw, finish)))
+    return Programs(evaluate, draw, finish)
 
 
 class HeldOut:
@@ -73,7 +72,9 @@ class HeldOut:
         self._examples, self._key = examples, key
         self._count = len(next(iter(examples.values())))
         self._rows = min(self._count, config.train.batch_size // config.optim.accumulate)
-        self._programs = programs(stage, mesh)
+        whole: dict[str, Any] = {"out_shardings": replicated(mesh)}
+        made = (jit_on_mesh(program, mesh, stage.tpu_options, **whole) for program in programs(stage, mesh))
+        self._programs = Programs(*made)
         self._inception, self._references = _inception(config.train)
 
     def measure(self, step: int, params: Params, frozen: Params, raw: Params | None = None) -> dict[str, float]:

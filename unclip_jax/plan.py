@@ -1,11 +1,14 @@
 """Tells what a training run costs before anything is rented.
 
-    python -m unclip_jax.plan --config=configs/decoder.py:paper [--topology=v5p:4x4x4 [--quick]] [--sample] [--json]
+    python -m unclip_jax.plan --config=configs/decoder.py:paper [--topology=v5p:4x4x4 [--quick]]
+        [--sample | --evaluate] [--json]
 
 Without --topology it counts parameters and FLOPs, from shapes alone, in seconds. With --topology it compiles the real
 train step for those devices and tells what each chip holds, moves and sends, and how long a step takes at best. Where
 the step does not fit, it searches for settings with which it does. --sample plans what `sample` runs for a file of
 captions: 16 rows on each chip, on every host rows of its own. --config.mesh.fsdp=N is then `sample --fsdp N`.
+--evaluate plans how held-out examples are drawn while a model trains, beside its state: train.draw_size of them, at most
+16 at once on each chip.
 
     v5p:4x4x4, v4:…, v5e:…, v6e:…       a slice of TPUs; needs jax[tpu], no TPU, and minutes to half an hour
     h100:8, h200:…, a100:…, l4:…, t4:…  GPUs of one machine; needs jax[cuda], no GPU, and seconds to minutes
@@ -27,7 +30,7 @@ from ml_collections import ConfigDict
 from unclip_jax import cli
 from unclip_jax.errors import UserError
 from unclip_jax.planning import flops, report
-from unclip_jax.planning.cost import Target, find_target, plan_sampling, plan_training
+from unclip_jax.planning.cost import Target, find_target, plan_evaluation, plan_sampling, plan_training
 from unclip_jax.planning.programs import checked_stage, train_program, train_step_flops
 from unclip_jax.stages.base import trained
 
@@ -36,6 +39,7 @@ DEPTH = 2  # levels of parameter names by which the table tells parts of the mod
 FLAGS = {
     "topology": (str, "", "a TPU slice such as v5p:4x4x4, GPUs such as h100:8, or local"),
     "sample": (bool, False, "plan what `sample` runs for a file of captions, instead of the train step"),
+    "evaluate": (bool, False, "plan what an evaluation in training runs, instead of the train step"),
     "quick": (bool, False, "leave out the TPU compiler's estimate of cycles, which takes most of the time"),
     "json": (bool, False, "print one JSON object instead of a table"),
 }
@@ -49,13 +53,18 @@ def parse(argv: list[str]) -> "cli.FlagValues":
 def main(argv: list[str]) -> int:
     flags = parse(argv)
     target = find_target(flags.topology)
-    found = plan(flags.config, target, flags.sample, flags.quick)
+    if flags.evaluate and (flags.sample or not target):
+        raise UserError("--evaluate needs a --topology, and goes without --sample")
+    found = plan(flags.config, target, flags.sample, flags.quick, flags.evaluate)
     print(json.dumps(found) if flags.json else report.table(found))
     return 0
 
 
-def plan(config: ConfigDict, target: Target | None, sample: bool = False, quick: bool = False) -> dict[str, Any]:
-    """Plans a config's train step, or with `sample` its sampling; returns the object that --json prints.
+def plan(
+    config: ConfigDict, target: Target | None, sample: bool = False, quick: bool = False, evaluate: bool = False
+) -> dict[str, Any]:
+    """Plans a config's train step, or with `sample` its sampling, with `evaluate` its evaluation in training; returns
+    the object that --json prints.
 
     target: as of `find_target`; None counts parameters and FLOPs alone. quick: as in `cost.plan_training`. Raises
     UserError for a config that training or the target would refuse.
@@ -65,6 +74,8 @@ def plan(config: ConfigDict, target: Target | None, sample: bool = False, quick:
     shapes = jax.eval_shape(checked_stage(config).init, jax.random.key(0))
     parts = _count_by_part(shapes)
     found = {"stage": config.stage, "params": sum(parts.values()), "parts": parts}
+    if evaluate and target:
+        return found | plan_evaluation(config, target, quick)
     if sample:
         return found | plan_sampling(config, target, quick)
     if target is None:

@@ -16,7 +16,7 @@ from unclip_jax.planning.fitting import Setting, find_setting, possible_settings
 from unclip_jax.planning.gpus import GPU_OPTIONS, gpu_devices
 from unclip_jax.planning.local import memory_limit, time_calls
 from unclip_jax.planning.memory import memory_parts, resident_bytes
-from unclip_jax.planning.programs import Program, sample_program, train_program
+from unclip_jax.planning.programs import Program, evaluate_program, sample_program, train_program
 
 
 class Target(NamedTuple):
@@ -65,6 +65,21 @@ def plan_training(
     elif propose:
         found |= _proposal(config, program, target, model_flops, round(found["hbm_gib_per_chip"] * GIB))
     return found
+
+
+def plan_evaluation(config: ConfigDict, target: Target, quick: bool = False) -> dict[str, Any]:
+    """Plans what an evaluation in training runs beside the train state (`evaluate_program`); as `plan_training`."""
+    _say(f"{config.stage}: tracing an evaluation for {len(target.devices)} x {target.name}")
+    program = evaluate_program(config, target.devices)
+    rows = jax.tree.leaves(program.arguments[2])[0].shape[0]
+    alone = config.copy_and_resolve_references().unlock()
+    alone.mesh.update(dict(data=-1, fsdp=1))
+    # Counted in the program for a CPU, because a TPU's kernels do some work in excess.
+    counted = evaluate_program(alone.lock(), jax.devices("cpu")[:1])
+    share = rows / jax.tree.leaves(counted.arguments[2])[0].shape[0]
+    model_flops = round(share * flops.executed_flops(counted.traced.jaxpr))
+    found = {"call": f"evaluating {rows} held-out examples", "of": "call", "batch_size": rows}
+    return found | _call_cost(program, target, model_flops, rows, quick)
 
 
 def plan_sampling(config: ConfigDict, target: Target | None, quick: bool = False) -> dict[str, Any]:

@@ -30,5 +30,5 @@ def time_calls(program: Program, compiled: Compiled) -> list[float]:
             result = jax.block_until_ready(compiled.executable(first, *rest))
             found.append(time.monotonic() - start)
             # A train step gives its state's memory to the new state, which the next step takes.
-            first = result[0] if isinstance(first, TrainState) else first
+            first = result[0] if isinstance(result, tuple) and isinstance(result[0], TrainState) else first
     return found[1:]

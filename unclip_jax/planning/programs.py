@@ -9,12 +9,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from unclip_jax import cli
+from unclip_jax import cli, held_out
+from unclip_jax.arrays import Batch, Params
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.errors import UserError
 from unclip_jax.keys import RowKeys
-from unclip_jax.model import jitted_sample
-from unclip_jax.models.mesh import specs
+from unclip_jax.model import chunk_rows, jitted_sample
+from unclip_jax.models.mesh import jit_on_mesh, specs
 from unclip_jax.paths import to_path
 from unclip_jax.planning import flops
 from unclip_jax.planning.fitting import remat_keys
@@ -78,6 +79,35 @@ def train_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
         _placed(jax.eval_shape(lambda: root_key(0)), replicated(mesh)),
     )
     return Program(stage, step.trace(*arguments), arguments)
+
+
+def evaluate_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
+    """Traces an evaluation in training: drawing as many held-out examples as go through at once, or, where the stage
+    draws nothing, the loss of all of them.
+
+    Its arguments are the train state, frozen CLIP, batch and keys: what the evaluation does not read lies beside it on
+    the devices. Raises UserError where the mesh does not fit the number of devices.
+    """
+    stage, mesh = checked_stage(config), make_mesh(config.mesh, devices)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    made, draws = held_out.programs(stage, mesh), isinstance(stage, Sampler)
+    count = min(config.train.draw_size, config.train.eval_size) if draws else config.train.eval_size
+    rows = chunk_rows(count, mesh.size) if draws else min(count, config.train.batch_size)
+    split = replicated(mesh) if rows % mesh.size else batch_sharding(mesh)
+    key = _placed(jax.eval_shape(lambda: root_key(0)), replicated(mesh))
+    numbers = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
+    arguments = (
+        abstract_state(stage, optimizer, mesh),
+        _placed(_frozen_params(stage), replicated(mesh)),
+        _placed(stage.batch_spec(rows), split),
+        RowKeys(key, numbers, numbers) if draws else key,
+    )
+
+    def evaluate(state: TrainState, frozen: Params, batch: Batch, keys: Any) -> Any:
+        return (made.draw if draws else made.evaluate)(state.ema, frozen, batch, keys)
+
+    options: dict[str, Any] = {"out_shardings": replicated(mesh), "keep_unused": True}
+    return Program(stage, jit_on_mesh(evaluate, mesh, stage.tpu_options, **options).trace(*arguments), arguments)
 
 
 def sample_program(config: ConfigDict, devices: list[jax.Device], rows: int) -> Program:
