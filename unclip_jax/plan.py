@@ -7,8 +7,8 @@ Without --topology it counts parameters and FLOPs, from shapes alone, in seconds
 train step for those devices and tells what each chip holds, moves and sends, and how long a step takes at best. Where
 the step does not fit, it searches for settings with which it does. --sample plans what `sample` runs for a file of
 captions: 16 rows on each chip, on every host rows of its own. --config.mesh.fsdp=N is then `sample --fsdp N`.
---evaluate plans how held-out examples are drawn while a model trains, beside its state: train.draw_size of them, at most
-16 at once on each chip.
+--evaluate plans how held-out examples are drawn while a model trains, beside its state: train.draw_size of them, at
+most 16 at once on each chip.
 
     v5p:4x4x4, v4:…, v5e:…, v6e:…       a slice of TPUs; needs jax[tpu], no TPU, and minutes to half an hour
     h100:8, h200:…, a100:…, l4:…, t4:…  GPUs of one machine; needs jax[cuda], no GPU, and seconds to minutes

@@ -7,7 +7,6 @@ import jax
 
 from unclip_jax.planning.compiling import Compiled, ticking
 from unclip_jax.planning.programs import Program, random_arguments
-from unclip_jax.training.state import TrainState
 
 CALLS = 5  # timed, after one call that is not
 
@@ -30,5 +29,5 @@ def time_calls(program: Program, compiled: Compiled) -> list[float]:
             result = jax.block_until_ready(compiled.executable(first, *rest))
             found.append(time.monotonic() - start)
             # A train step gives its state's memory to the new state, which the next step takes.
-            first = result[0] if isinstance(result, tuple) and isinstance(result[0], TrainState) else first
+            first = result[0] if program.trains else first
     return found[1:]

@@ -36,7 +36,7 @@ def memory_parts(program: Program, compiled: Compiled) -> dict[str, int]:
     """
     parts, m = resident_bytes(program), compiled.memory
     parts["padding"] = max(0, m["arguments"] - sum(parts.values()))
-    gradients = parts["parameters"] if isinstance(program.arguments[0], TrainState) else 0
+    gradients = parts["parameters"] if program.trains else 0
     parts["gradients"] = min(gradients, m["temporaries"])
     parts["activations, temporaries"] = m["temporaries"] - parts["gradients"]
     parts["outputs"] = m["outputs"] - m["aliased"]

@@ -33,6 +33,7 @@ class Program(NamedTuple):
     stage: Stage
     traced: jax.stages.Traced
     arguments: tuple  # pytrees of ShapeDtypeStructs with shardings
+    trains: bool = False  # takes a train state and gives the next one
 
 
 def find_clip(config: ConfigDict) -> Stage | None:
@@ -78,7 +79,7 @@ def train_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
         _placed(stage.batch_spec(config.train.batch_size), batch_sharding(mesh)),
         _placed(jax.eval_shape(lambda: root_key(0)), replicated(mesh)),
     )
-    return Program(stage, step.trace(*arguments), arguments)
+    return Program(stage, step.trace(*arguments), arguments, trains=True)
 
 
 def evaluate_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
