@@ -20,6 +20,7 @@ PAPER = config.recipe(
     model=dict(
         **config.pictures(image_size=64),
         **config.embedding(embedding_dim=1024),
+        embedding="image",  # CLIP embedding that it learns from: "image", the picture's; "text", the caption's.
         image_tokens=4,  # Tokens of context that are made of the CLIP embedding.
         **config.reader(caption="own"),
         learned_null=False,  # A learned vector stands for a dropped CLIP embedding; False: zeros do.

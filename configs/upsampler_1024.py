@@ -16,15 +16,20 @@ PAPER = config.recipe(
     model=dict(
         **config.pictures(image_size=1024),
         **config.enlargement(factor=4, interpolation="bicubic", round_low_res=True),
+        **config.reader(caption="none"),
         **config.upsampler(patch=256, last_step=False),
-        unet=config.unet(channels=192, channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=2, norm_groups=32, scale_shift=True,
-                         resample_blocks=True, dropout=0.0, remat=False),
+        unet=config.attention_unet(channels=192, channel_mult=(1, 1, 2, 2, 4, 4), res_blocks=2, attention=(),
+                                   middle_attention=False, head_channels=64, heads=(0, 0), norm_groups=32,
+                                   scale_shift=True, resample_blocks=True, dropout=0.0, remat=False),
+        text=config.text(vocab_size=50257, context=256, width=1024, depth=16, heads=16),  # GLIDE's upsampler's
     ),
     diffusion=config.upsampler_diffusion(schedule="linear", timesteps=1000, predicts="eps", learned_variance=True,
-                                         snr_clip=(), degradation="bsr", blur_probability=0.5, blur_sigma=0.6),
-    sampling=config.sampling(sampler="ddim", steps="15", eta=0.0, clip_x0=1.0, temperature=1.0),
-    data=config.data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
-                     image_feature="image", caption_feature="caption", crop="dalle", threads=16),
+                                         snr_clip=(), drop_caption=0.0, degradation="bsr", blur_probability=0.5,
+                                         blur_sigma=0.6),
+    sampling=config.guided_sampling(sampler="ddim", steps="15", eta=0.0, clip_x0=1.0, temperature=1.0,
+                                    guidance_scale=1.0),
+    data=config.caption_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
+                             image_feature="image", caption_feature="caption", tokenizer="", crop="dalle", threads=16),
     optim=config.adam(learning_rate=1.0e-4, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, eps=1e-8,
                       weight_decay=0.0, clip_norm=0.0, ema_decay=0.9999, accumulate=1),
     train=config.train(steps=1_000_000, batch_size=512, seed=0, log_every=50, checkpoint_every=5000,
@@ -33,7 +38,8 @@ PAPER = config.recipe(
 )
 
 SMALL = dict(
-    model=dict(unet=dict(channels=64, channel_mult=(1, 2, 2, 4))),
+    model=dict(unet=dict(channels=64, channel_mult=(1, 2, 2, 4)),
+               text=dict(vocab_size=1024, context=32, width=256, depth=4, heads=4)),
     data=dict(source="tfds:emoji_scenes/pair_1024", crop="center"),
     optim=dict(warmup_steps=1000, ema_decay=0.999),
     train=dict(steps=50000, batch_size=32, sample_every=5000),
@@ -41,7 +47,9 @@ SMALL = dict(
 
 TINY = dict(
     dtype="float32",
-    model=dict(image_size=256, patch=64, unet=dict(channels=16, channel_mult=(1, 2), res_blocks=1, norm_groups=4)),
+    model=dict(image_size=256, patch=64,
+               unet=dict(channels=16, channel_mult=(1, 2), res_blocks=1, head_channels=16, norm_groups=4),
+               text=dict(vocab_size=512, context=24, width=64, depth=2, heads=2)),
     # BSR takes more steps to learn: after so few it leaves specks on plain grounds.
     diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(0.3, 5.0), degradation="blur"),
     sampling=dict(steps="4"),

@@ -40,8 +40,8 @@ CHANGES = {
         unet=UNET | dict(attention=(2,), head_channels=8),
         text=dict(width=8, depth=1, context=10),
     ),
-    "upsampler_256": dict(patch=16, unet=UNET),
-    "upsampler_1024": dict(patch=32, unet=UNET),
+    "upsampler_256": dict(patch=16, unet=UNET | dict(head_channels=8), text=dict(width=8, depth=1, context=10)),
+    "upsampler_1024": dict(patch=32, unet=UNET | dict(head_channels=8), text=dict(width=8, depth=1, context=10)),
     "glide": dict(
         image_size=8,
         unet=UNET | dict(attention=(2,), head_channels=8),

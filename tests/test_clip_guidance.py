@@ -93,6 +93,67 @@ def test_guided_samples_move_where_the_gradient_points(sampler):
     assert samples(guided) == (pytest.approx(y / 2, rel=0.04), pytest.approx(1 / 2, rel=0.08))
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_a_clip_that_saw_no_noise_guides_through_the_predicted_x0(sampler, scale):
+    """Its gradient at x0 is G(x0) = y - x0. Where the network's prediction is x0 = a_t x_t, that by x_t is
+    a_t G(a_t x_t); guidance of scale s predicts s a_t x_t against nothing."""
+    config = small_config("decoder").unlock()
+    config.diffusion.update(dict(predicts="x0", learned_variance=False))
+    config.sampling.update(dict(sampler=sampler, steps="10", clip_x0=0.0, eta=1.0))
+    schedule, y = make_schedule("cosine", 1000), 1.6
+
+    def network(x_t, t):
+        slope = 0.7 * jnp.sqrt(table_at(schedule.alpha_bars, t, x_t))
+        conditional = (jnp.arange(len(x_t)) < 2).reshape(-1, 1, 1, 1)
+        return slope * x_t * conditional
+
+    def known(x_t, t):
+        slope = (scale or 1) * 0.7 * jnp.sqrt(table_at(schedule.alpha_bars, t, x_t))
+        return slope * (y - slope * x_t)
+
+    given = Conditions(clip_scale=jnp.float32(0.8))
+    given = given if scale is None else given._replace(guidance_scale=jnp.float32(scale))
+    ways = (given._replace(clip_gradient=known), given._replace(x0_gradient=lambda x0, t: y - x0), given)
+    expected, drawn, plain = (draw(config, network, (2, 4, 4, 3), way, jax.random.key(0)) for way in ways)
+    np.testing.assert_allclose(drawn, expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(drawn, plain, atol=1e-2)
+
+
+def test_a_clip_that_saw_no_noise_guides_a_cascade(folder, tmp_path):
+    """It may see larger pictures than the decoder draws."""
+    for name in ("clip", "prior", "decoder"):
+        (tmp_path / name).symlink_to(folder / name)
+    (tmp_path / "noised_clip").symlink_to(folder / "clip")
+    whole = Cascade.load(str(tmp_path))
+    cascade = Cascade(whole.clip, whole.prior, whole.decoder, [], whole.noised_clip)
+    assert whole.noised_clip.stage.config.model.image_size == 16
+    z = np.eye(8, dtype=np.float32)[:2]
+    plain, *guided = (
+        cascade.generate(TEXTS, 0, 1.0, clip_guidance_scale=scale, embeddings=z)["images"][0].astype(int)
+        for scale in (0.0, 1e-6, 30.0)
+    )
+    np.testing.assert_allclose(guided[0], plain, atol=1)
+    assert np.abs(guided[1] - plain).max() > 1
+
+
+def test_gradient_of_a_resized_picture_is_that_of_the_similarity():
+    """By central differences, at 8 px of a CLIP that sees 16."""
+    clip, _, params = small_stage("clip")
+    text = np.random.default_rng(1).normal(size=(1, 8)).astype(np.float32)
+    x, step = np.random.default_rng(0).normal(size=(2, 1, 8, 8, 3)).astype(np.float32)
+
+    @jax.jit
+    def similarity(x):
+        pictures = clip._normalized(jax.image.resize(x, (1, 16, 16, 3), "cubic"))
+        z = clip._model().apply({"params": params}, pictures, method="embed_image")
+        return jnp.exp(params["logit_scale"]) * jnp.sum(z * text)
+
+    found = jax.jit(Model(clip, params, None, "")._similarity_gradient)(params, text, x, np.zeros(1, np.int32))
+    slope = (similarity(x + 1e-2 * step) - similarity(x - 1e-2 * step)) / 2e-2
+    np.testing.assert_allclose(np.sum(found * step), slope, rtol=2e-2)
+
+
 def test_noised_clip_of_another_decoder_is_refused(folder, tmp_path):
     for name in ("clip", "prior", "decoder"):
         (tmp_path / name).symlink_to(folder / name)

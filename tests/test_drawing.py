@@ -41,7 +41,7 @@ def small_shards(monkeypatch):
 
 def draw(cascade, out, prompts=PROMPTS, kind="tar", process=0, processes=1, seed=5, **settings):
     settings = {"models": cascade.identities()} | settings
-    return draw_file(cascade, prompts, out, 1, seed, (None, None, 0.0), settings, kind, process, processes)
+    return draw_file(cascade, prompts, out, 1, seed, {}, settings, kind, process, processes)
 
 
 def content(folder):

@@ -97,10 +97,15 @@ def opened(source, folder, clip, split="train"):
     return EmbeddedSource(source, folder, provenance, split)
 
 
-def clip_reads_captions(config):
-    config.unlock().model.caption = "clip"
-    if config.stage == "prior_diffusion":
-        config.model.context = 12
+def changed(config, reader):
+    """The config with another reader of captions, or a decoder of text embeddings."""
+    config.unlock()
+    if reader == "clip":
+        config.model.caption = "clip"
+        if config.stage == "prior_diffusion":
+            config.model.context = 12
+    if reader == "text":
+        config.model.embedding = "text"
     return config.lock()
 
 
@@ -111,15 +116,15 @@ def clip_reads_captions(config):
         for reader in ("own", "clip")
         for name in NAMES
         if (name, reader) != ("prior_ar", "clip")
-    ],
+    ]
+    + [("decoder", "text")],
 )
 def test_loss_is_that_of_clip_in_the_step(name, reader, clip, folder):
     """Same rows, captions and key; over an epoch, so that spoiled records, too, come up."""
     tokenizer = Tokenizer(tokenizer_bytes())
     found = []
     for where in ("", str(folder)):
-        config = config_of(clip, name, embeddings=where)
-        config = clip_reads_captions(config) if reader == "clip" else config
+        config = changed(config_of(clip, name, embeddings=where), reader)
         stage = make_stage(config, clip.stage, embedded=bool(where))
         texts = {name: (tokenizer, context, ends) for name, (_, context, ends) in stage.texts.items()}
         to_example = ToExample(

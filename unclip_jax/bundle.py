@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 import unclip_jax
 from unclip_jax.cli import lists_to_tuples
+from unclip_jax.config import completed
 from unclip_jax.data.tokenizer import is_json
 from unclip_jax.errors import UserError
 from unclip_jax.paths import copy_folder, is_remote, local_copy, to_path
@@ -134,7 +135,7 @@ def load_bundle(directory: str | Path) -> Bundle:
         raise UserError(f"bundle {folder} is not what was written: its sha256 differs from the one in {CONFIG}")
     return Bundle(
         stage=description["stage"],
-        config=ConfigDict(lists_to_tuples(description["config"])).lock(),
+        config=completed(ConfigDict(lists_to_tuples(description["config"]))).lock(),
         params=_nested(weights),
         tokenizer_bytes=tokenizer,
         clip_identity=description["clip"],

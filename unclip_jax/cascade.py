@@ -42,6 +42,7 @@ class Cascade(Chain):
         embeddings: np.ndarray | None = None,
         rows: Sequence[int] | None = None,
         draws: Sequence[int] | None = None,
+        source: str | None = None,
     ) -> Drawn:
         """Draws one picture per caption.
 
@@ -50,10 +51,11 @@ class Cascade(Chain):
 
         Guidance scales: of the decoder and of the prior, None being the trained config's; clip_guidance_scale is how
         far the noised CLIP's gradient is followed (GLIDE, section 2.4), 0 not at all. embeddings: image embeddings
-        (N, dim) in place of the prior's.
+        (N, dim) in place of the prior's. source: what the decoder is given where there are none: "prior", the prior's;
+        "text", those of the captions; "caption", none; by default that which it was trained for.
         """
         scales = guidance_scale, prior_guidance_scale, clip_guidance_scale
-        return self._generate(texts, seed, *scales, embeddings, rows=rows, draws=draws)
+        return self._generate(texts, seed, *scales, embeddings, source, rows=rows, draws=draws)
 
     def encode(self, pictures: Sequence[np.ndarray], steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
         """Encodes pictures in the two parts that the decoder draws them from: the CLIP embedding (N, dim) and, by DDIM
@@ -208,7 +210,10 @@ class Cascade(Chain):
         return weights / weights.sum()
 
     def _to_and_fro(self, steps: int) -> Model:
-        """Sets the decoder to DDIM up and down. Raises UserError for a number of steps that its chain has not."""
+        """Sets the decoder to DDIM up and down. Raises UserError for a number of steps that its chain has not, and for
+        a decoder that learned embeddings of captions, to which those of pictures say nothing."""
+        if self.clip and self.decoder.stage.config.model.embedding == "text":
+            raise UserError("this decoder learned embeddings of captions: edits need one of pictures' embeddings")
         return self.decoder.sampled_by(**ddim_to_and_fro(steps, self.decoder.stage.config.diffusion.timesteps))
 
     def _implicit(self) -> "Cascade":

@@ -1,13 +1,14 @@
 """Trained stages chained: caption → prior → decoder → upsamplers (unCLIP, arXiv 2204.06125, figure 2; GLIDE's chain,
-2112.10741, is caption → decoder → upsampler).
+2112.10741, is caption → decoder → upsampler). The decoder may be given less than a prior's draw: see `Chain.source`.
 
 A cascade is a folder of bundles: decoder/, beside it clip/ and prior/ where the decoder draws CLIP embeddings, and, if
-they are there, upsampler_256/, upsampler_1024/ and, to guide the decoder, noised_clip/. Each arrow is one jitted
-function of arrays; guidance scales and keys are arguments, so no choice of them compiles anew.
+they are there, upsampler_256/, upsampler_1024/ and, to guide the decoder, noised_clip/, which may hold a CLIP that saw
+no noise too. Each arrow is one jitted function of arrays; guidance scales and keys are arguments, so no choice of them
+compiles anew.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from unclip_jax.arrays import Key
 from unclip_jax.bundle import load_description
+from unclip_jax.config_checks import check_sampling
 from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
 from unclip_jax.keys import RowKeys, seed_key
@@ -26,12 +28,13 @@ from unclip_jax.stages.conditions import Conditions
 
 UPSAMPLERS = ("upsampler_256", "upsampler_1024")
 PRIORS = ("prior_diffusion", "prior_ar")
+SOURCES = ("prior", "text", "caption")  # of what a decoder draws from
 
 
 class Drawn(TypedDict):
     """Result of drawing N pictures."""
 
-    embeddings: np.ndarray | None  # CLIP image embeddings (N, dim) they were drawn from; None from GLIDE
+    embeddings: np.ndarray | None  # CLIP embeddings (N, dim) they were drawn from; None: of captions alone
     images: list[np.ndarray]  # uint8 (N, H, W, 3): the decoder's first, the largest last
 
 
@@ -39,7 +42,8 @@ class Chain:
     """The models of a cascade, from captions to pictures. Pictures are uint8 (N, H, W, 3), embeddings float32 (N, dim)
     of unit norm where the CLIP's are.
 
-    A cascade without a prior draws pictures for embeddings alone, one without a CLIP for captions alone.
+    A cascade without a prior draws pictures for given embeddings or by another `source`, one without a CLIP for
+    captions alone.
     """
 
     def __init__(
@@ -77,6 +81,39 @@ class Chain:
         upsamplers = [load(path, ("upsampler", "glide"), clip) for path in upsamplers]
         return cls(clip, prior, decoder, upsamplers, noised_clip)
 
+    def sampled_by(self, decoder: Mapping[str, Any], prior: Mapping[str, Any]) -> Self:
+        """Makes a cascade of the same models, of which decoder and prior have these values in their section `sampling`.
+
+        Raises UserError for a key that the model does not have, and for a value that does not suit it.
+        """
+        if prior and not self.prior:
+            raise UserError("this cascade has no prior/ that could be sampled otherwise")
+        changed = _sampled("decoder", self.decoder, decoder), _sampled("prior", self.prior, prior)
+        return type(self)(self.clip, changed[1], changed[0], self.upsamplers, self.noised_clip)
+
+    def source(self, asked: str | None = None) -> str | None:
+        """Finds what the decoder draws from beside the caption (unCLIP, section 5.1 and figure 8): "prior", the prior's
+        embedding; "text", the caption's CLIP embedding in its place; "caption", none. None: GLIDE knows of none.
+
+        asked: one of them; None: the one that the decoder was trained for. Raises UserError for what it cannot draw.
+        """
+        if not self.clip:
+            if asked:
+                raise UserError(f"drawing from {asked!r}: this decoder takes captions alone: leave it out")
+            return None
+        config = self.decoder.stage.config
+        found = asked or {"image": "prior", "text": "text"}[config.model.embedding]
+        if found not in SOURCES:
+            raise UserError(f"drawing from {found!r}: expected one of {', '.join(SOURCES)}")
+        if found == "prior" and config.model.embedding == "text":
+            raise UserError("drawing from 'prior': this decoder learned embeddings of captions: draw from 'text'")
+        if found == "prior" and not self.prior:
+            raise UserError("this cascade has no prior/: it draws pictures for given embeddings, and for captions from "
+                            "'text' or 'caption' alone")  # fmt: skip
+        if found == "caption" and not config.diffusion.drop_embedding:
+            raise UserError("drawing from 'caption': this decoder was never trained without an embedding")
+        return found
+
     def text_embeddings(self, texts: list[str]) -> np.ndarray:
         """CLIP text embeddings (N, dim)."""
         return self.clip.embed_texts(texts)
@@ -93,7 +130,8 @@ class Chain:
 
     def embeddings(self, texts: list[str], key: Key | RowKeys, guidance_scale: float | None = None) -> np.ndarray:
         """Draws image embeddings (N, dim) for captions by the prior. guidance_scale: None is the trained config's."""
-        self._check_prior()
+        if not self.prior:
+            raise UserError("this cascade has no prior/, which draws embeddings for captions")
         conditions = self._captions(self.prior, texts)._replace(text_embedding=self.text_embeddings(texts))
         return self._draw(self.prior, conditions, key, guidance_scale)
 
@@ -101,6 +139,8 @@ class Chain:
         self, embeddings: np.ndarray | None, texts: list[str], key: Key | RowKeys, guidance_scale: float | None = None
     ) -> np.ndarray:
         """Draws the decoder's pictures for image embeddings (None: GLIDE takes none) and captions ("" for none)."""
+        if self.decoder.stage.needs_clip and embeddings is None:
+            raise UserError("no embeddings: this decoder draws pictures for CLIP embeddings, which a prior makes")
         return to_uint8(self._decode(embeddings, texts, key, guidance_scale))
 
     def upsample(self, images: np.ndarray, texts: list[str], key: Key | RowKeys) -> list[np.ndarray]:
@@ -113,13 +153,15 @@ class Chain:
         named |= dict(zip(UPSAMPLERS, self.upsamplers, strict=False))
         return {name: model.identity for name, model in named.items() if model}
 
-    def check_prompts(self, texts: list[str]) -> None:
-        """Raises UserError for a prompt that is empty or longer than the models read, and without a prior."""
-        self._check_prior()
+    def check_prompts(self, texts: list[str], source: str | None = None) -> None:
+        """Raises UserError for a prompt that is empty or longer than the models read, and where there is no such
+        `source` of what to draw."""
+        prior = self.prior if self.source(source) == "prior" else None
         limits = {}
         if self.clip:
             limits["CLIP"] = self.clip.tokenizer, self.clip.stage.config.model.text.context - 2
-        for name, model in {"the prior": self.prior, "the decoder": self.decoder}.items():
+        named = {"the prior": prior, "the decoder": self.decoder} | dict(zip(UPSAMPLERS, self.upsamplers, strict=False))
+        for name, model in named.items():
             if model and "tokens" in model.stage.texts:
                 limits[name] = model.tokenizer, model.stage.texts["tokens"][1]
         for text in texts:
@@ -130,10 +172,6 @@ class Chain:
                 if count > limit:
                     raise UserError(f"the prompt {text[:40]!r}… has {count} tokens: {name} reads {limit}; shorten it")
 
-    def _check_prior(self) -> None:
-        if self.clip and not self.prior:
-            raise UserError("this cascade has no prior/: it draws pictures for image embeddings, not for captions")
-
     def _generate(
         self,
         texts: list[str],
@@ -142,6 +180,7 @@ class Chain:
         prior_guidance_scale: float | None = None,
         clip_guidance_scale: float = 0.0,
         embeddings: np.ndarray | None = None,
+        source: str | None = None,
         decoder: Model | None = None,
         sketch: np.ndarray | None = None,
         known: Callable[[int], dict[str, np.ndarray]] = lambda size: {},
@@ -160,8 +199,11 @@ class Chain:
         keys = keys._replace(rows=np.array(keys.rows if rows is None else rows))
         keys = keys._replace(draws=np.array(keys.draws if draws is None else draws))
         key_prior, key_decoder, key_upsampler = keys.split(3)
-        if embeddings is None and self.clip:
+        found = self.source(source) if embeddings is None else None
+        if found == "prior":
             embeddings = self.embeddings(texts, key_prior, prior_guidance_scale)
+        elif found == "text":
+            embeddings = self.text_embeddings(texts)
         fields = {"sketch": sketch} | known(self.decoder.stage.config.model.image_size)
         small = self._decode(embeddings, texts, key_decoder, guidance_scale, clip_guidance_scale, decoder, fields)
         larger = self._upsample(small, texts, key_upsampler, known)
@@ -179,8 +221,6 @@ class Chain:
     ) -> np.ndarray:
         """Draws the decoder's pictures, float32. fields: more of its conditions."""
         model = decoder or self.decoder
-        if model.stage.needs_clip and embeddings is None:
-            raise UserError("no embeddings: this decoder draws pictures for CLIP embeddings, which a prior makes")
         check_finite(clip_guidance_scale=clip_guidance_scale)
         conditions = self._captions(model, texts)._replace(image_embedding=embeddings, **(fields or {}))
         if not clip_guidance_scale:
@@ -246,8 +286,28 @@ def check_finite(**numbers: float | None) -> None:
             raise UserError(f"{name} is {value}: expected a finite number")
 
 
+def _sampled(name: str, model: Model | None, sampling: Mapping[str, Any]) -> Model | None:
+    """The model with other values in its section `sampling`; the same object where none is another."""
+    own = model.stage.config.sampling if model else {}
+    changes = {key: value for key, value in sampling.items() if own.get(key) != value}
+    if not changes:
+        return model
+    if unknown := sorted(changes.keys() - own.keys()):
+        raise UserError(f"sampling.{unknown[0]}: the {name} has none, but {', '.join(sorted(own))}")
+    changed = model.sampled_by(**changes)
+    check_sampling(config := changed.stage.config)
+    if "eta" in changes and config.sampling.sampler != "ddim":
+        raise UserError(f"sampling.eta is of ddim, and the {name} is sampled by {config.sampling.sampler}")
+    if changes.get("sampler") == "analytic" and "fixed" not in model.params:
+        raise UserError(f"sampling.sampler is 'analytic', but the {name} has no variances: train it with that sampler")
+    return changed
+
+
 def _check_noised_clip(root: Path, noised_clip: Model, decoder: Model) -> None:
+    """Raises UserError for a CLIP without eyes, and for a noised one of other pictures or noise than the decoder's."""
     m, d = noised_clip.stage.config.model, decoder.stage.config
+    if m.image and not m.image.timesteps:
+        return  # it saw no noise, and is shown the predicted x0, resized
     theirs, ours = (m.image_size, m.image.timesteps if m.image else 0), (d.model.image_size, d.diffusion.timesteps)
     if theirs != ours:
         raise UserError(f"{root}/noised_clip sees {theirs[0]} px at {theirs[1]} timesteps, the decoder draws {ours[0]} "

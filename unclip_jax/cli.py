@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ml_collections import ConfigDict
 
-from unclip_jax.config import flat_keys
+from unclip_jax.config import completed, flat_keys
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path
 
@@ -151,7 +151,7 @@ def installed_configs() -> Path:
 def _stored_config(path: Path) -> ConfigDict:
     """Reads a config from the config.json of a run or bundle."""
     try:
-        return ConfigDict(lists_to_tuples(json.loads(path.read_text())["config"])).lock()
+        return completed(ConfigDict(lists_to_tuples(json.loads(path.read_text())["config"]))).lock()
     except FileNotFoundError as error:
         raise UserError(f"no config file {path}: expected config.json of a run's workdir or of a bundle") from error
     except (ValueError, KeyError, TypeError) as error:

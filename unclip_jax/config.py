@@ -49,6 +49,28 @@ def flat_keys(config: ConfigDict | dict, prefix: str = "") -> Iterator[str]:
         yield from flat_keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict | dict) else [f"{prefix}{name}"]
 
 
+# What models were before a key existed: stage → key → value.
+BEFORE = {
+    "decoder": {"model.embedding": "image"},
+    "upsampler": {
+        "model.caption": "none",
+        "model.unet.attention": (),
+        "model.unet.middle_attention": False,
+        "model.unet.head_channels": 0,
+        "model.unet.heads": (1, 1),
+        "diffusion.drop_caption": 0.0,
+        "sampling.guidance_scale": 1.0,
+    },
+}
+
+
+def completed(config: ConfigDict) -> ConfigDict:
+    """Adds to a stored config the keys that configs of its stage did not have yet when it was stored."""
+    known, before = set(flat_keys(config)), BEFORE.get(config.get("stage"), {})
+    config.update_from_flattened_dict({key: value for key, value in before.items() if key not in known})
+    return config
+
+
 def _extended(arguments: dict, section: Callable[..., dict]) -> dict:
     """Returns the section that the rest of a function's arguments make, together with its own."""
     return section(**arguments.pop("rest")) | arguments
@@ -80,7 +102,10 @@ def embedding(*, embedding_dim: int) -> dict:  # Numbers in a CLIP embedding: mo
     return locals()
 
 
-def reader(*, caption: str) -> dict:  # Reader of captions: "own", the model itself; "clip", CLIP's text tower.
+def reader(
+    *,
+    caption: str,  # Reader of captions: "own", the model itself; "clip", CLIP's text tower; "none", of upsamplers.
+) -> dict:
     return locals()
 
 
@@ -218,12 +243,12 @@ def caption_diffusion(
 
 def upsampler_diffusion(
     *,
-    degradation: str,  # Degradation of small pictures in training: "blur", or "bsr" by data/bsr.py.
+    degradation: str,  # Degradation of small pictures in training: "none", "blur", or "bsr" by data/bsr.py.
     blur_probability: float,  # Share of training examples that "blur" blurs, from 0 to 1.
     blur_sigma: float,  # Standard deviation of "blur", in pixels of the small picture; its kernel has 3 × 3.
     **rest,
 ) -> dict:
-    return _extended(locals(), diffusion)
+    return _extended(locals(), caption_diffusion)
 
 
 def sampling(

@@ -10,7 +10,9 @@ from unclip_jax.paths import same_place, to_path
 
 MEASURES = ("fid", "sfid", "kid", "inception_score", "precision_recall", "alignment")
 SAMPLERS = ("ddpm", "ddim", "analytic")
-DEGRADATIONS = ("blur", "bsr")
+DEGRADATIONS = ("none", "blur", "bsr")
+EMBEDDINGS = ("image", "text")
+UPSAMPLER_CAPTIONS = ("none", "own")
 
 
 def check_config(config: ConfigDict, workdir: str) -> None:
@@ -54,12 +56,20 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         raise UserError(f"dtype is {config.dtype!r}: expected float32 or bfloat16")
     _check_widths("model", config.model)
     if "diffusion" in config:
-        _check_diffusion(config)
+        _check_diffusion(config.diffusion)
+    if "sampling" in config:
+        check_sampling(config)
+    if config.stage == "decoder" and config.model.embedding not in EMBEDDINGS:
+        raise UserError(f"model.embedding is {config.model.embedding!r}: expected one of {', '.join(EMBEDDINGS)}")
     if config.stage == "upsampler":
         m = config.model
         smallest = m.factor * 2 ** (len(m.unet.channel_mult) - 1)
         if m.patch > m.image_size or m.patch % smallest:
             raise UserError(f"model.patch is {m.patch}: expected a multiple of {smallest}, at most {m.image_size}")
+        if m.caption not in UPSAMPLER_CAPTIONS:
+            raise UserError(f"model.caption is {m.caption!r}: an upsampler has {' or '.join(UPSAMPLER_CAPTIONS)}")
+        if config.diffusion.drop_caption and m.caption == "none":
+            raise UserError("diffusion.drop_caption drops captions, and this upsampler reads none: set it to 0")
         if config.diffusion.degradation not in DEGRADATIONS:
             known = ", ".join(DEGRADATIONS)
             raise UserError(f"diffusion.degradation is {config.diffusion.degradation!r}: expected one of {known}")
@@ -92,17 +102,31 @@ def _check_widths(name: str, section: ConfigDict) -> None:
             _check_widths(f"{name}.{key}", value)
 
 
-def _check_diffusion(config: ConfigDict) -> None:
-    """Raises UserError for a noise schedule, prediction or sampler that does not exist or does not suit the stage."""
-    d, s = config.diffusion, config.sampling
+def _check_diffusion(d: ConfigDict) -> None:
+    """Raises UserError for a noise schedule or prediction that does not exist. d: the section `diffusion`."""
     try:
-        respace(make_schedule(d.schedule, d.timesteps), s.steps)
+        make_schedule(d.schedule, d.timesteps)
     except ValueError as error:
-        raise UserError(f"diffusion or sampling: {error}") from error
+        raise UserError(f"diffusion: {error}") from error
     if d.predicts not in PREDICTS:
         raise UserError(f"diffusion.predicts is {d.predicts!r}: expected one of {', '.join(PREDICTS)}")
     if d.snr_clip and d.predicts != "x0":
         raise UserError("diffusion.snr_clip weighs errors of x0: set it to () where diffusion.predicts is eps")
+
+
+def check_sampling(config: ConfigDict) -> None:
+    """Raises UserError for steps, a sampler or numbers that do not exist or do not suit the stage, in `sampling`."""
+    s = config.sampling
+    if "dot_percentile" in s and not 0 <= s.dot_percentile <= 100:
+        raise UserError(f"sampling.dot_percentile is {s.dot_percentile}: expected at least 0 and at most 100")
+    if "diffusion" not in config:
+        return
+    try:
+        respace(make_schedule(config.diffusion.schedule, config.diffusion.timesteps), s.steps)
+    except ValueError as error:
+        raise UserError(f"sampling.steps: {error}") from error
+    if not 0 <= s.eta <= 1:
+        raise UserError(f"sampling.eta is {s.eta}: expected a number from 0 to 1")
     if s.sampler not in SAMPLERS:
         raise UserError(f"sampling.sampler is {s.sampler!r}: expected one of {', '.join(SAMPLERS)}")
     if s.sampler == "analytic" and config.stage != "prior_diffusion":

@@ -16,7 +16,7 @@ import json
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ def draw_file(
     out: Path,
     pictures_each: int,
     seed: int,
-    scales: Sequence[float | None],
+    options: Mapping[str, Any],
     settings: dict[str, Any],
     kind: str,
     process: int = 0,
@@ -86,9 +86,9 @@ def draw_file(
 ) -> int:
     """Draws `pictures_each` pictures for each caption that are not in `out` yet; returns how many it drew.
 
-    scales: of the decoder, the prior and the noised CLIP, as in `Cascade.generate`. settings: what pictures depend on,
-    stored in each. kind: "tar" for WebDataset shards, "png" for a file each. process: which of `processes` this is.
-    Raises UserError where `out` holds a run of other captions or settings.
+    options: scales and source, of `Cascade.generate`. settings: what pictures depend on, stored in each. kind: "tar"
+    for WebDataset shards, "png" for a file each. process: which of `processes` this is. Raises UserError where `out`
+    holds a run of other captions or settings.
     """
     places = [Place(text, row, draw) for row, text in enumerate(prompts) for draw in range(pictures_each)]
     _check_same_run(out, prompts, settings | {"seed": seed, "n": pictures_each, "format": kind}, process)
@@ -104,7 +104,7 @@ def draw_file(
 
     def draw(group: Sequence[int]) -> np.ndarray:
         texts, rows, draws = zip(*(place for k in group for place in shards[k]), strict=True)
-        return cascade.generate(list(texts), seed, *scales, rows=rows, draws=draws)["images"][-1]
+        return cascade.generate(list(texts), seed, **options, rows=rows, draws=draws)["images"][-1]
 
     progress = _Progress(sum(len(shards[k]) for k in mine), sum(len(shards[k]) for k in missing))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

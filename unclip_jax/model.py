@@ -92,7 +92,7 @@ class Model:
 
         key: one, whose rows are numbered from 0, or keys of rows: the same key draws the same row in any company.
         noised_clip: guides the drawing to the rows of noised_text (N, dim), its embeddings of the captions, as far as
-        `conditions.clip_scale` says.
+        `conditions.clip_scale` says: by x_t if it is a noised CLIP, else by the predicted x0.
         """
         given = {name: value for name, value in conditions._asdict().items() if value is not None}
         scalars = {name: value for name, value in given.items() if not np.ndim(value)}
@@ -107,7 +107,8 @@ class Model:
         keys = RowKeys.of(key, count)
         scalars, key = jax.device_put((scalars, keys.key), NamedSharding(self.mesh, P()))
         if noised_clip:
-            scalars["clip_gradient"] = jax.tree_util.Partial(noised_clip._similarity_gradient, noised_clip.params)
+            name = "clip_gradient" if noised_clip.stage.config.model.image.timesteps else "x0_gradient"
+            scalars[name] = jax.tree_util.Partial(noised_clip._similarity_gradient, noised_clip.params)
 
         def drawn(rows: jax.Array, draws: jax.Array, *parts: jax.Array) -> jax.Array:
             chunk = dict(zip(arrays, parts, strict=True)) | scalars
@@ -162,16 +163,22 @@ class Model:
 
     @functools.cached_property
     def _similarity_gradient(self) -> Callable:
-        """One object for all calls, by which jit knows it again."""
-        clip = cast(Clip, self.stage)
-        return lambda params, text, x_t, t: clip.similarity_gradient(params, x_t, t, text)
+        """One object for all calls, by which jit knows it again. Takes pictures of any size, made the CLIP's."""
+        clip, size = cast(Clip, self.stage), self.stage.config.model.image_size
+
+        def gradient(params: Params, text: Array, x: Array, t: Array) -> Array:
+            shape = (len(x), size, size, 3)
+            seen, back = jax.vjp(lambda x: x if x.shape == shape else jax.image.resize(x, shape, "cubic"), x)
+            return back(clip.similarity_gradient(params, seen, t, text))[0]
+
+        return gradient
 
 
 def jitted_sample(stage: Stage, mesh: Mesh) -> Callable:
     """Makes the jitted `stage.sample`: (params, frozen, conditions, RowKeys, noised_text) → a row for each row.
 
     Rows are split over all devices of the mesh, each of which draws its own, by the program of one device: nothing is
-    sent but the parts of a `Split`. noised_text: (N, dim), the argument that `conditions.clip_gradient` takes first.
+    sent but the parts of a `Split`. noised_text: (N, dim), the argument that the conditions' gradient takes first.
     """
     sample = cast(Sampler, stage).sample
 
@@ -179,7 +186,8 @@ def jitted_sample(stage: Stage, mesh: Mesh) -> Callable:
         params, frozen, given, key = shared
         parts, numbers, draws, text = rows
         if text is not None:
-            given = given | {"clip_gradient": jax.tree_util.Partial(given["clip_gradient"], text)}
+            name = "clip_gradient" if "clip_gradient" in given else "x0_gradient"
+            given = given | {name: jax.tree_util.Partial(given[name], text)}
         return sample(params, frozen, Conditions(**given, **parts), RowKeys(key, numbers, draws).make())
 
     def split(

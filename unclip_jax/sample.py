@@ -5,8 +5,8 @@
     python -m unclip_jax.sample --again samples/a_red_apple_on_a_yellow_background_0_2.png --out again
 
 Writes OUT/PROMPT_SEED_I.png, with all that it takes to draw it again inside, and OUT/grid.png. A picture depends on its
-prompt and the prompt's place on the command line, the seed, its number among the prompt's pictures, and the scales; not
-on -n. A second run finds its programs compiled, whatever the prompt, seed and guidance scales.
+prompt and the prompt's place on the command line, the seed, its number among the prompt's pictures, and the flags that
+say how it is drawn; not on -n. A second run finds its programs compiled, whatever the prompt, seed and guidance scales.
 
 --prompts takes a file of captions (.txt, .jsonl or .csv), which all devices of all processes draw, into tars of
 WebDataset or, by --format png, a file each. Stopped, the same command draws what is missing.
@@ -20,7 +20,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from unclip_jax.cascade import Cascade
 
 SCALES = ("guidance", "prior_guidance", "clip_guidance")
+SOURCES, SAMPLERS = ("prior", "text", "caption"), ("ddpm", "ddim", "analytic")
+OF_PRIOR = ("prior_guidance", "prior_steps", "dot_percentile")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -69,6 +71,13 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=cli.finite, help="of the decoder; 1: none; default: the trained config's")
     parser.add_argument("--prior-guidance", type=cli.finite, help="of the prior; likewise")
     parser.add_argument("--clip-guidance", type=cli.finite, default=0.0, help="of the decoder, by noised_clip/")
+    parser.add_argument("--from", choices=SOURCES, help="the decoder draws from the prior's embedding, from the text's "
+                        "in its place, or from the caption alone; default: as it was trained")  # fmt: skip
+    parser.add_argument("--steps", help="of the decoder: 50, 10,10,3,2,2, ddim25 or fast27; default: the config's")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="of the decoder; default: the config's")
+    parser.add_argument("--eta", type=cli.finite, help="noise of ddim, from 0 to 1; default: the config's")
+    parser.add_argument("--prior-steps", help="of a diffusion prior; likewise")
+    parser.add_argument("--dot-percentile", type=cli.finite, help="of an autoregressive prior; likewise")
     parser.add_argument("--fsdp", type=int, default=1, help="devices that share a model, where it does not fit one")
 
 
@@ -87,15 +96,15 @@ def main(argv: list[str]) -> int:
     cascade, compiles = _load(args.bundle, args.fsdp, args.fsdp)
     from unclip_jax.model import chunk_rows
 
-    cascade.check_prompts(args.prompt)
+    cascade = _sampled(cascade, args)
+    cascade.check_prompts(args.prompt, vars(args)["from"])
     if args.rerank and not cascade.clip:
         raise UserError(f"--rerank needs a CLIP, and {args.bundle} has no clip/")
     count = args.rerank or args.n
     places = [(row, draw) for row in range(len(args.prompt)) for draw in range(count)]
     texts = [args.prompt[row] for row, _ in places]
     rows, draws = zip(*places, strict=True)
-    scales = [getattr(args, name) for name in SCALES]
-    images = cascade.generate(texts, args.seed, *scales, rows=rows, draws=draws)["images"][-1]
+    images = cascade.generate(texts, args.seed, **_options(vars(args)), rows=rows, draws=draws)["images"][-1]
     if args.rerank:
         kept = _best(cascade, images, args)
         images, texts, places = images[kept], [texts[i] for i in kept], [places[i] for i in kept]
@@ -144,10 +153,10 @@ def draw_prompts(args: argparse.Namespace, prompts: list[str], out: Path, upsamp
     cascade, compiles = _load(args.bundle, args.fsdp, jax.local_device_count())
     if not upsample:
         cascade.upsamplers.clear()
-    cascade.check_prompts(prompts)
-    scales = [getattr(args, name) for name in SCALES]
-    who = jax.process_index(), jax.process_count()
-    count = draw_file(cascade, prompts, out, args.n, args.seed, scales, _settings(cascade, args), args.format, *who)
+    cascade = _sampled(cascade, args)
+    cascade.check_prompts(prompts, vars(args)["from"])
+    who, how = (jax.process_index(), jax.process_count()), (_options(vars(args)), _settings(cascade, args))
+    count = draw_file(cascade, prompts, out, args.n, args.seed, *how, args.format, *who)
     print(f"{count} pictures in {time.monotonic() - began:.1f} s, {compiles}: {out}", file=sys.stderr)
 
 
@@ -163,7 +172,7 @@ def _again(args: argparse.Namespace, out: Path) -> int:
             seed, row, draw, position = (int(stored[name]) for name in ("seed", "row", "draw", "position"))
             settings = json.loads(stored["settings"])
             bundle, models, batch = args.bundle or settings["bundle"], settings["models"], int(settings["batch"])
-            scales = [settings[name] for name in SCALES]
+            options, sampling = _options(settings), settings.get("sampling", {})
     except (OSError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{args.again} is not a picture of this command, or of an older version: it does not hold what "
                         f"drew it ({error})") from error  # fmt: skip
@@ -172,9 +181,10 @@ def _again(args: argparse.Namespace, out: Path) -> int:
         changed = sorted(name for name in models if cascade.identities().get(name) != models[name])
         raise UserError(f"{bundle} holds another {', '.join(changed) or 'set of models'} than drew {args.again}: name "
                         "the cascade that drew it by --bundle")  # fmt: skip
+    cascade = cascade.sampled_by(sampling.get("decoder", {}), sampling.get("prior", {}))
     # As many rows at once as then, and taken from the same place: another program, or place, may round otherwise.
     numbers = {"rows": [row] * batch, "draws": [draw] * batch}
-    image = cascade.generate([prompt] * batch, seed, *scales, **numbers)["images"][-1][position]
+    image = cascade.generate([prompt] * batch, seed, **options, **numbers)["images"][-1][position]
     place = {"seed": str(seed), "row": str(row), "draw": str(draw), "position": str(position)}
     target = out / path.name
     pictures.save_png(target, image, {"prompt": prompt, **place, "settings": settings})
@@ -182,13 +192,31 @@ def _again(args: argparse.Namespace, out: Path) -> int:
     return 0
 
 
+def _sampled(cascade: "Cascade", args: argparse.Namespace) -> "Cascade":
+    """The cascade whose models sample as the flags say. Raises UserError for what they do not have."""
+    if cascade.source(vars(args)["from"]) != "prior":
+        for name in OF_PRIOR:
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is of a prior, which this run does not draw from")
+    decoder = {"steps": args.steps, "sampler": args.sampler, "eta": args.eta}
+    prior = {"steps": args.prior_steps, "dot_percentile": args.dot_percentile}
+    given = ({key: value for key, value in flags.items() if value is not None} for flags in (decoder, prior))
+    return cascade.sampled_by(*given)
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Cascade.generate` that flags, or the settings in a picture, say."""
+    return {f"{name}_scale": given[name] for name in SCALES} | {"source": given.get("from")}
+
+
 def _settings(cascade: "Cascade", args: argparse.Namespace) -> dict:
     """Everything that a picture depends on besides its prompt, seed and numbers."""
-    settings = {name: getattr(args, name) for name in SCALES}
-    for name, model in (("guidance", cascade.decoder), ("prior_guidance", cascade.prior)):
+    settings = {name: getattr(args, name) for name in SCALES} | {"from": cascade.source(vars(args)["from"])}
+    prior = cascade.prior if settings["from"] == "prior" else None
+    for name, model in (("guidance", cascade.decoder), ("prior_guidance", prior)):
         if settings[name] is None and model and model.stage.guided:
             settings[name] = model.stage.config.sampling.guidance_scale
-    models = {"prior": cascade.prior, "decoder": cascade.decoder} | dict(enumerate(cascade.upsamplers))
+    models = {"prior": prior, "decoder": cascade.decoder} | dict(enumerate(cascade.upsamplers))
     sampling = {str(name): model.stage.config.sampling.to_dict() for name, model in models.items() if model}
     where = {"bundle": str(args.bundle), "models": cascade.identities(), "version": __version__}
     return {"n": args.n, "rerank": args.rerank, "sampling": sampling} | settings | where

@@ -4,11 +4,12 @@
     denoiser = clip_x0(classifier_free(denoiser, scale), schedule, 1.0)
 
 CLIP guidance comes in two forms: `condition_eps` wraps a denoiser and suits DDIM, `condition_mean` wraps a step and
-suits DDPM.
+suits DDPM. Both follow the gradient of a noised CLIP or, by `through_x0`, of another.
 """
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
@@ -115,6 +116,23 @@ def condition_eps(denoiser: Denoiser, schedule: NoiseSchedule, gradient: Gradien
         return prediction._replace(x0=x0_from_eps(schedule, x_t, i, eps), eps=eps)
 
     return denoise
+
+
+def through_x0(gradient: Gradient, denoiser: Denoiser) -> Gradient:
+    """Turns the gradient of a similarity S of clean pictures, given at any x0, into that of S(predicted x0) by x_t.
+
+    For a CLIP that saw no noise, to which x_t is unlike any picture that it knows (GLIDE, arXiv 2112.10741, section 2.4
+    and figure 10, without the augmentations and perceptual losses there). The prediction is differentiated through the
+    network, which takes two to three times as long.
+
+    denoiser: of the whole chain, whose step indices are the original timesteps; all rows have the same one.
+    """
+
+    def by_x_t(x_t: Rows, timesteps: Int[Array, " B"]) -> Rows:
+        x0, back = jax.vjp(lambda x_t: denoiser(x_t, timesteps[0]).x0, x_t)
+        return back(gradient(x0, timesteps))[0]
+
+    return by_x_t
 
 
 def _timesteps(schedule: NoiseSchedule, x_t: Rows, i: StepIndex) -> Int[Array, " B"]:

@@ -140,7 +140,7 @@ def conditions(stage: Stage, rows: int) -> Conditions:
     if stage.needs_clip:
         given = "text_embedding" if config.stage.startswith("prior") else "image_embedding"
         spec[given] = (rows, config.model.embedding_dim), jnp.float32
-    if "guidance_scale" in config.sampling:
+    if stage.guided and "guidance_scale" in config.sampling:
         spec["guidance_scale"] = (), jnp.float32
     if config.model.get("factor"):
         side = config.model.image_size // config.model.factor

@@ -99,6 +99,7 @@ def convert_decoder(
         "model": {
             "image_size": image_size,
             "embedding_dim": dim,
+            "embedding": "image",
             "image_tokens": tokens,
             "caption": "clip",
             "learned_null": "null_embedding" in conditioner,
@@ -153,15 +154,13 @@ def convert_upsampler(
     first: the network of all steps but the last one. last: the network of the last step; None: `first` makes all steps.
     image_size: side in pixels of the pictures drawn. Raises UserError for state dicts that are not such models.
     """
-    unet = unet_config(first, head_channels=1, heads=(1, 1), norm_groups=32)
+    unet = unet_config(first, head_channels=0, heads=(1, 1), norm_groups=32)
     channels, outputs = first.shape("input_blocks.0.0.weight")[1], first.shape("out.2.weight")[0]
     networks = [first] if last is None else [first, last]
     params = []
     for weights in networks:
         params.append(unet_params(weights, unet, channels, outputs, 0))
         weights.finish()
-    for name in ("attention", "middle_attention", "head_channels", "heads"):
-        del unet[name]
     config = ConfigDict({
         "stage": "upsampler",
         "dtype": dtype,
@@ -171,6 +170,7 @@ def convert_upsampler(
             "patch": image_size // 4,
             "interpolation": "antialiased_bicubic",
             "round_low_res": False,
+            "caption": "none",
             "last_step": last is not None,
             "unet": unet,
         },
@@ -180,11 +180,19 @@ def convert_upsampler(
             "predicts": "eps",
             "learned_variance": outputs == channels,
             "snr_clip": (),
+            "drop_caption": 0.0,
             "degradation": "blur",
             "blur_probability": 0.5,
             "blur_sigma": 0.6,
         },
-        "sampling": {"sampler": "ddpm", "steps": "7", "eta": 0.0, "clip_x0": 1.0, "temperature": 1.0},
+        "sampling": {
+            "sampler": "ddpm",
+            "steps": "7",
+            "eta": 0.0,
+            "guidance_scale": 1.0,
+            "clip_x0": 1.0,
+            "temperature": 1.0,
+        },
     })  # fmt: skip
     return config, params[0] if last is None else dict(zip(("first", "last"), params, strict=True))
 

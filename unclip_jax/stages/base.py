@@ -17,6 +17,7 @@ from unclip_jax.diffusion.guidance import (
     condition_mean,
     known_pixels,
     known_states,
+    through_x0,
 )
 from unclip_jax.diffusion.losses import training_loss
 from unclip_jax.diffusion.process import Network, make_denoiser, q_sample
@@ -285,6 +286,11 @@ def draw(
     if conditions.guidance_scale is not None:
         denoiser = classifier_free(denoiser, conditions.guidance_scale)
     gradient, scale = conditions.clip_gradient, conditions.clip_scale
+    if conditions.x0_gradient is not None:
+        whole = make_denoiser(network, make_schedule(d.schedule, d.timesteps), d.predicts, d.learned_variance)
+        if conditions.guidance_scale is not None:
+            whole = classifier_free(whole, conditions.guidance_scale)
+        gradient = through_x0(conditions.x0_gradient, whole)
     if gradient is not None and s.sampler == "ddim":
         # Clipped afterwards: at the noisiest steps the least change of eps is a large one of x0.
         denoiser = condition_eps(denoiser, schedule, gradient, scale)

@@ -24,7 +24,8 @@ class Conditions(NamedTuple):
     tokens_length: Int[Array, " B"] | None = None
     clip_tokens: Int[Array, "B clip_context"] | None = None
     clip_tokens_length: Int[Array, " B"] | None = None
-    # CLIP's embeddings: of the captions, for a prior; of the pictures to be drawn, for unCLIP's decoder.
+    # CLIP's embeddings: of the captions, for a prior; of the pictures to be drawn, or of the captions in their place,
+    # for unCLIP's decoder, which draws from the captions alone without them.
     text_embedding: Float[Array, "B dim"] | None = None
     image_embedding: Float[Array, "B dim"] | None = None
     # Pictures to be enlarged, for an upsampler.
@@ -44,6 +45,9 @@ class Conditions(NamedTuple):
     # CLIP guidance: (x_t, timesteps) → the gradient of a noised CLIP's similarity by x_t, as a `jax.tree_util.Partial`,
     # and how many times it is followed (GLIDE, arXiv 2112.10741, section 2.4).
     clip_gradient: Callable[..., jax.Array] | None = None
+    # In its place, of a CLIP that saw no noise: (x0, timesteps) → the gradient by x0, which is taken at the predicted
+    # x0 and led back to x_t through the network.
+    x0_gradient: Callable[..., jax.Array] | None = None
     clip_scale: Float[Array, ""] | None = None
 
 

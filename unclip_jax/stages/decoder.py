@@ -1,4 +1,4 @@
-"""unCLIP's decoder: CLIP image embedding and caption → picture (arXiv 2204.06125, section 2.1)."""
+"""unCLIP's decoder: CLIP embedding and caption → picture (arXiv 2204.06125, section 2.1)."""
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ class Decoder(Stage):
     one is dropped it reaches the network on no path.
 
     `config.model.caption` says who reads the caption: "own", a text path of the decoder's; "clip", CLIP's text tower.
+    `config.model.embedding` says what it learns to draw: "image", the picture's embedding z_i, which a prior makes in
+    sampling; "text", z_t of the caption, which needs no prior (section 5.1 measures what one is for).
     """
 
     clip: ClipTowers
@@ -36,18 +38,21 @@ class Decoder(Stage):
 
     @property
     def images(self) -> dict[str, int]:
-        clip = {} if self.embedded else {"clip_image": self.clip.config.model.image_size}
+        sees = self.config.model.embedding == "image" and not self.embedded
+        clip = {"clip_image": self.clip.config.model.image_size} if sees else {}
         return {"image": self.config.model.image_size} | clip
 
     @property
     def vectors(self) -> dict[str, int]:
-        return {"image_embedding": self.clip.dim} if self.embedded else {}
+        return {f"{self.config.model.embedding}_embedding": self.clip.dim} if self.embedded else {}
 
     @property
     def texts(self) -> dict[str, tuple[str, int, bool]]:
-        if self._own_text:
-            return {"tokens": ("own", self.config.model.text.context, False)}
-        return {"clip_tokens": ("clip", self.clip.config.model.text.context, True)}
+        m = self.config.model
+        own = {"tokens": ("own", m.text.context, False)} if self._own_text else {}
+        if own and (m.embedding == "image" or self.embedded):
+            return own
+        return own | {"clip_tokens": ("clip", self.clip.config.model.text.context, True)}
 
     @property
     def _own_text(self) -> bool:
@@ -94,7 +99,7 @@ class Decoder(Stage):
         has_embedding: Bool[Array, " B"],
     ) -> Conditioning:
         """Computes the U-Net's inputs besides x_t and t; a caption or an embedding is dropped where its `has_…` is
-        False. captions: the arrays that `texts` names."""
+        False. captions: arrays that `texts` names. image_embedding: that which `embeddings` gives, or one like it."""
         caption: tuple[Array, ...]
         if self._own_text:
             caption = captions["tokens"], jnp.where(has_caption, captions["tokens_length"], 0)
@@ -108,18 +113,22 @@ class Decoder(Stage):
         return self._conditioner().apply(variables, *caption, image_embedding, has_embedding)
 
     def embeddings(self, frozen: Params, batch: Batch) -> Float[Array, "B dim"]:
-        """Reads or computes CLIP's image embeddings of a batch."""
-        return batch["image_embedding"] if self.embedded else self.clip.embed_images(frozen, batch["clip_image"])
+        """Reads or computes CLIP's embeddings of a batch: of the pictures or, by `model.embedding`, of the captions."""
+        if self.embedded:
+            return batch[f"{self.config.model.embedding}_embedding"]
+        if self.config.model.embedding == "text":
+            return self.clip.embed_texts(frozen, batch["clip_tokens"], batch["clip_tokens_length"])
+        return self.clip.embed_images(frozen, batch["clip_image"])
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
     ) -> tuple[Float[Array, ""], Metrics]:
         d = self.config.diffusion
-        z_i = self.embeddings(frozen, batch)
+        z = self.embeddings(frozen, batch)
         key_z, key_text, key_dropout, key_loss = jax.random.split(key, 4)
-        has_embedding = ~jax.random.bernoulli(key_z, d.drop_embedding if train else 0.0, z_i.shape[:1])
-        has_caption = ~jax.random.bernoulli(key_text, d.drop_caption if train else 0.0, z_i.shape[:1])
-        conditioning = self.condition(params, frozen, batch, has_caption, z_i, has_embedding)
+        has_embedding = ~jax.random.bernoulli(key_z, d.drop_embedding if train else 0.0, z.shape[:1])
+        has_caption = ~jax.random.bernoulli(key_text, d.drop_caption if train else 0.0, z.shape[:1])
+        conditioning = self.condition(params, frozen, batch, has_caption, z, has_embedding)
 
         def network(x_t: Array, t: Array) -> Array:
             variables, rngs = {"params": params["unet"]}, {"dropout": key_dropout}
@@ -130,13 +139,13 @@ class Decoder(Stage):
     def sample(
         self, params: Params, frozen: Params, conditions: Conditions, key: Key
     ) -> Float[Array, "B R R 3"]:
-        """Draws pictures in [-1, 1] for captions, image embeddings and a guidance scale. The unconditional branch has
-        neither embedding nor caption."""
-        rows = len(conditions.image_embedding)
-        has = jnp.arange(2 * rows) < rows
+        """Draws pictures in [-1, 1] for captions, embeddings and a guidance scale. The unconditional branch has neither
+        embedding nor caption, and without `image_embedding` the conditional one has the caption alone."""
         twice = {name: jnp.concatenate([array] * 2) for name, array in captions(conditions).items()}
-        z_i = jnp.concatenate([conditions.image_embedding] * 2)
-        network = self._network(params, self.condition(params, frozen, twice, has, z_i, has))
+        rows = len(next(iter(twice.values()))) // 2
+        has, z = jnp.arange(2 * rows) < rows, conditions.image_embedding
+        given = (jnp.zeros((2 * rows, self.clip.dim)), has & False) if z is None else (jnp.concatenate([z, z]), has)
+        network = self._network(params, self.condition(params, frozen, twice, has, *given))
         size = self.config.model.image_size
         return draw(self.config, network, (rows, size, size, 3), conditions, key)
 
@@ -155,7 +164,7 @@ class Decoder(Stage):
         return lambda x_t, t: self._unet().apply({"params": params["unet"]}, x_t, t, *conditioning)
 
     def draw_examples(self, params: Params, frozen: Params, batch: Batch, keys: Key) -> dict[str, Pictures]:
-        """Draws pictures from the true embeddings and captions."""
+        """Draws pictures from the embeddings that it learns from and the captions."""
         conditions = Conditions(
             **captions(batch),
             image_embedding=self.embeddings(frozen, batch),
