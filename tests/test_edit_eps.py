@@ -74,10 +74,10 @@ def test_pictures_come_back_but_for_the_noisiest_step(cascade, monkeypatch, chan
     embeddings, x_T = cascade.encode(PICTURES)
     drawn = cascade.redraw(embeddings, x_T, 0)["images"]
     varied = cascade.redraw(embeddings, x_T, 0, eta=1.0)["images"][0]
-    fresh = cascade.redraw(embeddings, NOISE, 0)["images"][0]
+    fresh = cascade.redraw(embeddings, NOISE, 0, inverted=False)["images"][0]
     assert [images.shape for images in drawn] == [(6, 8, 8, 3), (6, 32, 32, 3)]
     if changed:
-        assert psnr(drawn[0], PICTURES).mean() < 25 and min(saturated(drawn[0]), saturated(fresh)) > 0.1
+        assert psnr(drawn[0], PICTURES).mean() < 25 and saturated(drawn[0]) > 0.1
     else:
         assert psnr(drawn[0], PICTURES).mean() > 25
         assert max(map(saturated, (drawn[0], varied, fresh))) < 0.01

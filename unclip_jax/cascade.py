@@ -73,10 +73,17 @@ class Cascade(Chain):
         eta: float = 0.0,
         steps: int = STEPS,
         guidance_scale: float = 1.0,
+        inverted: bool = True,
     ) -> Drawn:
         """Draws pictures from embeddings (N, dim) and x_T (N, R, R, 3) by DDIM. eta 0 adds no noise, so that `encode`d
-        pictures come out as they were."""
+        pictures come out as they were.
+
+        inverted: False where x_T is noise that `encode` has not found. There is then nothing to be lost by clipping x0
+        as the config says, which keeps errors of eps at the noisiest steps from being drawn.
+        """
         model = self._to_and_fro(steps)
+        if not inverted:
+            model = model.sampled_by(clip_x0=self.decoder.stage.config.sampling.clip_x0)
         conditions = self._captions(model, [""] * len(embeddings))
         conditions = conditions._replace(image_embedding=embeddings, x_T=x_T, eta=np.float32(eta))
         key_decoder, key_upsampler = RowKeys.of(seed_key(seed), len(embeddings)).split(2)
@@ -108,7 +115,7 @@ class Cascade(Chain):
             noise = np.stack([slerp(*x_T, theta) for theta in np.linspace(0, 1, count)])
         else:
             noise = np.repeat(jax.random.normal(seed_key(seed), x_T[:1].shape), count, axis=0)
-        return self.redraw(np.stack(path), noise, seed, **options)
+        return self.redraw(np.stack(path), noise, seed, inverted=inverted, **options)
 
     def text_diff(
         self, picture: np.ndarray, before: str, after: str, theta: float, count: int, seed: int, **options: Any
@@ -146,7 +153,7 @@ class Cascade(Chain):
             rows = unit(rows)
         size = self.decoder.stage.config.model.image_size
         noise = np.asarray(jax.random.normal(seed_key(seed), (1, size, size, 3)))
-        return self.redraw(rows, np.repeat(noise, len(rows), axis=0), seed, **options)
+        return self.redraw(rows, np.repeat(noise, len(rows), axis=0), seed, inverted=False, **options)
 
     def inpaint(
         self,

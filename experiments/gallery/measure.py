@@ -137,7 +137,7 @@ def to_and_fro(cascade: Cascade, decoder: Path) -> dict:
     embeddings, x_T = cascade.encode(pictures)
     noise = np.random.default_rng(0).normal(size=x_T.shape).astype(np.float32)
     again, varied, fresh = (
-        cascade.redraw(embeddings, start, seed=0, eta=eta)["images"][0]
+        cascade.redraw(embeddings, start, seed=0, eta=eta, inverted=start is x_T)["images"][0]
         for start, eta in ((x_T, 0.0), (x_T, 1.0), (noise, 0.0))
     )
     pairs = zip(pictures[::2], pictures[1::2], strict=True)
@@ -214,7 +214,8 @@ def held_out():
 
 
 def score(drawn, scenes) -> dict:
-    return alignment.score(drawn, [scene.object for scene in scenes], [scene.colour for scene in scenes])
+    found = alignment.score(drawn, [scene.object for scene in scenes], [scene.colour for scene in scenes])
+    return {name: result.value for name, result in found.items()}
 
 
 def psnr(a, b):
