@@ -21,7 +21,6 @@ from unclip_jax.planning.fitting import remat_keys
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import Sampler
 from unclip_jax.stages.conditions import Conditions
-from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated, split_kernels
 from unclip_jax.training.state import TrainState, abstract_state, init_state, make_train_step, root_key
 
@@ -69,10 +68,9 @@ def train_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
     Raises UserError where mesh or batch size do not fit the number of devices.
     """
     stage, mesh = checked_stage(config), make_mesh(config.mesh, devices)
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    step = make_train_step(stage, optimizer, learning_rate(config.optim, config.train.steps), config, mesh)
+    step = make_train_step(stage, config, mesh)
     arguments = (
-        abstract_state(stage, optimizer, mesh),
+        abstract_state(stage, config, mesh),
         _placed(_frozen_params(stage), replicated(mesh)),
         _placed(stage.batch_spec(config.train.batch_size), batch_sharding(mesh)),
         _placed(jax.eval_shape(lambda: root_key(0)), replicated(mesh)),
@@ -156,8 +154,7 @@ def random_arguments(program: Program) -> tuple:
         return jax.device_put(value, spec.sharding)
 
     if isinstance(first, TrainState):
-        optimizer = make_optimizer(stage.config.optim, stage.config.train.steps)
-        first = init_state(stage, optimizer, first.step.sharding.mesh, seed)
+        first = init_state(stage, stage.config, first.step.sharding.mesh, seed)
     else:
         first = initial(stage.init, first)
     frozen = initial(stage.clip.init, frozen) if frozen else {}
