@@ -38,9 +38,6 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     named = config.data.tokenizer if "tokenizer" in config.data else ""
     if named and not to_path(named).exists():
         raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
-    if config.optim.lora_rank < 0 or (config.optim.lora_rank and not config.init.bundle):
-        raise UserError(f"optim.lora_rank is {config.optim.lora_rank}: expected 0, or a rank and init.bundle, the "
-                        "trained model whose kernels are changed")  # fmt: skip
     if config.init.bundle:
         if named:
             raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")

@@ -24,6 +24,8 @@ def load_origin(config: ConfigDict, stage: Stage, clip_identity: str) -> Bundle 
     """
     folder = config.init.bundle
     if not folder:
+        if config.optim.lora_rank:
+            raise UserError("optim.lora_rank changes a trained model: name it in init.bundle")
         return None
     bundle = load_bundle(folder)
     if bundle.stage != config.stage:

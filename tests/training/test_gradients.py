@@ -73,13 +73,12 @@ def test_rows_climb_together_within_a_microbatch():
     stage = sharp()
     params, batch = random_params(stage), random_batch(stage, ROWS)
     dealt = np.arange(ROWS).reshape(4, 4).T.ravel()  # microbatch m takes m, m + 4, ...
-    compare(
-        found(stage, params, jax.tree.map(lambda rows: rows[dealt], batch), 4, data=1), found(stage, params, batch, 1, data=1)
-    )
+    turned = jax.tree.map(lambda rows: rows[dealt], batch)
+    compare(found(stage, params, turned, 4, data=1), found(stage, params, batch, 1, data=1))
 
 
 def test_sam_needs_whole_groups_in_a_microbatch(tmp_path):
     config = small_config("clip").unlock()
     config.optim.update(dict(sam_rho=0.1, sam_rows=8, accumulate=4))
-    with pytest.raises(UserError, match="rows that divide train.batch_size=16 / optim.accumulate=4"):
+    with pytest.raises(UserError, match=r"rows that divide train\.batch_size=16 / optim.accumulate=4"):
         train.check_config(config.lock(), str(tmp_path))

@@ -23,6 +23,7 @@ from unclip_jax.stages.base import Sampler
 from unclip_jax.stages.conditions import Conditions
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated, split_kernels
 from unclip_jax.training.state import TrainState, abstract_state, init_state, make_train_step, root_key
+from unclip_jax.training.tuning import changed
 
 
 class Program(NamedTuple):
@@ -116,15 +117,16 @@ def conditions(stage: Stage, rows: int) -> Conditions:
 
 
 def train_step_flops(config: ConfigDict, params: dict[str, Any]) -> int:
-    """Counts the FLOPs of a train step by the model's formula: forward and backward over the whole batch, no remat.
+    """Counts the FLOPs of a train step by the model's formula: forward and backward over the whole batch, no remat,
+    backward only to what is trained.
 
     params: the stage's parameters as ShapeDtypeStructs.
     """
     stage = checked_stage(without_remat(config))
     rest = _frozen_params(stage), stage.batch_spec(config.train.batch_size), jax.eval_shape(lambda: root_key(0))
     jaxpr = jax.make_jaxpr(lambda *arguments: stage.loss(*arguments)[0])(params, *rest)
-    count, others = (len(jax.tree.leaves(tree)) for tree in (params, rest))
-    return flops.training_flops(jaxpr, [True] * count + [False] * others)
+    inputs = jax.tree.leaves((changed(params, config.optim), jax.tree.map(lambda _: False, rest)))
+    return flops.training_flops(jaxpr, inputs)
 
 
 def without_remat(config: ConfigDict) -> ConfigDict:

@@ -58,7 +58,7 @@ def gradients(
         return loss, metrics, grads
 
     def embed(part: Params, rows: Batch, key: Key) -> Any:
-        return stage.embed_pairs(model(part), rows, key)
+        return stage.embed_pairs(model(part), frozen, rows, key)
 
     _, dealt = jax.lax.scan(lambda _, hand: (None, embed(part, *hand)), None, (hands, keys))
     differentiate = jax.value_and_grad(lambda pairs: _float32(stage.contrast(*pairs)), has_aux=True)

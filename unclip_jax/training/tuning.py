@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Key, Params
 from unclip_jax.errors import UserError
-from unclip_jax.training.leaves import named_leaves
+from unclip_jax.training.leaves import leaf_name, named_leaves
 
 FACTORS = "lora"
 
@@ -58,6 +58,14 @@ def trained_part(params: Params, optim: ConfigDict) -> Params:
         return {FACTORS: params[FACTORS]}
     frozen = _named(optim.frozen, named_leaves(params))
     return _picked(params, lambda name: name not in frozen) if frozen else params
+
+
+def changed(params: Params, optim: ConfigDict) -> Params:
+    """Marks a model's parameters that training changes, themselves or by factors. params: shapes will do."""
+    part = jax.eval_shape(lambda p: trained_part(with_factors(p, optim, jax.random.key(0)), optim), params)
+    factors = {name.rpartition("/")[0] for name in named_leaves(part.get(FACTORS, {}))}
+    names = factors or set(named_leaves(part))
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path) in names, params)
 
 
 def overlaid(params: Params, part: Params) -> Params:
