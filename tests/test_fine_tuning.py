@@ -94,7 +94,7 @@ def test_an_upsampler_may_train_on_other_windows(tmp_path):
 def test_a_clip_becomes_a_noised_one_that_sees_the_same_at_every_timestep(tmp_path):
     plain, _, params = small_stage("clip")
     bundle = save(tmp_path / "bundle", "clip")
-    model = dict(image_size=16, image=dict(patch=8))  # as the CLIP's own
+    model = dict(image_size=16, activation="quick_gelu", image=dict(patch=8))  # as the CLIP's own
     found = origin("clip_noised", bundle.folder, model=model).params
     noised = make_stage(config_of("clip_noised", bundle.folder, model=model))
     images = random_batch(plain, 3)["image"]
@@ -226,7 +226,7 @@ def test_a_frozen_part_of_a_decoder_is_the_bundles(trained):
 
 
 def test_a_noised_clip_is_trained_from_a_clip_in_microbatches(trained):
-    model = dict(image_size=16, image=dict(patch=8))
+    model = dict(image_size=16, activation="quick_gelu", image=dict(patch=8))
     run = trained("clip_noised", "noised", of="clip", model=model, optim=dict(accumulate=2), train=dict(steps=2))
     assert run.bundle().params["image"]["timesteps"].shape == (1000, 16)
     assert run.bundle().tokenizer_bytes == tokenizer_bytes()
