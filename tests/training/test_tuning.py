@@ -8,6 +8,7 @@ import pytest
 from shrink import CONFIGS, random_batch, small_stage
 
 from unclip_jax.errors import UserError
+from unclip_jax.training.checkpoint import Checkpointer
 from unclip_jax.training.gradients import gradients
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.sharding import make_mesh
@@ -130,6 +131,24 @@ def test_low_rank_changes_lower_the_loss_and_only_they_are_trained(name):
     assert {n.partition("/")[0] for n in named_leaves(state.opt_state[1].mu)} == {FACTORS}
     kept = {n: v for n, v in state.params.items() if n != FACTORS}
     chex.assert_trees_all_equal(jax.device_get(kept), jax.device_get(origin))
+
+
+def test_resumed_factors_equal_uninterrupted_ones_bit_for_bit(toy, tmp_path):
+    config, mesh = toy.config(lora_rank=4, frozen=("hidden",)), toy.mesh(2, 1)
+    step, state = toy.step(toy.Stage(), config, mesh), init_state(toy.Stage(), config, mesh, 0)
+    for k in range(4):
+        if k == 2:
+            checkpoints = Checkpointer(str(tmp_path), 2)
+            checkpoints.save(state, {})
+            checkpoints.wait()
+            resumed = checkpoints.restore_latest(abstract_state(toy.Stage(), config, mesh))
+            checkpoints.close()
+            assert digest(resumed) == digest(state)
+        state, _ = step(state, {}, toy.batch(k, mesh), root_key(0))
+    for k in (2, 3):
+        resumed, _ = step(resumed, {}, toy.batch(k, mesh), root_key(0))
+    assert digest(resumed) == digest(state)
+    assert list(named_leaves(state.ema)) == ["lora/out/kernel/A", "lora/out/kernel/B"]
 
 
 def test_many_devices_and_microbatches_train_the_same_factors(toy):
