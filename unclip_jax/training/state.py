@@ -116,11 +116,8 @@ def make_train_step(stage: Any, config: ConfigDict, mesh: Mesh) -> Callable:
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         stuck = state.skips.in_a_row >= config.train.max_skips
         skips = _counted(state, batch, finite, stuck, squares)
-        part, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite & ~stuck, new, old),
-            (new_part, ema, opt_state),
-            (part, state.ema, state.opt_state),
-        )
+        old, new = (part, state.ema, state.opt_state), (new_part, ema, opt_state)
+        part, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite & ~stuck, a, b), new, old)
         params = overlaid(state.params, part)
         metrics |= {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(part), "learning_rate": rate}
         metrics |= {"skipped": skips.steps.astype(jnp.float32), "records_skipped": skips.records.astype(jnp.float32)}

@@ -1,4 +1,4 @@
-"""Which parameters are trained: all, all but the frozen ones, or only changes of low rank (LoRA, arXiv 2106.09685).
+"""Choice of the parameters that are trained: all, some, or only changes of low rank (LoRA, arXiv 2106.09685).
 
     W + A B      W (…, in, out): a kernel, as it was; A (…, in, r): normal, of variance 1 / in; B (…, r, out): zero
 
