@@ -36,12 +36,13 @@ PAPER = config.recipe(
         temperature=1.0,  # Temperature of the codes' logits; 0: the likeliest code each time.
         dot_percentile=50.0,  # Percentile of the dot products in training, from 0 to 100, above which one is drawn.
     ),
+    init=config.init(bundle="", model=False),
     clip=config.clip(bundle="", config=""),
     data=config.embedding_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
                                image_feature="image", caption_feature="caption", tokenizer="", embeddings="",
                                crop="dalle", threads=16),
     optim=config.adam(learning_rate=1.6e-4, warmup_steps=1000, schedule="constant", b1=0.9, b2=0.91, eps=1e-10,
-                      weight_decay=4e-2, clip_norm=1.0, ema_decay=0.999, accumulate=1),
+                      weight_decay=4e-2, clip_norm=1.0, ema_decay=0.999, accumulate=1, frozen=(), lora_rank=0),
     train=config.train(steps=1_000_000, batch_size=4096, seed=0, log_every=50, checkpoint_every=5000,
                        sample_every=10000, eval_size=1024, draw_size=64, measure=(), inception="", reference="",
                        keep=3, keep_every=0, max_skips=20, watchdog_minutes=60.0, expected_loss=()),

@@ -23,6 +23,7 @@ PAPER = config.recipe(
                                    scale_shift=True, resample_blocks=True, dropout=0.0, remat=False),
         text=config.text(vocab_size=50257, context=256, width=1024, depth=16, heads=16),  # GLIDE's upsampler's
     ),
+    init=config.init(bundle="", model=False),
     diffusion=config.upsampler_diffusion(schedule="linear", timesteps=1000, predicts="eps", learned_variance=True,
                                          snr_clip=(), drop_caption=0.0, degradation="bsr", blur_probability=0.5,
                                          blur_sigma=0.6),
@@ -31,7 +32,7 @@ PAPER = config.recipe(
     data=config.caption_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
                              image_feature="image", caption_feature="caption", tokenizer="", crop="dalle", threads=16),
     optim=config.adam(learning_rate=1.0e-4, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, eps=1e-8,
-                      weight_decay=0.0, clip_norm=0.0, ema_decay=0.9999, accumulate=1),
+                      weight_decay=0.0, clip_norm=0.0, ema_decay=0.9999, accumulate=1, frozen=(), lora_rank=0),
     train=config.train(steps=1_000_000, batch_size=512, seed=0, log_every=50, checkpoint_every=5000,
                        sample_every=10000, eval_size=1024, draw_size=64, measure=(), inception="", reference="",
                        keep=3, keep_every=0, max_skips=20, watchdog_minutes=60.0, expected_loss=()),

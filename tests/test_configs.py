@@ -13,7 +13,7 @@ from unclip_jax import cli, plan, train
 from unclip_jax.data.emoji_scenes import EmojiScenes
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.stages import make_stage
-from unclip_jax.training.optimizer import learning_rate, make_optimizer
+from unclip_jax.training.optimizer import make_optimizer
 from unclip_jax.training.sharding import make_mesh
 from unclip_jax.training.state import init_state, make_train_step, root_key
 
@@ -335,10 +335,9 @@ def test_tiny_trains_two_steps_and_draws_once(name):
     clip = make_stage(load("clip", "tiny"))
     stage = make_stage(config.lock(), clip if "clip" in config else None)
     frozen = jax.jit(clip.init)(jax.random.key(1)) if "clip" in config else {}
-    optimizer, rate = make_optimizer(config.optim, 2), learning_rate(config.optim, 2)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    step = make_train_step(stage, optimizer, rate, config, mesh)
-    state = init_state(stage, optimizer, mesh, 0)
+    step = make_train_step(stage, config, mesh)
+    state = init_state(stage, config, mesh, 0)
     before = jax.tree.map(np.asarray, state.params)
     for seed in range(2):
         state, metrics = step(state, frozen, random_batch(stage, 8, seed), root_key(0))

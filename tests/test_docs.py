@@ -48,6 +48,7 @@ def entry(name):
 def check_unclip(name, arguments):
     """Has a command's own parser read its arguments, and what else can be told without data or devices."""
     module = entry(name)
+    arguments = [argument for argument in arguments if argument != "--config.init.model=True"]  # which reads the bundle
     try:
         parsed = module.parse([name, *arguments])
     except SystemExit as exit:

@@ -50,7 +50,7 @@ def not_there(*_, **__):
         ([CLIP, "--sample"], "a clip draws nothing"),
         ([CLIP, "--topology=local", "--config.mesh.fsdp=3"], "do not cover 8"),
         ([CLIP, "--topology=local", "--config.train.batch_size=12"], "batch_size=12 cannot be split evenly"),
-        ([CLIP, "--config.optim.accumulate=2"], "accumulate must be 1 for clip"),
+        ([CLIP, "--config.optim.frozen=('imag',)", "--topology=local"], "no parameter is named 'imag'"),
         ([DECODER, "--config.clip.config=", "--config.model.embedding_dim=63"], "no CLIP of configs/clip.py has"),
         ([DECODER, "--config.clip.bundle=/nowhere"], "no config file /nowhere/config.json"),
     ],
@@ -160,6 +160,21 @@ def test_sharded_state_is_counted_as_it_lies(prior):
     assert whole["optimizer"] == 8 * count + 4  # and the number of updates
     assert whole["parameters"] / 8 < split["parameters"] < whole["parameters"] / 2
     assert whole["frozen CLIP"] == split["frozen CLIP"] > 0
+
+
+def test_what_is_not_trained_takes_no_gradient_moments_or_average(prior):
+    plain = resident_bytes(programs.train_program(prior, jax.devices()[:1]))
+    shapes = jax.eval_shape(programs.checked_stage(prior).init, jax.random.key(0))
+    flops = programs.train_step_flops(prior, shapes)
+    for optim in (dict(frozen=("transformer", "tokens")), dict(lora_rank=2)):
+        config = prior.copy_and_resolve_references().unlock()
+        config.optim.update(optim)
+        part = resident_bytes(programs.train_program(config.lock(), jax.devices()[:1]))
+        kept = part["moving average"]
+        assert part["optimizer"] == 2 * kept + 4 and kept < 0.5 * plain["moving average"]
+        # The factors lie beside the parameters.
+        assert part["parameters"] == plain["parameters"] + (kept if "lora_rank" in optim else 0)
+        assert flops / 2 < programs.train_step_flops(config.lock(), shapes) <= flops
 
 
 def made_up(**changes):

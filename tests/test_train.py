@@ -174,6 +174,7 @@ def test_every_key_of_the_config_is_read(runs, name):
     # The first two are a cascade's; rows take no step of SAM's where it has no length, and CLIP draws nothing.
     idle = {"clip": {"model.resize", "optim.sam_rows", "train.draw_size"}, "upsampler_256": {"model.round_low_res"}}
     idle = idle.get(name, set()) | {"train.inception", "train.reference"}  # which no metric asks for
+    idle |= {"init.model"}  # read on the command line
     if "sampling" in config and config.sampling.get("sampler") in ("ddpm", "analytic"):
         idle |= {"sampling.eta"}
     if "clip" in config and config.clip.bundle:
@@ -376,7 +377,7 @@ def test_glide_goes_on_from_its_own_kind_alone(tmp_path, pictures):
     refused(tmp_path, config(origin), "of this same workdir")
     origin = save_glide(tmp_path / "origin")
     wider = dict(text=dict(width=16))
-    refused(tmp_path, config(origin, model=wider), "do not fit the model")
+    refused(tmp_path, config(origin, model=wider), r"model\.text\.width is 16 in the config, 8 in init\.bundle")
     another = tmp_path / "another.model"
     another.write_bytes(train_tokenizer(CAPTIONS[:12], 512).model_bytes)
     refused(tmp_path, config(origin, data=dict(tokenizer=str(another))), "data.tokenizer is set")

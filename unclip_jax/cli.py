@@ -171,12 +171,38 @@ def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]) -> "FlagV
     flags: name → (str, int or bool; default; help). Returns an object with an attribute for each flag; its `config` is
     locked. Raises UserError for flags that are missing, unknown (naming the nearest) or of the wrong type.
     """
-    from absl import flags as absl_flags
-    from ml_collections import config_flags
-
     if "--config" in argv[:-1]:  # written with a space
         at = argv.index("--config")
         argv = [*argv[:at], f"--config={argv[at + 1]}", *argv[at + 2 :]]
+    specs = [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
+    values = _parsed(argv, flags, load_config(specs[-1]) if specs else None, specs)
+    if "init" in values.config and values.config.init.model:
+        # Once more, so that the command line changes the model taken over. The config is whole then: it says so itself.
+        values = _parsed(argv, flags, _with_model(load_config(specs[-1]), values.config.init.bundle), specs)
+        values.config.init.model = False
+    return values
+
+
+def _with_model(config: ConfigDict, folder: str) -> ConfigDict:
+    """Puts the sections of a bundle that say which model it is into a config. Raises UserError for another stage's."""
+    if not folder:
+        raise UserError("init.model takes over the model of init.bundle, which is empty: name a bundle there")
+    bundle = _stored_config(to_path(folder) / "config.json")
+    if bundle.stage != config.stage:
+        raise UserError(f"init.bundle {folder} holds a model of stage {bundle.stage!r}, not {config.stage!r}")
+    config = config.unlock()
+    for name in ("model", "diffusion", "sampling"):
+        if name in bundle:
+            config[name] = bundle[name]
+    return config.lock()
+
+
+def _parsed(
+    argv: list[str], flags: dict[str, tuple[type, object, str]], config: ConfigDict | None, specs: list[str]
+) -> "FlagValues":
+    """Reads the command line into a config, which it changes. specs: the configs that it names; the last counts."""
+    from absl import flags as absl_flags
+    from ml_collections import config_flags
 
     # Grain and Orbax define flags of their own, which no command takes: these are left at their defaults.
     absl_flags.FLAGS.mark_as_parsed()
@@ -190,10 +216,8 @@ def parse(argv: list[str], flags: dict[str, tuple[type, object, str]]) -> "FlagV
         sys.exit(0)
 
     # The config comes first: its keys are the flags --config.KEY. An unknown key is refused before absl sees it.
-    specs = [arg.removeprefix("--config=") for arg in argv if arg.startswith("--config=")]
-    if not specs:
+    if config is None:
         raise UserError("no config: give one such as --config=configs/decoder.py:tiny")
-    config = load_config(specs[-1])
     argv = [arg for arg in argv if not arg.startswith("--config=")]
     for arg in argv:
         if arg.startswith("--config."):

@@ -81,14 +81,16 @@ def recipe(
     stage: str,  # Kind of model: "clip", "prior_diffusion", "prior_ar", "decoder", "upsampler" or "glide".
     dtype: str,  # Type of matrix products and convolutions: "bfloat16" or "float32". All else is float32.
     model: dict,  # Form and size of the networks.
+    init: dict,  # Model that training starts from.
     data: dict,  # Pictures and captions.
     optim: dict,  # Optimizer, learning rate and moving average.
     train: dict,  # Length of the run, and how it is looked after.
     mesh: dict,  # Layout of the model over the devices.
     **sections: dict,
 ) -> dict:
-    """A whole config. sections: those that only some stages have: `init`, `clip`, `prior`, `diffusion`, `sampling`."""
-    return dict(stage=stage, dtype=dtype, model=model, data=data, optim=optim, train=train, mesh=mesh, **sections)
+    """A whole config. sections: those that only some stages have: `clip`, `prior`, `diffusion`, `sampling`."""
+    shared = dict(model=model, init=init, data=data, optim=optim, train=train, mesh=mesh)
+    return dict(stage=stage, dtype=dtype, **shared, **sections)
 
 
 # Keys of the section `model`, and sections within it.
@@ -207,11 +209,6 @@ def attention_unet(
 # Sections that only some stages have.
 
 
-def init(*, bundle: str) -> dict:  # Bundle of the trained model; "": none, all parameters are random.
-    """Model that training starts from."""
-    return locals()
-
-
 def clip(
     *,
     bundle: str,  # Bundle of the trained CLIP: `bundle` in the workdir of its run.
@@ -274,6 +271,15 @@ def guided_sampling(
 # Sections that all stages have.
 
 
+def init(
+    *,
+    bundle: str,  # Bundle of the trained model; "": none, all parameters are random.
+    model: bool,  # Sections model, diffusion and sampling are the bundle's, but for keys that the command line sets.
+) -> dict:
+    """Model that training starts from."""
+    return locals()
+
+
 def data(
     *,
     source: str,  # Dataset: "tfds:NAME", or "folder:PATH" of pictures with captions.
@@ -316,6 +322,8 @@ def adam(
     clip_norm: float,  # Largest norm of the whole gradient, which is scaled down to it; 0: no clipping.
     ema_decay: float,  # Decay of the parameters' moving average per step, from 0 to below 1.
     accumulate: int,  # Microbatches that a batch is cut into: less memory, more time.
+    frozen: tuple[str, ...],  # Parameters that are not trained: names, their beginnings up to a "/", or globs.
+    lora_rank: int,  # Rank of the changes of kernels that alone are trained (arXiv 2106.09685); 0: all is trained.
 ) -> dict:
     return locals()
 

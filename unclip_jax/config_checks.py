@@ -40,18 +40,16 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     named = config.data.tokenizer if "tokenizer" in config.data else ""
     if named and not to_path(named).exists():
         raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
-    if "init" in config and config.init.bundle:
+    if config.init.bundle:
         if named:
             raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")
         if same_place(config.init.bundle, to_path(workdir) / "bundle"):
             raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new run another one")
-    if config.stage == "clip" and config.optim.accumulate > 1:
-        raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
     if config.stage == "clip" and config.optim.sam_rho:
-        rho, rows = config.optim.sam_rho, config.optim.sam_rows
-        if rho < 0 or rows < 1 or config.train.batch_size % rows:
+        rho, rows, parts = config.optim.sam_rho, config.optim.sam_rows, config.optim.accumulate
+        if rho < 0 or rows < 1 or config.train.batch_size % (rows * max(parts, 1)):
             raise UserError(f"optim.sam_rho={rho}, sam_rows={rows}: expected a positive step and rows that divide "
-                            f"train.batch_size={config.train.batch_size}")  # fmt: skip
+                            f"train.batch_size={config.train.batch_size} / optim.accumulate={parts}")  # fmt: skip
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {config.dtype!r}: expected float32 or bfloat16")
     _check_widths("model", config.model)

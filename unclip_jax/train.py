@@ -21,25 +21,24 @@ from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unclip_jax import cli
 from unclip_jax.arrays import Batch, Params
-from unclip_jax.bundle import Bundle, check_params, load_bundle, save_bundle
+from unclip_jax.bundle import check_params, load_bundle, save_bundle
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.held_out import HeldOut
 from unclip_jax.inputs import Inputs, Upstream
+from unclip_jax.origin import load_origin
 from unclip_jax.paths import output_folder, to_path, write_bytes
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import ClipTowers, Metrics, trained
 from unclip_jax.training import preflight
 from unclip_jax.training.checkpoint import Checkpointer
 from unclip_jax.training.metrics import ExpectedLoss, MetricLogger
-from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh, replicated
 from unclip_jax.training.state import (
     Skips,
@@ -52,6 +51,7 @@ from unclip_jax.training.state import (
     skipped,
     to_host,
 )
+from unclip_jax.training.tuning import merged, trained_part
 
 
 class Report(TypedDict):
@@ -123,8 +123,8 @@ def _run(
     config: ConfigDict, workdir: str, mesh: Mesh, upstream: Upstream, stop: "_Stop", watchdog: preflight.Watchdog
 ) -> Report | signal.Signals:
     # Everything that can be wrong is found here, before anything is computed.
-    stage, optimizer, train_step = _assemble(config, upstream.stage, mesh)
-    origin = _origin(config, stage)
+    stage, train_step = _assemble(config, upstream.stage, mesh)
+    origin = load_origin(config, stage, upstream.identity)
     inputs, root = Inputs.open(config, stage, upstream, workdir, origin), root_key(config.train.seed)
     held_out = HeldOut(config, stage, mesh, inputs.held_out, jax.random.fold_in(root, 2**31 - 1), workdir)
     tokenizer_bytes = inputs.tokenizer.model_bytes if inputs.tokenizer else None
@@ -137,21 +137,23 @@ def _run(
     _write_config(config, workdir)
 
     # The state: of the newest checkpoint, or a fresh one.
-    state = checkpointer.restore_latest(abstract_state(stage, optimizer, mesh))
+    state = checkpointer.restore_latest(abstract_state(stage, config, mesh))
     start = int(state.step) if state else 0
     if state and state.skips.in_a_row >= config.train.max_skips:  # it is tried again, perhaps with another config
         state = state._replace(skips=jax.tree.map(jnp.zeros_like, state.skips))
-    state = state or init_state(stage, optimizer, mesh, config.train.seed)
+    state = state or init_state(stage, config, mesh, config.train.seed)
     frozen = jax.device_put(upstream.params if stage.runs_clip else {}, replicated(mesh))
 
     # Before step 1: another model's parameters, and what the stage finds in training batches.
-    size = sum(leaf.size for leaf in jax.tree.leaves(trained(state.params)))
-    _say(f"{config.stage}: {size:,} parameters on {mesh.size} {jax.default_backend()} device(s), from step {start}")
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained(state.ema)))
+    devices = f"{mesh.size} {jax.default_backend()} device(s)"
+    _say(f"{config.stage}: {size:,} parameters to train on {devices}, from step {start}")
     if start == 0:
         if origin:
             _say(f"{config.stage}: starting from {config.init.bundle}")
-            state = _with_params(state, origin.params)
-        state = _prepared(state, stage, frozen, inputs.first_batches(mesh))
+            state = _with_params(state, config, origin.params)
+        else:
+            state = _prepared(state, stage, config, frozen, inputs.first_batches(mesh))
     del origin  # its parameters need as much memory again
     steps, data = config.train.steps, inputs.batches(start)
     expected = ExpectedLoss(config.train.expected_loss)
@@ -160,7 +162,7 @@ def _run(
         def log_step(k: int, skips: Skips, metrics: Metrics) -> None:
             """Logs step k; warns of skipped updates and of a loss outside of what is expected."""
             expected.look(k, log.log(k, metrics)["loss"])
-            warning = skipped(skips, state.params, config.train.max_skips)
+            warning = skipped(skips, state.ema, config.train.max_skips)
             if warning:
                 _say(f"warning: {warning}")
 
@@ -185,7 +187,7 @@ def _run(
                 waiting = (k, jax.tree.map(jnp.copy, state.skips), metrics)
             if k % config.train.sample_every == 0 and k < steps:
                 with log.pause(metrics):
-                    log.add_held_out(k, held_out.measure(k, state.ema, frozen, state.params))
+                    log.add_held_out(k, held_out.measure(k, state.average, frozen, merged(state.params)))
             if stopping or k % config.train.checkpoint_every == 0:
                 with log.pause(metrics):
                     checkpointer.save(state, {"config": config.to_dict()})
@@ -199,7 +201,7 @@ def _run(
         if int(state.step) < steps:
             _say(f"stopped at step {int(state.step)} of {steps}, saved: the same command goes on from there")
             return stop.asked or signal.SIGTERM
-        finished, found = held_out.finish(state.ema, frozen)
+        finished, found = held_out.finish(state.average, frozen)
         if found:
             _say("finished: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         scalars = held_out.measure(steps, finished, frozen)
@@ -212,15 +214,10 @@ def _run(
     return {"sha256": digest(state), "metrics": scalars}
 
 
-def _assemble(
-    config: ConfigDict, clip: ClipTowers | None, mesh: Mesh
-) -> tuple[Stage, optax.GradientTransformation, Callable]:
-    """Builds the stage, its optimizer and its train step, from shapes alone. Raises UserError where they do not fit
-    each other."""
+def _assemble(config: ConfigDict, clip: ClipTowers | None, mesh: Mesh) -> tuple[Stage, Callable]:
+    """Builds the stage and its train step, from shapes alone. Raises UserError where they do not fit each other."""
     stage = make_stage(config, clip, embedded(config))
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    rate = learning_rate(config.optim, config.train.steps)
-    return stage, optimizer, make_train_step(stage, optimizer, rate, config, mesh)
+    return stage, make_train_step(stage, config, mesh)
 
 
 def _upstream(config: ConfigDict, workdir: str, mesh: Mesh) -> Upstream | signal.Signals:
@@ -251,33 +248,22 @@ def _upstream(config: ConfigDict, workdir: str, mesh: Mesh) -> Upstream | signal
     return Upstream(stage, bundle.params, Tokenizer(bundle.tokenizer_bytes), bundle.identity)
 
 
-def _origin(config: ConfigDict, stage: Stage) -> Bundle | None:
-    """Loads the trained model that `config.init.bundle` names, its parameters adapted to the stage; None: from
-    scratch."""
-    if "init" not in config or not config.init.bundle:
-        return None
-    folder = config.init.bundle
-    bundle = load_bundle(folder)
-    if bundle.stage != config.stage:
-        raise UserError(f"init.bundle {folder} holds a model of stage {bundle.stage!r}, not {config.stage!r}")
-    params = stage.adapt_params(bundle.params, bundle.config)
-    check_params(params, jax.eval_shape(stage.init, jax.random.key(0)))
-    return bundle._replace(params=params)
-
-
-def _prepared(state: TrainState, stage: Stage, frozen: Params, batches: Iterator[Batch]) -> TrainState:
+def _prepared(
+    state: TrainState, stage: Stage, config: ConfigDict, frozen: Params, batches: Iterator[Batch]
+) -> TrainState:
     """Completes the state before step 1 by what the stage finds in training batches, in parameters and average."""
     params, scalars = stage.prepare(state.params, frozen, batches)
     if params is state.params:
         return state
     _say("prepared: " + ", ".join(f"{name} {float(value):.4g}" for name, value in scalars.items()))
-    return _with_params(state, params)
+    return _with_params(state, config, params)
 
 
-def _with_params(state: TrainState, params: Params) -> TrainState:
-    """Replaces the parameters of the state before step 1, and their average."""
+def _with_params(state: TrainState, config: ConfigDict, params: Params) -> TrainState:
+    """Replaces the model's parameters in the state before step 1, and their average."""
+    params = state.params | params
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, state.params))
-    return state._replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    return state._replace(params=params, ema=jax.tree.map(jnp.copy, trained_part(params, config.optim)))
 
 
 def _write_config(config: ConfigDict, workdir: str) -> None:

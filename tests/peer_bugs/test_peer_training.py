@@ -17,7 +17,7 @@ from unclip_jax.models.clip import normalize
 from unclip_jax.stages.base import Stage, diffusion_loss
 from unclip_jax.stages.clip import Clip
 from unclip_jax.training.checkpoint import Checkpointer
-from unclip_jax.training.optimizer import ema_update, learning_rate, make_optimizer
+from unclip_jax.training.optimizer import ema_update, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh
 from unclip_jax.training.state import abstract_state, init_state, make_train_step, root_key
 
@@ -27,7 +27,7 @@ PEAK, WARMUP, STEPS, DECAY = 0.01, 4, 20, 0.6
 
 def config_of(**optim):
     numbers = dict(learning_rate=PEAK, warmup_steps=WARMUP, schedule="cosine", b1=0.9, b2=0.99, eps=1e-8)
-    numbers |= dict(weight_decay=0.0, clip_norm=0.0, ema_decay=DECAY, accumulate=1)
+    numbers |= dict(weight_decay=0.0, clip_norm=0.0, ema_decay=DECAY, accumulate=1, frozen=(), lora_rank=0)
     return ConfigDict({"optim": numbers | optim, "train": {"steps": STEPS, "batch_size": ROWS, "max_skips": 3}})
 
 
@@ -42,10 +42,8 @@ class Run:
 
     def __init__(self, stage, devices=1, config=None):
         self.stage, self.config, self.mesh = stage, config or config_of(), mesh_of(devices)
-        self.optimizer = make_optimizer(self.config.optim, STEPS)
-        rate = learning_rate(self.config.optim, STEPS)
-        self._step = make_train_step(stage, self.optimizer, rate, self.config, self.mesh)
-        self.state, self.log = init_state(stage, self.optimizer, self.mesh, 0), []
+        self._step = make_train_step(stage, self.config, self.mesh)
+        self.state, self.log = init_state(stage, self.config, self.mesh, 0), []
 
     def step(self, batch):
         """One step; the parameters after it."""
@@ -184,7 +182,7 @@ def test_learning_rate_that_is_logged_is_the_one_applied_also_after_resuming(tmp
             checkpoints.save(run.state, {})
             checkpoints.wait()
             run = Run(Line())
-            run.state = checkpoints.restore_latest(abstract_state(run.stage, run.optimizer, run.mesh))
+            run.state = checkpoints.restore_latest(abstract_state(run.stage, run.config, run.mesh))
             checkpoints.close()
         after = run.step(rows())["kernel"]
         # Adam's step on a gradient that is always the same is the rate itself.

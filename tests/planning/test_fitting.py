@@ -62,8 +62,8 @@ def test_settings_are_those_that_batch_and_chips_allow():
     assert not any(s.remat for s in found) and any(s.remat for s in possible_settings(config(False), 16))
     own = possible_settings(config(**{"optim.accumulate": 2, "mesh.fsdp": 4}), 16)
     assert own[0] == (False, 2, 4) and {s.fsdp for s in own} == {4, 8, 16} and {s.accumulate for s in own} == {2, 4, 8}
-    clip = cli.load_config("configs/clip.py:paper")
-    assert {s.accumulate for s in possible_settings(clip, 64)} == {1}  # its loss wants the whole batch at once
+    clip = cli.load_config("configs/clip.py:paper")  # whose rows climb in groups of 64, for SAM
+    assert max(s.accumulate for s in possible_settings(clip, 8)) == 32768 // 64
 
 
 def test_a_setting_is_keys_and_a_config():

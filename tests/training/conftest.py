@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh
 from unclip_jax.training.state import make_train_step
 
@@ -39,7 +38,7 @@ class ToyStage:
 
 @pytest.fixture(scope="session")
 def toy():
-    """`ToyStage` and makers of its config, mesh, optimizer, step and batches."""
+    """`ToyStage` and makers of its config, mesh, step and batches."""
 
     def config(**optim):
         numbers = {
@@ -53,6 +52,8 @@ def toy():
             "clip_norm": 1.0,
             "ema_decay": 0.99,
             "accumulate": 1,
+            "frozen": (),
+            "lora_rank": 0,
         }
         return ConfigDict(
             {"optim": numbers | optim, "train": {"steps": 10, "batch_size": ROWS, "seed": 0, "max_skips": 3}}
@@ -61,12 +62,8 @@ def toy():
     def mesh(data, fsdp):
         return make_mesh(ConfigDict({"data": data, "fsdp": fsdp}), jax.devices()[: data * fsdp])
 
-    def optimizer(config):
-        return make_optimizer(config.optim, config.train.steps)
-
     def step(stage, config, mesh):
-        rate = learning_rate(config.optim, config.train.steps)
-        return make_train_step(stage, optimizer(config), rate, config, mesh)
+        return make_train_step(stage, config, mesh)
 
     def batch(k, mesh):
         rng = np.random.default_rng(k)
@@ -74,4 +71,4 @@ def toy():
             {"x": rng.normal(size=(ROWS, 128)).astype("f"), "y": rng.normal(size=(ROWS, 16)).astype("f")}, mesh
         )
 
-    return SimpleNamespace(Stage=ToyStage, config=config, mesh=mesh, optimizer=optimizer, step=step, batch=batch)
+    return SimpleNamespace(Stage=ToyStage, config=config, mesh=mesh, step=step, batch=batch)

@@ -46,7 +46,7 @@ def at_step(toy):
 
 
 def abstract(toy, mesh):
-    return abstract_state(toy.Stage(), toy.optimizer(toy.config()), mesh)
+    return abstract_state(toy.Stage(), toy.config(), mesh)
 
 
 def saved(workdir, *states, keep=3, meta=None):
@@ -58,10 +58,10 @@ def saved(workdir, *states, keep=3, meta=None):
 
 def test_resumed_training_equals_uninterrupted_bit_for_bit(toy, run, tmp_path):
     mesh = toy.mesh(2, 4)
-    optimizer = toy.optimizer(toy.config())
-    straight = digest(run(mesh, 6, init_state(toy.Stage(), optimizer, mesh, 0)))
+    config = toy.config()
+    straight = digest(run(mesh, 6, init_state(toy.Stage(), config, mesh, 0)))
     checkpointer = Checkpointer(str(tmp_path), 2)
-    halfway = run(mesh, 3, init_state(toy.Stage(), optimizer, mesh, 0))
+    halfway = run(mesh, 3, init_state(toy.Stage(), config, mesh, 0))
     at_three = digest(halfway)
     checkpointer.save(halfway, {})
     # Training goes on, in the very buffers that are being written.

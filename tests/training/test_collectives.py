@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 from shrink import CONFIGS, small_stage
 
 from unclip_jax.training import sharding
-from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.state import abstract_state, make_train_step, root_key
 
 FAST = ("clip",)
@@ -23,9 +22,8 @@ def test_parameters_are_gathered_gradients_summed_and_nothing_is_permuted(name, 
         config.optim.update(dict(sam_rho=0.1, sam_rows=2))
         stage = type(stage)(config)
     mesh = sharding.make_mesh(ConfigDict(dict(data=2, fsdp=4)), jax.devices()[:8])
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    step = make_train_step(stage, optimizer, learning_rate(config.optim, config.train.steps), config, mesh)
-    state = abstract_state(stage, optimizer, mesh)
+    step = make_train_step(stage, config, mesh)
+    state = abstract_state(stage, config, mesh)
     text = step.lower(state, frozen, stage.batch_spec(config.train.batch_size), root_key(0)).compile().as_text()
     operations = set(re.findall(r" (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text))
     assert operations == {"all-gather", "all-reduce"}

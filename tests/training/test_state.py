@@ -14,7 +14,7 @@ from unclip_jax.training.state import Skips, TrainState, abstract_state, digest,
 
 def train(toy, stage, config, mesh, steps, batch=None):
     """The state after `steps` steps from seed 0, and the metrics of each."""
-    state = init_state(stage, toy.optimizer(config), mesh, seed=0)
+    state = init_state(stage, config, mesh, seed=0)
     step, log = toy.step(stage, config, mesh), []
     for k in range(steps):
         state, metrics = step(state, {}, toy.batch(k, mesh) if batch is None else batch, root_key(0))
@@ -24,14 +24,14 @@ def train(toy, stage, config, mesh, steps, batch=None):
 
 def test_the_start_is_the_same_on_every_mesh_and_depends_on_the_seed(toy):
     config = toy.config()
-    states = [init_state(toy.Stage(), toy.optimizer(config), mesh, 0) for mesh in (toy.mesh(1, 1), toy.mesh(2, 4))]
+    states = [init_state(toy.Stage(), config, mesh, 0) for mesh in (toy.mesh(1, 1), toy.mesh(2, 4))]
     assert digest(states[0]) == digest(states[1])
-    other = init_state(toy.Stage(), toy.optimizer(config), toy.mesh(1, 1), 1)
+    other = init_state(toy.Stage(), config, toy.mesh(1, 1), 1)
     assert digest(other) != digest(states[0])
 
 
 def test_ema_starts_as_the_parameters(toy):
-    state = init_state(toy.Stage(), toy.optimizer(toy.config()), toy.mesh(2, 4), 0)
+    state = init_state(toy.Stage(), toy.config(), toy.mesh(2, 4), 0)
     assert int(state.step) == 0
     chex.assert_trees_all_equal(state.ema, state.params)
 
@@ -45,11 +45,11 @@ def test_training_starts_from_another_key_than_the_parameters():
 
 
 def test_params_ema_and_moments_are_split_alike(toy):
-    state = init_state(toy.Stage(), toy.optimizer(toy.config()), toy.mesh(2, 4), 0)
+    state = init_state(toy.Stage(), toy.config(), toy.mesh(2, 4), 0)
     adam = state.opt_state[1]
     for tree in (state.params, state.ema, adam.mu, adam.nu):
         assert tree["hidden"]["kernel"].addressable_shards[0].data.shape == (32, 256)
-    abstract = abstract_state(toy.Stage(), toy.optimizer(toy.config()), toy.mesh(2, 4))
+    abstract = abstract_state(toy.Stage(), toy.config(), toy.mesh(2, 4))
     for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
 
@@ -84,7 +84,7 @@ def test_compiled_step_gathers_and_never_permutes(toy):
             return params
 
     config, mesh = toy.config(accumulate=2), toy.mesh(2, 4)
-    state = abstract_state(Convolution(), toy.optimizer(config), mesh)
+    state = abstract_state(Convolution(), config, mesh)
     batch = {"x": jax.ShapeDtypeStruct((32, 8, 8, 64), jnp.float32)}
     compiled = toy.step(Convolution(), config, mesh).lower(state, {}, batch, root_key(0)).compile()
     operations = re.findall(r"(all-gather|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text())
@@ -93,7 +93,7 @@ def test_compiled_step_gathers_and_never_permutes(toy):
 
 def test_the_state_is_updated_in_place(toy):
     config, mesh = toy.config(), toy.mesh(1, 1)
-    state = init_state(toy.Stage(), toy.optimizer(config), mesh, 0)
+    state = init_state(toy.Stage(), config, mesh, 0)
     step = toy.step(toy.Stage(), config, mesh)
     compiled = step.lower(state, {}, toy.batch(0, mesh), root_key(0)).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -199,7 +199,7 @@ def test_steps_that_are_not_finite_are_named_and_end_the_run(toy):
 
     mesh = toy.mesh(1, 1)
     config = toy.config()
-    step, state, said = toy.step(Spoiled(), config, mesh), init_state(Spoiled(), toy.optimizer(config), mesh, 0), []
+    step, state, said = toy.step(Spoiled(), config, mesh), init_state(Spoiled(), config, mesh, 0), []
     for k in range(4):
         state, metrics = step(state, {}, toy.batch(k, mesh) | {"spoil": jnp.full(32, jnp.nan)}, root_key(0))
         said.append((int(state.skips.in_a_row), metrics["skipped"]))
@@ -281,7 +281,7 @@ def test_digest_is_sha256_over_names_and_bytes():
 
 
 def test_digest_changes_with_one_bit(toy):
-    state = jax.device_get(init_state(toy.Stage(), toy.optimizer(toy.config()), toy.mesh(2, 4), 0))
+    state = jax.device_get(init_state(toy.Stage(), toy.config(), toy.mesh(2, 4), 0))
     before = digest(state)
     for tree in (state.params["out"], state.ema["out"], state.opt_state[1].nu["out"]):
         kept = tree["kernel"]

@@ -1,5 +1,6 @@
 """Searches for settings with which a training step fits into the memory of its chips."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -45,8 +46,10 @@ def possible_settings(config: ConfigDict, chips: int) -> list[Setting]:
     The first one is the config's own. No other lowers its remat, accumulate or fsdp, which would take more memory.
     """
     batch, least = config.train.batch_size, config.optim.accumulate
-    most = least if config.stage == "clip" else batch // chips  # CLIP's loss compares the whole batch at once
-    accumulate = [n for n in range(least, most + 1) if n % least == 0 and batch % (chips * n) == 0]
+    together = chips
+    if config.optim.get("sam_rho"):
+        together = math.lcm(chips, config.optim.sam_rows)
+    accumulate = [n for n in range(least, batch // chips + 1) if n % least == 0 and batch % (together * n) == 0]
     fsdp = [n for n in range(config.mesh.fsdp, chips + 1) if chips % n == 0]
     remat = {False, any(not value for _, value in remat_keys("model", config.model))}
     return sorted(Setting(r, a, f) for r in remat for a in accumulate for f in fsdp)
@@ -71,7 +74,7 @@ def find_setting(
 
     def least(setting: Setting) -> float:
         """Bytes that a setting needs at the very least: all that stays on the chip, and gradients."""
-        sharded = state + parts["parameters"]  # gradients are sharded as parameters are
+        sharded = state + parts["moving average"]  # gradients are as large as what is averaged
         return resident - state + sharded * base.fsdp / setting.fsdp
 
     def share(setting: Setting) -> float:

@@ -31,12 +31,12 @@ def memory_parts(program: Program, compiled: Compiled) -> dict[str, int]:
     """Bytes of each chip's memory while the program runs, by part; their sum is all that it needs.
 
     Arguments that the program never reads count too, such as the text tower of a CLIP that only embeds images.
-    Gradients are counted in float32, as large as the parameters: the compiler only says how much memory it needs
+    Gradients are counted in float32, as large as what is trained: the compiler only says how much memory it needs
     besides arguments and outputs. The rest of that is activations and other temporaries.
     """
     parts, m = resident_bytes(program), compiled.memory
     parts["padding"] = max(0, m["arguments"] - sum(parts.values()))
-    gradients = parts["parameters"] if program.trains else 0
+    gradients = parts["moving average"] if program.trains else 0
     parts["gradients"] = min(gradients, m["temporaries"])
     parts["activations, temporaries"] = m["temporaries"] - parts["gradients"]
     parts["outputs"] = m["outputs"] - m["aliased"]

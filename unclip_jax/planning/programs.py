@@ -22,9 +22,9 @@ from unclip_jax.planning.fitting import remat_keys
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import Sampler
 from unclip_jax.stages.conditions import Conditions
-from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated, split_kernels
 from unclip_jax.training.state import TrainState, abstract_state, init_state, make_train_step, root_key
+from unclip_jax.training.tuning import changed
 
 
 class Program(NamedTuple):
@@ -71,10 +71,9 @@ def train_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
     Raises UserError where mesh or batch size do not fit the number of devices.
     """
     stage, mesh = checked_stage(config), make_mesh(config.mesh, devices)
-    optimizer = make_optimizer(config.optim, config.train.steps)
-    step = make_train_step(stage, optimizer, learning_rate(config.optim, config.train.steps), config, mesh)
+    step = make_train_step(stage, config, mesh)
     arguments = (
-        abstract_state(stage, optimizer, mesh),
+        abstract_state(stage, config, mesh),
         _placed(_frozen_params(stage), replicated(mesh)),
         _placed(stage.batch_spec(config.train.batch_size), batch_sharding(mesh)),
         _placed(jax.eval_shape(lambda: root_key(0)), replicated(mesh)),
@@ -149,15 +148,16 @@ def conditions(stage: Stage, rows: int) -> Conditions:
 
 
 def train_step_flops(config: ConfigDict, params: dict[str, Any]) -> int:
-    """Counts the FLOPs of a train step by the model's formula: forward and backward over the whole batch, no remat.
+    """Counts the FLOPs of a train step by the model's formula: forward and backward over the whole batch, no remat,
+    backward only to what is trained.
 
     params: the stage's parameters as ShapeDtypeStructs.
     """
     stage = checked_stage(without_remat(config))
     rest = _frozen_params(stage), stage.batch_spec(config.train.batch_size), jax.eval_shape(lambda: root_key(0))
     jaxpr = jax.make_jaxpr(lambda *arguments: stage.loss(*arguments)[0])(params, *rest)
-    count, others = (len(jax.tree.leaves(tree)) for tree in (params, rest))
-    return flops.training_flops(jaxpr, [True] * count + [False] * others)
+    inputs = jax.tree.leaves((changed(params, config.optim), jax.tree.map(lambda _: False, rest)))
+    return flops.training_flops(jaxpr, inputs)
 
 
 def without_remat(config: ConfigDict) -> ConfigDict:
@@ -187,8 +187,7 @@ def random_arguments(program: Program) -> tuple:
         return jax.device_put(value, spec.sharding)
 
     if isinstance(first, TrainState):
-        optimizer = make_optimizer(stage.config.optim, stage.config.train.steps)
-        first = init_state(stage, optimizer, first.step.sharding.mesh, seed)
+        first = init_state(stage, stage.config, first.step.sharding.mesh, seed)
     else:
         first = initial(stage.init, first)
     frozen = initial(stage.clip.init, frozen) if frozen else {}

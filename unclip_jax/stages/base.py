@@ -97,6 +97,7 @@ class Stage:
     clip: ClipTowers | None = None
     embedded: bool = False
     needs_clip: ClassVar[bool] = False
+    adapts: ClassVar[tuple[str, ...]] = ()  # config keys that `adapt_params` may change, such as "model.inpaint"
     tpu_options: ClassVar[dict[str, str]] = {}  # to the TPU compiler
 
     @property

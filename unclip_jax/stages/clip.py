@@ -14,8 +14,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Float, Int, UInt8
+from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.process import q_sample
@@ -35,6 +37,7 @@ class Clip(Stage):
     """
 
     tpu_options = MORE_ON_CHIP
+    adapts = ("model.image.timesteps", "model.noise_schedule")
 
     @property
     def images(self) -> dict[str, int]:
@@ -66,6 +69,15 @@ class Clip(Stage):
             return self._model().init(key, batch["tokens"], length, method="embed_text")["params"]
         images = self._normalized(to_float(batch["image"]))
         return self._model().init(key, images, batch["tokens"], length, jnp.zeros_like(length))["params"]
+
+    def adapt_params(self, params: Params, config: ConfigDict) -> Params:
+        """Makes a noised CLIP of one that saw clean pictures: its class token at every timestep."""
+        steps = self.config.model.image.timesteps
+        if not steps or config.model.image.timesteps:
+            return params
+        image = dict(params["image"])
+        token = image.pop("class_token")
+        return params | {"image": image | {"timesteps": np.repeat(token[None], steps, axis=0)}}
 
     def embed_images(self, params: Params, images: UInt8[Array, "B R R 3"]) -> Float[Array, "B dim"]:
         """Embeds pictures; of unit norm where `config.model.unit_norm` says so."""
@@ -110,6 +122,12 @@ class Clip(Stage):
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
     ) -> tuple[Float[Array, ""], Metrics]:
+        return self.contrast(*self.embed_pairs(params, frozen, batch, key, train))
+
+    def embed_pairs(
+        self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True
+    ) -> tuple[Float[Array, "B dim"], Float[Array, "B dim"], Float[Array, "B 1"]]:
+        """Embeds pictures and captions for `contrast`, to unit norm, with each row's scale."""
         del frozen
         images, steps = to_float(batch["image"]), self.config.model.image.timesteps
         rows = [images, batch["tokens"], batch["tokens_length"]]
@@ -120,6 +138,12 @@ class Clip(Stage):
         # Public weights come without the numbers of a training.
         use_sam = train and "optim" in self.config and self.config.optim.sam_rho
         z_i, z_t, scale = (self._embedded_with_sam if use_sam else self._embedded)(params, rows)
+        return z_i, z_t, jnp.broadcast_to(scale, (len(z_i), 1))
+
+    def contrast(
+        self, z_i: Float[Array, "B dim"], z_t: Float[Array, "B dim"], scale: Float[Array, "B 1"]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Computes loss and metrics of all pairs of a batch, which microbatches may have embedded."""
         loss, accuracy = _contrastive(z_i, z_t, scale)
         return loss, {"accuracy": accuracy, "logit_scale": jnp.mean(scale)}
 

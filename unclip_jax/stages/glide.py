@@ -37,6 +37,8 @@ class Glide(Stage):
     Params {"conditioner", "unet"}.
     """
 
+    adapts = ("model.inpaint",)
+
     @property
     def images(self) -> dict[str, int]:
         return {"image": self.config.model.image_size}

@@ -11,7 +11,9 @@ and z_i whitened by a mean and a standard deviation per dimension that are store
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.analytic import estimate_C, squared_errors
@@ -56,6 +58,13 @@ class PriorDiffusion(Prior):
         params = params | whitening if self.config.diffusion.whiten else params
         # C = 0 is the posterior's variance, which serves until the training is done.
         return params | {"fixed": {"C": jnp.zeros(self.config.diffusion.timesteps)}} if self._analytic else params
+
+    def adapt_params(self, params: Params, config: ConfigDict) -> Params:
+        """Drops the analytic variances of a trained prior, or makes room for them, as the sampler needs."""
+        if self._analytic == ("fixed" in params):
+            return params
+        variances = {"fixed": {"C": np.zeros(self.config.diffusion.timesteps, np.float32)}}
+        return params | variances if self._analytic else trained(params)
 
     @property
     def _analytic(self) -> bool:

@@ -147,6 +147,7 @@ def _check(optim: ConfigDict) -> None:
         ("clip_norm", 0.0, float("inf")),
         ("ema_decay", 0.0, 1.0),
         ("accumulate", 1, float("inf")),
+        ("lora_rank", 0, float("inf")),
     ):
         value = optim[name]
         if not low <= value < high:

@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unclip_jax.arrays import Batch, Key, Params
 from unclip_jax.errors import UserError
 from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.training.gradients import gradients
 from unclip_jax.training.leaves import named_leaves
-from unclip_jax.training.optimizer import ema_update
-from unclip_jax.training.sharding import BATCH_AXES, batch_sharding, gather_params, param_shardings, replicated
+from unclip_jax.training.optimizer import ema_update, learning_rate, make_optimizer
+from unclip_jax.training.sharding import batch_sharding, param_shardings, replicated
+from unclip_jax.training.tuning import merged, overlaid, trained_part, with_factors
 
 
 class Skips(NamedTuple):
@@ -30,7 +31,7 @@ class Skips(NamedTuple):
     steps: jax.Array  # skipped: they changed nothing
     in_a_row: jax.Array  # steps skipped without a break, up to the last step
     last: jax.Array  # the latest skipped step, counted as done
-    leaf: jax.Array  # where its gradient was largest: a position in `named_leaves` of the parameters
+    leaf: jax.Array  # where its gradient was largest: a position in `named_leaves` of what is trained
 
 
 class TrainState(NamedTuple):
@@ -38,9 +39,14 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32 scalar: steps taken, skipped ones included
     skips: Skips
-    params: Params
-    ema: Params
-    opt_state: Any
+    params: Params  # all of them, with the factors of `tuning`, where there are any
+    ema: Params  # averages of those that are trained
+    opt_state: Any  # of those that are trained
+
+    @property
+    def average(self) -> Params:
+        """The model's averaged parameters; those that are not trained are what they are."""
+        return merged(overlaid(self.params, self.ema))
 
 
 def root_key(seed: int) -> Key:
@@ -48,9 +54,12 @@ def root_key(seed: int) -> Key:
     return jax.random.fold_in(jax.random.key(seed), 1)
 
 
-def abstract_state(stage: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as ShapeDtypeStructs with their shardings over `mesh`; computes and allocates nothing."""
-    shapes = jax.eval_shape(lambda: _initial(stage, optimizer, 0))
+def abstract_state(stage: Any, config: ConfigDict, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs with their shardings over `mesh`; computes and allocates nothing.
+
+    Raises UserError where `config.optim` cannot be.
+    """
+    shapes = jax.eval_shape(lambda: _initial(stage, config, 0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -58,21 +67,18 @@ def abstract_state(stage: Any, optimizer: optax.GradientTransformation, mesh: Me
     )
 
 
-def init_state(stage: Any, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+def init_state(stage: Any, config: ConfigDict, mesh: Mesh, seed: int) -> TrainState:
     """Makes the state before step 0, in place on the devices that keep it: the same numbers on every mesh."""
-    shardings = _shardings(abstract_state(stage, optimizer, mesh))
-    return jax.jit(lambda: _initial(stage, optimizer, seed), out_shardings=shardings)()
+    shardings = _shardings(abstract_state(stage, config, mesh))
+    return jax.jit(lambda: _initial(stage, config, seed), out_shardings=shardings)()
 
 
-def make_train_step(
-    stage: Any, optimizer: optax.GradientTransformation, learning_rate: Callable, config: ConfigDict, mesh: Mesh
-) -> Callable:
+def make_train_step(stage: Any, config: ConfigDict, mesh: Mesh) -> Callable:
     """Makes the jitted step (state, frozen, batch, root key) -> (state, metrics), which donates the old state.
 
     batch: pytree of (rows, ...) arrays, split by `batch_sharding`; rows must be a multiple of devices times
     `config.optim.accumulate`. The rows are dealt into that many microbatches, and the gradients of their mean losses
-    averaged. That equals one pass over the whole batch where the loss is a mean over rows. A contrastive loss is not:
-    it sees only the pairs of its microbatch.
+    averaged, which equals one pass over the whole batch; see `gradients` for CLIP, whose loss is no mean over rows.
 
     metrics: float32 scalars. The stage's own, averaged over microbatches (pairs too, which `metrics.scalars` divides);
     loss, grad_norm (before clipping), param_norm, learning_rate (as applied); records_skipped, the sum so far of
@@ -89,30 +95,31 @@ def make_train_step(
             f"train.batch_size={config.train.batch_size} cannot be split evenly into optim.accumulate={microbatches} "
             f"microbatches over {mesh.size} devices: make it a multiple of {mesh.size * microbatches}"
         )
-    optimizer = optax.with_extra_args_support(optimizer)
-    shardings = _shardings(abstract_state(stage, optimizer, mesh))
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    rate_at = learning_rate(config.optim, config.train.steps)
+    shardings = _shardings(abstract_state(stage, config, mesh))
 
     def step(state: TrainState, frozen: Params, batch: Batch, root: Key) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(root, state.step)
-        loss, metrics, grads = _gradients(stage, state.params, frozen, batch, key, microbatches, mesh, shardings.params)
+        part = trained_part(state.params, config.optim)
+        loss, metrics, grads = gradients(stage, state.params, part, frozen, batch, key, microbatches, mesh)
         squares = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in named_leaves(grads).values()])
         grad_norm = jnp.sqrt(jnp.sum(squares))
 
-        rate = learning_rate(state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
-        params = stage.project(optax.apply_updates(state.params, updates))
-        ema = ema_update(state.ema, params, state.step, config.optim.ema_decay)
+        rate = rate_at(state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, part, step=state.step)
+        params = stage.project(overlaid(state.params, optax.apply_updates(part, updates)))
+        new_part = trained_part(params, config.optim)
+        ema = ema_update(state.ema, new_part, state.step, config.optim.ema_decay)
 
         # A skipped step keeps the old values, and so does every step after too many of them.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         stuck = state.skips.in_a_row >= config.train.max_skips
         skips = _counted(state, batch, finite, stuck, squares)
-        params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite & ~stuck, new, old),
-            (params, ema, opt_state),
-            (state.params, state.ema, state.opt_state),
-        )
-        metrics |= {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(params), "learning_rate": rate}
+        old, new = (part, state.ema, state.opt_state), (new_part, ema, opt_state)
+        part, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(finite & ~stuck, a, b), new, old)
+        params = overlaid(state.params, part)
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "param_norm": optax.tree.norm(part), "learning_rate": rate}
         metrics |= {"skipped": skips.steps.astype(jnp.float32), "records_skipped": skips.records.astype(jnp.float32)}
         return TrainState(state.step + 1, skips, params, ema, opt_state), metrics
 
@@ -141,7 +148,7 @@ def digest(state: TrainState) -> str:
     return sha.hexdigest()
 
 
-def skipped(skips: Skips, params: Params, allowed: int) -> str:
+def skipped(skips: Skips, trained: Params, allowed: int) -> str:
     """Describes the steps skipped in a row up to the last one; "" where that was not skipped. Waits for the device.
 
     Raises UserError once `allowed` steps in a row were skipped.
@@ -151,7 +158,7 @@ def skipped(skips: Skips, params: Params, allowed: int) -> str:
         return ""
     line = (
         f"not finite for {in_a_row} steps in a row, up to step {last}: they changed nothing; the last one's gradient "
-        f"was largest in {list(named_leaves(params))[leaf]}"
+        f"was largest in {list(named_leaves(trained))[leaf]}"
     )
     if in_a_row < allowed:
         return line
@@ -161,11 +168,14 @@ def skipped(skips: Skips, params: Params, allowed: int) -> str:
     )
 
 
-def _initial(stage: Any, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def _initial(stage: Any, config: ConfigDict, seed: int) -> TrainState:
     # Not the key itself: split(key)[i] equals fold_in(key, i), so a stage that splits it would meet root_key.
-    params = stage.init(jax.random.fold_in(jax.random.key(seed), 0))
+    key = jax.random.key(seed)
+    params = with_factors(stage.init(jax.random.fold_in(key, 0)), config.optim, jax.random.fold_in(key, 2))
+    part = trained_part(params, config.optim)
     skips = Skips(*(jnp.int32(0) for _ in Skips._fields))
-    return TrainState(jnp.int32(0), skips, params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    opt_state = make_optimizer(config.optim, config.train.steps).init(part)
+    return TrainState(jnp.int32(0), skips, params, jax.tree.map(jnp.copy, part), opt_state)
 
 
 def _counted(state: TrainState, batch: Batch, finite: jax.Array, stuck: jax.Array, squares: jax.Array) -> Skips:
@@ -179,49 +189,6 @@ def _counted(state: TrainState, batch: Batch, finite: jax.Array, stuck: jax.Arra
 
 def _shardings(abstract: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def _gradients(
-    stage: Any,
-    params: Params,
-    frozen: Params,
-    batch: Batch,
-    key: Key,
-    microbatches: int,
-    mesh: Mesh,
-    shardings: Params,
-) -> tuple[jax.Array, dict[str, Any], Params]:
-    """Mean loss, metrics and gradients over the microbatches of `batch`; gradients are sharded as params are."""
-
-    def loss_of(params: Params, rows: Batch, key: Key) -> tuple[jax.Array, dict[str, Any]]:
-        loss, metrics = stage.loss(gather_params(params, mesh), frozen, rows, key)
-        return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), (loss, metrics))
-
-    differentiate = jax.value_and_grad(loss_of, has_aux=True)
-    if microbatches == 1:
-        # No loop around a single pass: XLA's CPU convolutions run on one slow thread inside loops.
-        (loss, metrics), grads = differentiate(params, batch, jax.random.fold_in(key, 0))
-        return loss, metrics, jax.lax.with_sharding_constraint(grads, shardings)
-
-    # Microbatch m takes rows m, m + M, ...: each device deals out its own rows, and nothing moves between devices.
-    def deal(rows: jax.Array) -> jax.Array:
-        hands = jnp.swapaxes(rows.reshape(-1, microbatches, *rows.shape[1:]), 0, 1)
-        return jax.lax.with_sharding_constraint(hands, NamedSharding(mesh, P(None, BATCH_AXES)))
-
-    def add_one(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        rows, m = part
-        values, grads = differentiate(params, rows, jax.random.fold_in(key, m))
-        return jax.tree.map(jnp.add, total, (values, jax.lax.with_sharding_constraint(grads, shardings))), None
-
-    # Sum over the microbatches in a loop, then divide: one microbatch is in memory at a time.
-    hands = jax.tree.map(deal, batch)
-    first = jax.tree.map(lambda rows: rows[0], hands)
-    values = jax.eval_shape(loss_of, params, first, key)
-    values, grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (values, params))
-    zeros = (values, jax.lax.with_sharding_constraint(grads, shardings))
-    total, _ = jax.lax.scan(add_one, zeros, (hands, jnp.arange(microbatches)))
-    (loss, metrics), grads = jax.tree.map(lambda x: x / microbatches, total)
-    return loss, metrics, grads
 
 
 def to_host(leaf: Any) -> np.ndarray:
