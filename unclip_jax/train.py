@@ -153,7 +153,7 @@ def _run(
             state = _with_params(state, origin.params)
         state = _prepared(state, stage, frozen, inputs.first_batches(mesh))
     del origin  # its parameters need as much memory again
-    steps, data = config.train.steps, inputs.batches(start)
+    steps, data = config.train.steps, inputs.batches(start, mesh)
     expected = ExpectedLoss(config.train.expected_loss)
     with MetricLogger(workdir, steps, config.train.batch_size, start, to_path(workdir).name) as log:
 

@@ -129,7 +129,10 @@ class Clip(Stage):
         return self._model().apply({"params": params}, self._normalized(images), *rest)
 
     def _embedded_with_sam(self, params: Params, rows: Sequence[Array]) -> tuple[Array, Array, Array]:
-        """Does what `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1)."""
+        """Does what `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1).
+
+        A device climbs for one group of rows after another, and holds the parameters of one at a time.
+        """
         o = self.config.optim
 
         def climb(params: Params, rows: Sequence[Array]) -> tuple[Array, ...]:
@@ -137,8 +140,14 @@ class Clip(Stage):
             step = o.sam_rho / (optax.tree.norm(grads) + 1e-12)
             return self._embedded(jax.tree.map(lambda w, g: w + step * g, params, grads), rows)
 
+        def climb_each(params: Params, groups: Sequence[Array]) -> tuple[Array, ...]:
+            if len(groups[0]) == 1:
+                return jax.tree.map(lambda v: v[None], climb(params, [v[0] for v in groups]))
+            # Climbed again on the way back: the loop would keep the parameters of every group.
+            return jax.lax.map(lambda rows: jax.checkpoint(climb)(params, rows), groups)
+
         groups = jax.tree.map(lambda v: v.reshape(-1, o.sam_rows, *v.shape[1:]), rows)
-        z_i, z_t, scale = by_rows(jax.vmap(climb, in_axes=(None, 0)), params, groups)
+        z_i, z_t, scale = by_rows(climb_each, params, groups)
         z_i, z_t = (z.reshape(-1, self.dim) for z in (z_i, z_t))
         return z_i, z_t, jnp.repeat(scale, o.sam_rows)[:, None]
 
