@@ -291,9 +291,13 @@ def config_file(tmp_path, config):
 
 
 def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch, capsys, pictures):
-    """Told to stop in its second step of four, then run to the end by the same command."""
-    config = config_file(tmp_path, config_of("clip", pictures, steps=4))
+    """Told to stop in its second step of four, then run to the end by the same command; its clock runs out at once."""
+    small = config_of("clip", pictures, steps=4).unlock()
+    small.train.update(dict(checkpoint_every=100, checkpoint_minutes=1e-9))
+    config = config_file(tmp_path, small)
     assert train.main(["train", config, f"--workdir={tmp_path / 'straight'}"]) == 0
+    steps = {path.name for path in (tmp_path / "straight" / "checkpoints").iterdir()}
+    assert steps == {"2", "4"}, "asked after the first step, answered after the second"
     straight = capsys.readouterr().out
 
     original, calls = train.global_batch, []

@@ -311,6 +311,7 @@ def train(
     seed: int,  # Seed of the parameters, of the order of examples and of the noise.
     log_every: int,  # Steps between lines of metrics.
     checkpoint_every: int,  # Steps between checkpoints.
+    checkpoint_minutes: float,  # Minutes between checkpoints, which log_every steps may exceed; 0: no limit.
     sample_every: int,  # Steps between evaluations, with pictures of held-out examples.
     eval_size: int,  # Held-out examples in an evaluation: a sample by the seed, or all if there are fewer.
     draw_size: int,  # Of these, how many are drawn at most: the first.

@@ -20,7 +20,8 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     """
     positive = ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "max_skips")
     positive += ("eval_size", "draw_size")
-    for name, least in (dict.fromkeys(positive, 1) | {"keep": 2, "keep_every": 0, "watchdog_minutes": 0}).items():
+    others = {"keep": 2} | dict.fromkeys(("keep_every", "checkpoint_minutes", "watchdog_minutes"), 0)
+    for name, least in (dict.fromkeys(positive, 1) | others).items():
         if config.train[name] < least:
             raise UserError(f"train.{name} is {config.train[name]}: expected at least {least}")
     _check_measures(config)

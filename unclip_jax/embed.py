@@ -126,7 +126,9 @@ class _Towers:
         self.rows = max(1, -(-rows // mesh.size)) * mesh.size
         self._params, self._rows_over_mesh = jax.device_put(params, replicated(mesh)), batch_sharding(mesh)
         towers = stage.embed_images, stage.embed_texts
-        self._image_tower, self._text_tower = (jit_on_mesh(tower, mesh, stage.tpu_options) for tower in towers)
+        self._image_tower, self._text_tower = (
+            jit_on_mesh(tower, mesh, stage.tpu_options, stage.config.dtype) for tower in towers
+        )
 
     def embed_images(self, images: np.ndarray) -> jax.Array:
         """Embeds at most `rows` pictures; returns `rows` embeddings, of which those past the pictures mean nothing."""

@@ -56,7 +56,7 @@ def programs(stage: Stage, mesh: Mesh) -> Programs:
     def finish(params: Params, frozen: Params, batch: Batch, key: Key) -> Any:
         return stage.finish(gather_params(params, mesh), frozen, batch, key)
 
-    options: dict[str, Any] = {"out_shardings": replicated(mesh)}
+    options: dict[str, Any] = {"dtype": stage.config.dtype, "out_shardings": replicated(mesh)}
     return Programs(*(jit_on_mesh(f, mesh, stage.tpu_options, **options) for f in (evaluate, draw, finish)))
 
 

@@ -37,7 +37,7 @@ from unclip_jax.paths import output_folder, to_path, write_bytes
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import ClipTowers, Metrics, trained
 from unclip_jax.training import preflight
-from unclip_jax.training.checkpoint import Checkpointer
+from unclip_jax.training.checkpoint import Checkpointer, SaveClock
 from unclip_jax.training.metrics import ExpectedLoss, MetricLogger
 from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import global_batch, make_mesh, replicated
@@ -164,6 +164,8 @@ def _run(
             if warning:
                 _say(f"warning: {warning}")
 
+        clock = SaveClock(config.train.checkpoint_minutes, mesh)
+
         # Metrics are read one step late, once the next step is dispatched: reading them would wait for their own.
         waiting = None
         for k in range(start + 1, steps + 1):
@@ -186,9 +188,10 @@ def _run(
             if k % config.train.sample_every == 0 and k < steps:
                 with log.pause(metrics):
                     log.add_held_out(k, held_out.measure(k, state.ema, frozen, state.params))
-            if stopping or k % config.train.checkpoint_every == 0:
+            if clock.due(ask=k % config.train.log_every == 0) or stopping or k % config.train.checkpoint_every == 0:
                 with log.pause(metrics):
                     checkpointer.save(state, {"config": config.to_dict()})
+                clock.restart()
             checkpointer.check()
             if stopping:
                 log_step(*waiting)

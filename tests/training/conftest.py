@@ -54,9 +54,8 @@ def toy():
             "ema_decay": 0.99,
             "accumulate": 1,
         }
-        return ConfigDict(
-            {"optim": numbers | optim, "train": {"steps": 10, "batch_size": ROWS, "seed": 0, "max_skips": 3}}
-        )
+        train = {"steps": 10, "batch_size": ROWS, "seed": 0, "max_skips": 3}
+        return ConfigDict({"dtype": "float32", "optim": numbers | optim, "train": train})
 
     def mesh(data, fsdp):
         return make_mesh(ConfigDict({"data": data, "fsdp": fsdp}), jax.devices()[: data * fsdp])

@@ -11,6 +11,7 @@ SAM (2010.01412), as unCLIP trained its CLIP: every `optim.sam_rows` rows of the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.process import q_sample
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower, normalize
-from unclip_jax.models.mesh import by_rows, replicate
+from unclip_jax.models.mesh import by_rows, full_products, replicate
 from unclip_jax.stages.base import MORE_ON_CHIP, Metrics, Scalars, Stage, to_float
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the timesteps at which a noised CLIP is evaluated
@@ -59,6 +60,11 @@ class Clip(Stage):
             unit_norm=m.unit_norm,
         )
 
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        # Other stages run this model in programs of their own dtype.
+        with full_products(self.config.dtype):
+            return self._model().apply(*arguments, **options)
+
     def init(self, key: Key) -> Params:
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.batch_spec(1).items()}
         length = batch["tokens_length"] + 1
@@ -69,13 +75,13 @@ class Clip(Stage):
 
     def embed_images(self, params: Params, images: UInt8[Array, "B R R 3"]) -> Float[Array, "B dim"]:
         """Embeds pictures; of unit norm where `config.model.unit_norm` says so."""
-        return self._model().apply({"params": params}, self._normalized(to_float(images)), method="embed_image")
+        return self._apply({"params": params}, self._normalized(to_float(images)), method="embed_image")
 
     def embed_noised(
         self, params: Params, x_t: Float[Array, "B R R 3"], timesteps: Int[Array, " B"]
     ) -> Float[Array, "B dim"]:
         """Embeds pictures in [-1, 1] that are diffused to timesteps, by the noise-aware tower."""
-        return self._model().apply({"params": params}, self._normalized(x_t), timesteps, method="embed_image")
+        return self._apply({"params": params}, self._normalized(x_t), timesteps, method="embed_image")
 
     def embed_texts(
         self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
@@ -87,7 +93,7 @@ class Clip(Stage):
         self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
     ) -> tuple[Float[Array, "B dim"], Float[Array, "B context width"]]:
         """Embeds captions; gives the text tower's last states too."""
-        return self._model().apply({"params": params}, tokens, length, method="embed_text")
+        return self._apply({"params": params}, tokens, length, method="embed_text")
 
     def similarity_gradient(
         self,
@@ -126,7 +132,7 @@ class Clip(Stage):
     def _embedded(self, params: Params, rows: Sequence[Array]) -> tuple[Array, Array, Array]:
         """Embeds [pictures, tokens, lengths, a noised CLIP's timesteps] → unit embeddings (B, dim) and the scale."""
         images, *rest = rows
-        return self._model().apply({"params": params}, self._normalized(images), *rest)
+        return self._apply({"params": params}, self._normalized(images), *rest)
 
     def _embedded_with_sam(self, params: Params, rows: Sequence[Array]) -> tuple[Array, Array, Array]:
         """Does what `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1).
