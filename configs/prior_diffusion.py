@@ -23,7 +23,7 @@ PAPER = config.recipe(
     diffusion=dict(
         **config.diffusion(schedule="cosine", timesteps=1000, predicts="x0", learned_variance=False, snr_clip=()),
         embedding_scale=17.2,  # Factor of the embeddings: 0.5375 √embedding_dim gives them the variance of pixels.
-        whiten=False,  # Embeddings are whitened by a mean and a standard deviation that come with the weights.
+        whiten=False,  # Embeddings are whitened by the mean and standard deviation of training data in each dimension.
         drop_text=0.1,  # Share of training examples without caption and text embedding, from 0 to 1; for guidance.
     ),
     sampling=dict(

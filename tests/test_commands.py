@@ -67,6 +67,12 @@ REFUSED = [
         ["--config=configs/upsampler_256.py:tiny", "--workdir={new}", "--config.model.patch=7"],
         "model.patch is 7",
     ),
+    (
+        train,
+        ["--config=configs/upsampler_256.py:tiny", "--workdir={new}", "--config.model.last_step=True"],
+        "model.last_step is true",
+    ),
+    (train, [*TRAIN, "--config.model.resize=cubic"], "model.resize is 'cubic': expected one of area, bicubic"),
     (plan, [], "no config"),
     (plan, [CLIP, "--config.model.widht=3"], "no key 'model.widht'"),
     (plan, [CLIP, "--config.stage=clop"], "stage 'clop' does not exist"),

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from unclip_jax.data.transforms import CROPS
+from unclip_jax.data.transforms import CROPS, RESIZES
 from unclip_jax.diffusion.process import PREDICTS
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
@@ -30,6 +30,8 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         raise UserError(f"train.expected_loss is {band}: expected (step, low, high) rows, in the order of steps")
     if not config.data.source:
         raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
+    if config.model.get("resize", "area") not in RESIZES:
+        raise UserError(f"model.resize is {config.model.resize!r}: expected one of {', '.join(RESIZES)}")
     if config.data.crop not in CROPS:
         raise UserError(f"data.crop is {config.data.crop!r}: expected one of {', '.join(CROPS)}")
     if embedded(config) and config.data.crop != "center":
@@ -58,6 +60,9 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         _check_diffusion(config)
     if config.stage == "upsampler":
         m = config.model
+        if m.last_step:
+            raise UserError("model.last_step is true, but training would leave the second network as it was drawn at "
+                            "random: expected false; it is for converted weights")  # fmt: skip
         smallest = m.factor * 2 ** (len(m.unet.channel_mult) - 1)
         if m.patch > m.image_size or m.patch % smallest:
             raise UserError(f"model.patch is {m.patch}: expected a multiple of {smallest}, at most {m.image_size}")

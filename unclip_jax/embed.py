@@ -91,7 +91,9 @@ class _Reader:
     def __init__(self, stage: Stage, tokenizer: Tokenizer):
         self._size, self._context = stage.images["image"], stage.config.model.text.context
         self._tokenizer = tokenizer
-        self._to_example = ToExample({"image": self._size}, {}, "center", None)
+        self._to_example = ToExample(
+            {"image": self._size}, {}, "center", None, kernels={"image": stage.config.model.resize}
+        )
         self._skipped = itertools.count()
 
     def __call__(self, source: Source, start: int, stop: int, threads: int) -> Iterator[_Read]:

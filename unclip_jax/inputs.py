@@ -65,8 +65,10 @@ class Inputs:
         own = _own_tokenizer(config, stage, source, workdir, origin)
         tokenizers = {"own": own, "clip": upstream.tokenizer}
         texts = {name: (tokenizers[owner], context, ends) for name, (owner, context, ends) in stage.texts.items()}
+        kernels = {"image": config.model.resize} if "resize" in config.model else {}
+        kernels |= {"clip_image": upstream.stage.config.model.resize} if upstream.stage else {}
         to_example = ToExample(
-            stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors
+            stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors, kernels
         )
         held_out = evaluation_batch(unseen, to_example, config.train.eval_size, config.train.seed)
         return cls(config, source, to_example, own, held_out)

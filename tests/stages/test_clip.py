@@ -108,6 +108,25 @@ def test_noised_clip_sees_less_the_later_the_timestep():
     assert gaps[0] > 1e-3 and gaps[-1] < 1e-4  # at t = 999 the picture's share is 5e-5
 
 
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_noised_clip_s_pictures_have_the_noise_of_its_schedule(name):
+    """Of the picture sqrt(alpha_bar_t) is left: arXiv 2102.09672, equation 17, and 2006.11239, section 4."""
+    config = small_config("clip_noised").unlock()
+    config.model.noise_schedule = name
+    stage = make_stage(config.lock())
+    t = np.array([0, 250, 500, 900])
+    if name == "cosine":
+        f = np.cos((np.append(t + 1, 0) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+        alpha_bars = f[:-1] / f[-1]
+    else:
+        alpha_bars = np.array([np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: k + 1]) for k in t])
+    dark, light = (jnp.full((4, 8, 8, 3), value, jnp.float32) for value in (-1, 1))
+    one, two = (np.asarray(stage._noised(images, jnp.asarray(t), KEY)) for images in (dark, light))
+    np.testing.assert_allclose((two - one).mean(axis=(1, 2, 3)) / 2, np.sqrt(alpha_bars), rtol=1e-3)
+    noise = (one + two) / 2
+    np.testing.assert_allclose(noise.std(axis=(1, 2, 3)), np.sqrt(1 - alpha_bars), rtol=0.2)
+
+
 def test_noised_clip_trains_on_all_timesteps():
     """Every row of the table of timesteps is told apart, and gets a gradient from the rows that drew it alone."""
     stage, _, params = small_stage("clip_noised")
