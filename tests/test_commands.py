@@ -73,6 +73,18 @@ REFUSED = [
         "model.last_step is true",
     ),
     (train, [*TRAIN, "--config.model.resize=cubic"], "model.resize is 'cubic': expected one of area, bicubic"),
+    (train, [*TRAIN, "--config.model.image.timesteps=9"], "no model.noise_schedule"),
+    (
+        train,
+        ["--config=configs/clip_noised.py:tiny", "--workdir={new}", "--config.model.noise_schedule=sine"],
+        "unknown noise schedule 'sine'",
+    ),
+    (
+        train,
+        ["--config=configs/decoder.py:tiny", "--workdir={new}", "--config.model.caption=clip",
+         "--config.data.tokenizer={file}"],
+        "but CLIP reads the captions",
+    ),  # fmt: skip
     (plan, [], "no config"),
     (plan, [CLIP, "--config.model.widht=3"], "no key 'model.widht'"),
     (plan, [CLIP, "--config.stage=clop"], "stage 'clop' does not exist"),

@@ -30,8 +30,6 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         raise UserError(f"train.expected_loss is {band}: expected (step, low, high) rows, in the order of steps")
     if not config.data.source:
         raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
-    if config.model.get("resize", "area") not in RESIZES:
-        raise UserError(f"model.resize is {config.model.resize!r}: expected one of {', '.join(RESIZES)}")
     if config.data.crop not in CROPS:
         raise UserError(f"data.crop is {config.data.crop!r}: expected one of {', '.join(CROPS)}")
     if embedded(config) and config.data.crop != "center":
@@ -46,13 +44,10 @@ def check_config(config: ConfigDict, workdir: str) -> None:
             raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")
         if same_place(config.init.bundle, to_path(workdir) / "bundle"):
             raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new run another one")
-    if config.stage == "clip" and config.optim.accumulate > 1:
-        raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
-    if config.stage == "clip" and config.optim.sam_rho:
-        rho, rows = config.optim.sam_rho, config.optim.sam_rows
-        if rho < 0 or rows < 1 or config.train.batch_size % rows:
-            raise UserError(f"optim.sam_rho={rho}, sam_rows={rows}: expected a positive step and rows that divide "
-                            f"train.batch_size={config.train.batch_size}")  # fmt: skip
+    if named and config.model.get("caption") == "clip":
+        raise UserError("data.tokenizer is set, but CLIP reads the captions (model.caption): leave it empty")
+    if config.stage == "clip":
+        _check_clip(config)
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {config.dtype!r}: expected float32 or bfloat16")
     _check_widths("model", config.model)
@@ -69,6 +64,28 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         if config.diffusion.degradation not in DEGRADATIONS:
             known = ", ".join(DEGRADATIONS)
             raise UserError(f"diffusion.degradation is {config.diffusion.degradation!r}: expected one of {known}")
+
+
+def _check_clip(config: ConfigDict) -> None:
+    """Raises UserError for a microbatch, a step of SAM's, a way of resizing or a noise schedule that a CLIP cannot
+    have."""
+    m = config.model
+    if config.optim.accumulate > 1:
+        raise UserError("optim.accumulate must be 1 for clip: its loss compares all pairs of the batch")
+    rho, rows = config.optim.sam_rho, config.optim.sam_rows
+    if rho and (rho < 0 or rows < 1 or config.train.batch_size % rows):
+        raise UserError(f"optim.sam_rho={rho}, sam_rows={rows}: expected a positive step and rows that divide "
+                        f"train.batch_size={config.train.batch_size}")  # fmt: skip
+    if m.resize not in RESIZES:
+        raise UserError(f"model.resize is {m.resize!r}: expected one of {', '.join(RESIZES)}")
+    if m.image and m.image.timesteps:
+        if "noise_schedule" not in m:
+            raise UserError(f"model.image.timesteps is {m.image.timesteps}, but there is no model.noise_schedule: use "
+                            "configs/clip_noised.py")  # fmt: skip
+        try:
+            make_schedule(m.noise_schedule, m.image.timesteps)
+        except ValueError as error:
+            raise UserError(f"model.noise_schedule: {error}") from error
 
 
 def _check_measures(config: ConfigDict) -> None:
