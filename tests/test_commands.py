@@ -84,7 +84,7 @@ REFUSED = [
         ["--config=configs/decoder.py:tiny", "--workdir={new}", "--config.model.caption=clip",
          "--config.data.tokenizer={file}"],
         "but CLIP reads the captions",
-    ),  # fmt: skip
+    ),
     (plan, [], "no config"),
     (plan, [CLIP, "--config.model.widht=3"], "no key 'model.widht'"),
     (plan, [CLIP, "--config.stage=clop"], "stage 'clop' does not exist"),
