@@ -30,7 +30,8 @@ PAPER = config.recipe(
     optim=config.sam_adam(learning_rate=4e-4, warmup_steps=2000, schedule="cosine", b1=0.9, b2=0.98, eps=1e-6,
                           weight_decay=0.0125, clip_norm=0.0, ema_decay=0.9999, accumulate=1, frozen=(), lora_rank=0,
                           sam_rho=0.0, sam_rows=64),
-    train=config.train(steps=390_000, batch_size=32768, seed=0, log_every=50, checkpoint_every=5000,
+    train=config.train(steps=390_000, batch_size=32768, seed=0, log_every=50,
+                       checkpoint_every=5000, checkpoint_minutes=30.0,
                        sample_every=10000, eval_size=1024, draw_size=64, measure=(), inception="", reference="",
                        keep=3, keep_every=0, max_skips=20, watchdog_minutes=60.0, expected_loss=()),
 )

@@ -43,7 +43,8 @@ PAPER = config.recipe(
                                crop="dalle", threads=16),
     optim=config.adam(learning_rate=1.2e-4, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, eps=1e-8,
                       weight_decay=0.0, clip_norm=0.0, ema_decay=0.9999, accumulate=1, frozen=(), lora_rank=0),
-    train=config.train(steps=800_000, batch_size=2048, seed=0, log_every=50, checkpoint_every=4000,
+    train=config.train(steps=800_000, batch_size=2048, seed=0, log_every=50,
+                       checkpoint_every=4000, checkpoint_minutes=30.0,
                        sample_every=10000, eval_size=1024, draw_size=64, measure=(), inception="", reference="",
                        keep=3, keep_every=0, max_skips=20, watchdog_minutes=60.0, expected_loss=()),
 )

@@ -23,7 +23,7 @@ PAPER = config.recipe(
     diffusion=dict(
         **config.diffusion(schedule="cosine", timesteps=1000, predicts="x0", learned_variance=False, snr_clip=()),
         embedding_scale=17.2,  # Factor of the embeddings: 0.5375 √embedding_dim gives them the variance of pixels.
-        whiten=False,  # Embeddings are whitened by a mean and a standard deviation that come with the weights.
+        whiten=False,  # Embeddings are whitened by the mean and standard deviation of training data in each dimension.
         drop_text=0.1,  # Share of training examples without caption and text embedding, from 0 to 1; for guidance.
     ),
     sampling=dict(
@@ -38,7 +38,8 @@ PAPER = config.recipe(
                                crop="dalle", threads=16),
     optim=config.adam(learning_rate=1.1e-4, warmup_steps=1000, schedule="constant", b1=0.9, b2=0.96, eps=1e-6,
                       weight_decay=6e-2, clip_norm=1.0, ema_decay=0.9999, accumulate=1, frozen=(), lora_rank=0),
-    train=config.train(steps=600_000, batch_size=4096, seed=0, log_every=50, checkpoint_every=5000,
+    train=config.train(steps=600_000, batch_size=4096, seed=0, log_every=50,
+                       checkpoint_every=5000, checkpoint_minutes=30.0,
                        sample_every=10000, eval_size=1024, draw_size=64, measure=(), inception="", reference="",
                        keep=3, keep_every=0, max_skips=20, watchdog_minutes=60.0, expected_loss=()),
 )

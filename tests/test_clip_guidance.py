@@ -58,6 +58,7 @@ def test_each_row_follows_the_gradient_of_its_own_caption():
     text = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
     stage = SimpleNamespace(
         tpu_options=None,
+        config=SimpleNamespace(dtype="float32"),
         sample=lambda params, frozen, c, key: c.clip_scale * c.clip_gradient(c.x_T, c.tokens_length),
     )
     model, noised = (Model(s, p, None, "") for s, p in ((stage, {}), (clip, params)))

@@ -171,8 +171,8 @@ def test_run_leaves_metrics_checkpoint_and_bundle(runs, name):
 @STAGES
 def test_every_key_of_the_config_is_read(runs, name):
     config = runs[name].config
-    # The first two are a cascade's; rows take no step of SAM's where it has no length, and CLIP draws nothing.
-    idle = {"clip": {"model.resize", "optim.sam_rows", "train.draw_size"}, "upsampler_256": {"model.round_low_res"}}
+    # Rows take no step of SAM's where it has no length, CLIP draws nothing, and rounding is a cascade's.
+    idle = {"clip": {"optim.sam_rows", "train.draw_size"}, "upsampler_256": {"model.round_low_res"}}
     idle = idle.get(name, set()) | {"train.inception", "train.reference"}  # which no metric asks for
     idle |= {"init.model"}  # read on the command line
     if "sampling" in config and config.sampling.get("sampler") in ("ddpm", "analytic"):
@@ -292,9 +292,13 @@ def config_file(tmp_path, config):
 
 
 def test_stopped_and_resumed_is_the_same_run(tmp_path, monkeypatch, capsys, pictures):
-    """Told to stop in its second step of four, then run to the end by the same command."""
-    config = config_file(tmp_path, config_of("clip", pictures, steps=4))
+    """Told to stop in its second step of four, then run to the end by the same command; its clock runs out at once."""
+    small = config_of("clip", pictures, steps=4).unlock()
+    small.train.update(dict(checkpoint_every=100, checkpoint_minutes=1e-9))
+    config = config_file(tmp_path, small)
     assert train.main(["train", config, f"--workdir={tmp_path / 'straight'}"]) == 0
+    steps = {path.name for path in (tmp_path / "straight" / "checkpoints").iterdir()}
+    assert steps == {"2", "4"}, "asked after the first step, answered after the second"
     straight = capsys.readouterr().out
 
     original, calls = train.global_batch, []

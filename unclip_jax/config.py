@@ -131,7 +131,7 @@ def enlargement(
 def upsampler(
     *,
     patch: int,  # Side of the window of a picture that is trained on, in pixels; at most image_size.
-    last_step: bool,  # A second network, which training leaves alone, takes the last step of sampling, as in Karlo.
+    last_step: bool,  # A second network takes the last step of sampling, as in Karlo's weights; training has none.
 ) -> dict:
     return locals()
 
@@ -144,7 +144,7 @@ def clip_model(
     max_scale: float,  # Largest factor of the cosines that may be learned.
     mean: tuple[float, float, float],  # Mean of red, green and blue, in [0, 1], which is subtracted from pictures.
     std: tuple[float, float, float],  # Standard deviation of red, green and blue, by which pictures are divided.
-    resize: str,  # Resizing of pictures that users give: "area", as in training; "bicubic", as OpenAI's CLIP.
+    resize: str,  # Resizing of pictures: "area", each pixel the mean of what it covers; "bicubic", as OpenAI's CLIP.
     unit_norm: bool,  # Embeddings are given out at length 1; False: as the networks make them.
     **rest,
 ) -> dict:
@@ -344,6 +344,7 @@ def train(
     seed: int,  # Seed of the parameters, of the order of examples and of the noise.
     log_every: int,  # Steps between lines of metrics.
     checkpoint_every: int,  # Steps between checkpoints.
+    checkpoint_minutes: float,  # Minutes between checkpoints, which log_every steps may exceed; 0: no limit.
     sample_every: int,  # Steps between evaluations, with pictures of held-out examples.
     eval_size: int,  # Held-out examples in an evaluation: a sample by the seed, or all if there are fewer.
     draw_size: int,  # Of these, how many are drawn at most: the first.

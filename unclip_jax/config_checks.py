@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from unclip_jax.data.transforms import CROPS
+from unclip_jax.data.transforms import CROPS, RESIZES
 from unclip_jax.diffusion.process import PREDICTS
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
@@ -22,7 +22,8 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     """
     positive = ("steps", "batch_size", "log_every", "checkpoint_every", "sample_every", "max_skips")
     positive += ("eval_size", "draw_size")
-    for name, least in (dict.fromkeys(positive, 1) | {"keep": 2, "keep_every": 0, "watchdog_minutes": 0}).items():
+    others = {"keep": 2} | dict.fromkeys(("keep_every", "checkpoint_minutes", "watchdog_minutes"), 0)
+    for name, least in (dict.fromkeys(positive, 1) | others).items():
         if config.train[name] < least:
             raise UserError(f"train.{name} is {config.train[name]}: expected at least {least}")
     _check_measures(config)
@@ -45,11 +46,10 @@ def check_config(config: ConfigDict, workdir: str) -> None:
             raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")
         if same_place(config.init.bundle, to_path(workdir) / "bundle"):
             raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new run another one")
-    if config.stage == "clip" and config.optim.sam_rho:
-        rho, rows, parts = config.optim.sam_rho, config.optim.sam_rows, config.optim.accumulate
-        if rho < 0 or rows < 1 or config.train.batch_size % (rows * max(parts, 1)):
-            raise UserError(f"optim.sam_rho={rho}, sam_rows={rows}: expected a positive step and rows that divide "
-                            f"train.batch_size={config.train.batch_size} / optim.accumulate={parts}")  # fmt: skip
+    if named and config.model.get("caption") == "clip":
+        raise UserError("data.tokenizer is set, but CLIP reads the captions (model.caption): leave it empty")
+    if config.stage == "clip":
+        _check_clip(config)
     if config.dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype is {config.dtype!r}: expected float32 or bfloat16")
     _check_widths("model", config.model)
@@ -61,6 +61,9 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         raise UserError(f"model.embedding is {config.model.embedding!r}: expected one of {', '.join(EMBEDDINGS)}")
     if config.stage == "upsampler":
         m = config.model
+        if m.last_step:
+            raise UserError("model.last_step is true, but training would leave the second network as it was drawn at "
+                            "random: expected false; it is for converted weights")  # fmt: skip
         smallest = m.factor * 2 ** (len(m.unet.channel_mult) - 1)
         if m.patch > m.image_size or m.patch % smallest:
             raise UserError(f"model.patch is {m.patch}: expected a multiple of {smallest}, at most {m.image_size}")
@@ -71,6 +74,25 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         if config.diffusion.degradation not in DEGRADATIONS:
             known = ", ".join(DEGRADATIONS)
             raise UserError(f"diffusion.degradation is {config.diffusion.degradation!r}: expected one of {known}")
+
+
+def _check_clip(config: ConfigDict) -> None:
+    """Raises UserError for a step of SAM's, a way of resizing or a noise schedule that a CLIP cannot have."""
+    m = config.model
+    rho, rows, parts = config.optim.sam_rho, config.optim.sam_rows, config.optim.accumulate
+    if rho and (rho < 0 or rows < 1 or config.train.batch_size % (rows * max(parts, 1))):
+        raise UserError(f"optim.sam_rho={rho}, sam_rows={rows}: expected a positive step and rows that divide "
+                        f"train.batch_size={config.train.batch_size} / optim.accumulate={parts}")  # fmt: skip
+    if m.resize not in RESIZES:
+        raise UserError(f"model.resize is {m.resize!r}: expected one of {', '.join(RESIZES)}")
+    if m.image and m.image.timesteps:
+        if "noise_schedule" not in m:
+            raise UserError(f"model.image.timesteps is {m.image.timesteps}, but there is no model.noise_schedule: use "
+                            "configs/clip_noised.py")  # fmt: skip
+        try:
+            make_schedule(m.noise_schedule, m.image.timesteps)
+        except ValueError as error:
+            raise UserError(f"model.noise_schedule: {error}") from error
 
 
 def _check_measures(config: ConfigDict) -> None:

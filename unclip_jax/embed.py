@@ -91,7 +91,9 @@ class _Reader:
     def __init__(self, stage: Stage, tokenizer: Tokenizer):
         self._size, self._context = stage.images["image"], stage.config.model.text.context
         self._tokenizer = tokenizer
-        self._to_example = ToExample({"image": self._size}, {}, "center", None)
+        self._to_example = ToExample(
+            {"image": self._size}, {}, "center", None, kernels={"image": stage.config.model.resize}
+        )
         self._skipped = itertools.count()
 
     def __call__(self, source: Source, start: int, stop: int, threads: int) -> Iterator[_Read]:
@@ -126,7 +128,9 @@ class _Towers:
         self.rows = max(1, -(-rows // mesh.size)) * mesh.size
         self._params, self._rows_over_mesh = jax.device_put(params, replicated(mesh)), batch_sharding(mesh)
         towers = stage.embed_images, stage.embed_texts
-        self._image_tower, self._text_tower = (jit_on_mesh(tower, mesh, stage.tpu_options) for tower in towers)
+        self._image_tower, self._text_tower = (
+            jit_on_mesh(tower, mesh, stage.tpu_options, stage.config.dtype) for tower in towers
+        )
 
     def embed_images(self, images: np.ndarray) -> jax.Array:
         """Embeds at most `rows` pictures; returns `rows` embeddings, of which those past the pictures mean nothing."""

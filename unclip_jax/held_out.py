@@ -72,7 +72,7 @@ class HeldOut:
         self._examples, self._key = examples, key
         self._count = len(next(iter(examples.values())))
         self._rows = min(self._count, config.train.batch_size // config.optim.accumulate)
-        whole: dict[str, Any] = {"out_shardings": replicated(mesh)}
+        whole: dict[str, Any] = {"dtype": config.dtype, "out_shardings": replicated(mesh)}
         made = (jit_on_mesh(program, mesh, stage.tpu_options, **whole) for program in programs(stage, mesh))
         self._programs = Programs(*made)
         self._inception, self._references = _inception(config.train)

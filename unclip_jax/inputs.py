@@ -23,7 +23,7 @@ from unclip_jax.paths import to_path, write_bytes
 from unclip_jax.stages import Stage
 from unclip_jax.stages.base import ClipTowers
 from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
-from unclip_jax.training.sharding import global_batch
+from unclip_jax.training.sharding import global_batch, own_rows
 
 TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
 
@@ -65,30 +65,32 @@ class Inputs:
         own = _own_tokenizer(config, stage, source, workdir, origin)
         tokenizers = {"own": own, "clip": upstream.tokenizer}
         texts = {name: (tokenizers[owner], context, ends) for name, (owner, context, ends) in stage.texts.items()}
+        kernels = {"image": config.model.resize} if "resize" in config.model else {}
+        kernels |= {"clip_image": upstream.stage.config.model.resize} if upstream.stage else {}
         to_example = ToExample(
-            stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors
+            stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors, kernels
         )
         held_out = evaluation_batch(unseen, to_example, config.train.eval_size, config.train.seed)
         return cls(config, source, to_example, own, held_out)
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """Yields this process's rows of the batches of steps start + 1, start + 2, …, without end."""
+    def batches(self, start: int, mesh: Mesh) -> Iterator[Batch]:
+        """Yields this process's rows of the batches of steps start + 1, start + 2, …, without end, as `global_batch`
+        takes them."""
         return batches(
             self.source,
             self.to_example,
             self.config.train.batch_size,
             self.config.train.seed,
             start,
+            rows=own_rows(mesh, self.config.train.batch_size),
             threads=self.config.data.threads,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
         )
 
     def first_batches(self, mesh: Mesh) -> Iterator[Batch]:
         """Yields the batches of the first steps over the mesh, for `Stage.prepare`; reads them when asked, and reports
         progress."""
         said = time.monotonic()
-        for k, rows in enumerate(self.batches(0)):
+        for k, rows in enumerate(self.batches(0, mesh)):
             if time.monotonic() - said > SECONDS_BETWEEN_LINES and jax.process_index() == 0:
                 said = time.monotonic()
                 print(f"{self.config.stage}: preparing, {k} training batches read", file=sys.stderr, flush=True)

@@ -154,7 +154,8 @@ class Model:
         return self._jitted(lambda params, rows: cast(Clip, self.stage).embed_images(params, *rows))
 
     def _jitted(self, function: Callable) -> Callable:
-        return jit_on_mesh(functools.partial(by_rows, function), self.mesh, self.stage.tpu_options)
+        options = self.stage.tpu_options, self.stage.config.dtype
+        return jit_on_mesh(functools.partial(by_rows, function), self.mesh, *options)
 
     def _chunks(self, *arrays: np.ndarray) -> Iterator[list[jax.Array]]:
         """Splits arrays into chunks, and the rows of each chunk over the devices."""
@@ -197,7 +198,7 @@ def jitted_sample(stage: Stage, mesh: Mesh) -> Callable:
         parts = {name: given.pop(name) for name, value in list(given.items()) if getattr(value, "ndim", 0)}
         return by_rows(draw, (params, frozen, given, keys.key), (parts, keys.rows, keys.draws, noised_text))
 
-    return jit_on_mesh(split, mesh, stage.tpu_options)
+    return jit_on_mesh(split, mesh, stage.tpu_options, stage.config.dtype)
 
 
 def fetched(results: Iterable[jax.Array]) -> np.ndarray:

@@ -37,7 +37,7 @@ from unclip_jax.paths import output_folder, to_path, write_bytes
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import ClipTowers, Metrics, trained
 from unclip_jax.training import preflight
-from unclip_jax.training.checkpoint import Checkpointer
+from unclip_jax.training.checkpoint import Checkpointer, SaveClock
 from unclip_jax.training.metrics import ExpectedLoss, MetricLogger
 from unclip_jax.training.sharding import global_batch, make_mesh, replicated
 from unclip_jax.training.state import (
@@ -155,7 +155,7 @@ def _run(
         else:
             state = _prepared(state, stage, config, frozen, inputs.first_batches(mesh))
     del origin  # its parameters need as much memory again
-    steps, data = config.train.steps, inputs.batches(start)
+    steps, data = config.train.steps, inputs.batches(start, mesh)
     expected = ExpectedLoss(config.train.expected_loss)
     with MetricLogger(workdir, steps, config.train.batch_size, start, to_path(workdir).name) as log:
 
@@ -165,6 +165,8 @@ def _run(
             warning = skipped(skips, state.ema, config.train.max_skips)
             if warning:
                 _say(f"warning: {warning}")
+
+        clock = SaveClock(config.train.checkpoint_minutes, mesh)
 
         # Metrics are read one step late, once the next step is dispatched: reading them would wait for their own.
         waiting = None
@@ -188,9 +190,10 @@ def _run(
             if k % config.train.sample_every == 0 and k < steps:
                 with log.pause(metrics):
                     log.add_held_out(k, held_out.measure(k, state.average, frozen, merged(state.params)))
-            if stopping or k % config.train.checkpoint_every == 0:
+            if clock.due(ask=k % config.train.log_every == 0) or stopping or k % config.train.checkpoint_every == 0:
                 with log.pause(metrics):
                     checkpointer.save(state, {"config": config.to_dict()})
+                clock.restart()
             checkpointer.check()
             if stopping:
                 log_step(*waiting)

@@ -350,7 +350,7 @@ def test_batches_are_repeatable_and_low_res_shows_the_patch(tmp_path):
         return next(batches(source, to_example, 16, 5, 2, **options))
 
     batch, again = third(), third(threads=3)
-    halves = [third(process_index=i, process_count=2) for i in range(2)]
+    halves = [third(rows=range(8 * i, 8 * i + 8)) for i in range(2)]
     for name in ("image", "low_res"):
         np.testing.assert_array_equal(batch[name], again[name])
         np.testing.assert_array_equal(batch[name], np.concatenate([half[name] for half in halves]))

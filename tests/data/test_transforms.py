@@ -187,3 +187,22 @@ def test_errors():
     for patch in (0, 18, 68):
         with pytest.raises(UserError, match=f"patch is {patch}.*64"):
             ToExample({"image": 64}, {}, "center", patch)
+
+
+@pytest.mark.parametrize("crop", ["center", "dalle"])
+def test_a_clip_s_pictures_are_made_as_it_is_shown_pictures(crop):
+    """OpenAI's CLIP: Pillow's bicubic kernel, of the shorter side and before the crop; the others are averaged."""
+    picture = RNG.integers(0, 256, (45, 30, 3), dtype=np.uint8)
+    record = {"image": encoded(picture), "caption": "", "key": "k"}
+    images = {"image": 10, "clip_image": 15}
+    plain = ToExample(images, {}, crop, None)(record, np.random.default_rng(0))
+    example = ToExample(images, {}, crop, None, kernels={"clip_image": "bicubic"})(record, np.random.default_rng(0))
+    np.testing.assert_array_equal(example["image"], plain["image"])
+    assert not np.array_equal(example["clip_image"], plain["clip_image"])
+    if crop == "center":
+        whole = np.asarray(Image.fromarray(picture).resize((15, 22), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(example["clip_image"], whole[3:18])
+    else:
+        square = square_crop(picture, 15, crop, np.random.default_rng(0))
+        expected = np.asarray(Image.fromarray(square).resize((15, 15), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(example["clip_image"], expected)

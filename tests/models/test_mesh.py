@@ -69,3 +69,19 @@ def test_a_stack_of_layers_gathers_one_at_a_time(monkeypatch):
     gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather", program.as_text())
     assert sorted(gathered) == ["16,16", "16,48", "16,64", "64,16"], "no axis of layers"
     np.testing.assert_allclose(program(placed, rows), stack.apply({"params": params}, x), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", ""])
+def test_float32_means_float32_on_every_platform(dtype):
+    """XLA's word for it, on products and convolutions and on those of their gradients."""
+    def loss(x, kernel, w):
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(jnp.tanh(y @ w))
+
+    arguments = (jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 3, 8)), jnp.ones((8, 2)))
+    with jax.default_matmul_precision(None):
+        lowered = mesh.jit_on_mesh(jax.grad(loss, (0, 1, 2)), mesh.one_device(), dtype=dtype).lower(*arguments)
+    products = re.findall(r"stablehlo\.(?:convolution|dot_general).*", lowered.as_text())
+    assert len(products) >= 5
+    precise = ["HIGHEST" in line for line in products]
+    assert all(precise) if dtype == "float32" else not any(precise)

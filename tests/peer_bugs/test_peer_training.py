@@ -28,7 +28,8 @@ PEAK, WARMUP, STEPS, DECAY = 0.01, 4, 20, 0.6
 def config_of(**optim):
     numbers = dict(learning_rate=PEAK, warmup_steps=WARMUP, schedule="cosine", b1=0.9, b2=0.99, eps=1e-8)
     numbers |= dict(weight_decay=0.0, clip_norm=0.0, ema_decay=DECAY, accumulate=1, frozen=(), lora_rank=0)
-    return ConfigDict({"optim": numbers | optim, "train": {"steps": STEPS, "batch_size": ROWS, "max_skips": 3}})
+    train = {"steps": STEPS, "batch_size": ROWS, "max_skips": 3}
+    return ConfigDict({"dtype": "float32", "optim": numbers | optim, "train": train})
 
 
 def mesh_of(devices):

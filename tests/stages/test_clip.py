@@ -9,7 +9,7 @@ from shrink import random_batch, small_config, small_stage
 
 from unclip_jax import train
 from unclip_jax.errors import UserError
-from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.models.mesh import jit_on_mesh, one_device
 from unclip_jax.stages import make_stage
 
 ROWS, RHO = 16, 0.1
@@ -44,7 +44,7 @@ def test_loss_is_the_papers():
     assert float(metrics["accuracy"]) == pytest.approx(np.mean(own))
 
 
-@pytest.mark.parametrize("rows", [pytest.param(ROWS, marks=pytest.mark.slow), ROWS // 2])
+@pytest.mark.parametrize("rows", [*(pytest.param(n, marks=pytest.mark.slow) for n in (ROWS, ROWS // 2)), ROWS // 4])
 def test_sam_descends_where_each_replica_has_climbed(rows):
     """arXiv 2010.01412, algorithm 1, with a climb for each replica's rows (unCLIP, appendix C)."""
     plain, _, params = small_stage("clip")
@@ -69,13 +69,25 @@ def test_sam_descends_where_each_replica_has_climbed(rows):
     expected, each = jax.jit(jax.value_and_grad(whole_loss))(climbed)
     expected_grads = jax.tree.map(lambda *g: sum(g), *each)
     sharp = sharp_stage(rows)
-    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))  # of two groups of rows each device does its own
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))  # of two or four groups of rows each device does its own
     params, batch = jax.device_put((params, batch), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
     gradient = jax.value_and_grad(lambda p, batch: sharp.loss(p, {}, batch, KEY)[0])
     loss, grads = jit_on_mesh(gradient, mesh)(params, batch)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     assert abs(float(loss) - float(jax.jit(plain.loss)(params, {}, batch, KEY)[0])) > 1e-4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3), grads, expected_grads)
+
+
+def test_sam_holds_the_parameters_of_one_group_at_a_time():
+    """Of one group a device holds the rows' activations besides, of which four groups hold a quarter at a time."""
+    held = []
+    for rows in (ROWS, ROWS // 4):
+        stage = sharp_stage(rows)
+        params = jax.eval_shape(stage.init, KEY)
+        batch = {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in stage.batch_spec(ROWS).items()}
+        gradient = jit_on_mesh(jax.grad(lambda p, batch, stage=stage: stage.loss(p, {}, batch, KEY)[0]), one_device())
+        held.append(gradient.lower(params, batch).compile().memory_analysis().temp_size_in_bytes)
+    assert held[1] < held[0]
 
 
 @pytest.mark.parametrize("change", [dict(sam_rho=-0.1), dict(sam_rho=0.1, sam_rows=5), dict(sam_rho=0.1, sam_rows=0)])
@@ -94,6 +106,25 @@ def test_noised_clip_sees_less_the_later_the_timestep():
     one, two = (evaluate(params, {}, b, KEY)[0] for b in (batch, other))
     gaps = [abs(float(one[name] - two[name])) for name in (f"loss_t{t}" for t in (0, 250, 500, 749, 999))]
     assert gaps[0] > 1e-3 and gaps[-1] < 1e-4  # at t = 999 the picture's share is 5e-5
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_noised_clip_s_pictures_have_the_noise_of_its_schedule(name):
+    """Of the picture sqrt(alpha_bar_t) is left: arXiv 2102.09672, equation 17, and 2006.11239, section 4."""
+    config = small_config("clip_noised").unlock()
+    config.model.noise_schedule = name
+    stage = make_stage(config.lock())
+    t = np.array([0, 250, 500, 900])
+    if name == "cosine":
+        f = np.cos((np.append(t + 1, 0) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+        alpha_bars = f[:-1] / f[-1]
+    else:
+        alpha_bars = np.array([np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: k + 1]) for k in t])
+    dark, light = (jnp.full((4, 8, 8, 3), value, jnp.float32) for value in (-1, 1))
+    one, two = (np.asarray(stage._noised(images, jnp.asarray(t), KEY)) for images in (dark, light))
+    np.testing.assert_allclose((two - one).mean(axis=(1, 2, 3)) / 2, np.sqrt(alpha_bars), rtol=1e-3)
+    noise = (one + two) / 2
+    np.testing.assert_allclose(noise.std(axis=(1, 2, 3)), np.sqrt(1 - alpha_bars), rtol=0.2)
 
 
 def test_noised_clip_trains_on_all_timesteps():

@@ -13,7 +13,7 @@ from unclip_jax import train
 from unclip_jax.diffusion.schedule import make_schedule, table_at
 from unclip_jax.errors import UserError
 from unclip_jax.stages.conditions import Conditions
-from unclip_jax.stages.prior_diffusion import ESTIMATED_FROM, PriorDiffusion
+from unclip_jax.stages.prior_diffusion import ESTIMATED_FROM, WHITENED_FROM, PriorDiffusion
 
 ROWS, DIM, VARIANCE, STEPS = 4096, 4, 0.289, 64
 CLIP = fake_clip(config=ConfigDict({"model": {"unit_norm": False}}))
@@ -80,3 +80,60 @@ def test_only_the_prior_s_variances_are_estimated(name, tmp_path):
     config.sampling.sampler = "analytic"
     with pytest.raises(UserError, match="does not estimate variances"):
         train.check_config(config.lock(), str(tmp_path))
+
+
+def test_whitening_is_found_in_training_embeddings():
+    config = small_config("prior_diffusion").unlock()
+    config.model.embedding_dim = DIM
+    config.diffusion.update(dict(whiten=True, embedding_scale=1.0))
+    stage = GaussianPrior(config.lock(), CLIP)
+    rng = np.random.default_rng(0)
+    mean, std = np.array([3.0, -1.0, 0.0, 7.0]), np.array([0.1, 2.0, 1.0, 0.0])
+    read = []
+
+    def batches():
+        while True:
+            read.append(1)
+            yield {"z_i": np.float32(mean + std * rng.normal(size=(ROWS, DIM)))}
+
+    params, said = stage.prepare({"embedding_mean": jnp.zeros(DIM), "embedding_std": jnp.ones(DIM)}, {}, batches())
+    assert len(read) * ROWS == WHITENED_FROM == said["whitened_from"]
+    np.testing.assert_allclose(params["embedding_mean"], mean, atol=4 * 2 / np.sqrt(WHITENED_FROM))
+    np.testing.assert_allclose(params["embedding_std"], [0.1, 2.0, 1.0, 1.0], rtol=0.03)  # 1 where nothing differs
+    plain = {"left": 1}
+    assert prior().prepare(plain, {}, iter(())) == (plain, {})
+
+
+@pytest.mark.parametrize("scale", [1.0, 17.2])
+def test_text_embedding_has_the_scale_of_the_image_embedding(scale):
+    """To the network, in the loss and in sampling, z_t is as large as x0; without a condition it is nothing."""
+    config = small_config("prior_diffusion").unlock()
+    config.model.embedding_dim = DIM
+    config.diffusion.update(dict(embedding_scale=scale, drop_text=0.5))
+    config.sampling.update(dict(steps="1", draws=1, sampler="ddim"))
+    z_t = np.random.default_rng(0).normal(size=(64, DIM)).astype(np.float32)
+    given = []
+
+    class Heard(PriorDiffusion):
+        def _model(self):
+            def apply(variables, x_t, t, tokens, length, text_embedding):
+                given.append((length, text_embedding))
+                return x_t
+
+            return SimpleNamespace(apply=apply)
+
+        def embeddings(self, frozen, batch):
+            return jnp.zeros_like(z_t), z_t
+
+    rows = {"tokens": jnp.ones((64, 10), jnp.int32), "tokens_length": jnp.full(64, 3)}
+    stage = Heard(config.lock(), CLIP)
+    stage.loss({}, {}, rows, jax.random.key(0))
+    stage.loss({}, {}, rows, jax.random.key(0), train=False)
+    with jax.disable_jit():
+        conditions = Conditions(**rows, text_embedding=jnp.asarray(z_t), guidance_scale=jnp.float32(1))
+        stage.sample({}, {}, conditions, jax.random.key(0))
+    for (length, seen), kept in zip(given[:3], (slice(15, 49), slice(64, 65), slice(64, 65)), strict=True):
+        keep = np.asarray(length) > 0
+        assert keep.sum() in range(kept.start, kept.stop)
+        full = np.tile(z_t, (len(length) // 64, 1))
+        np.testing.assert_allclose(seen, np.where(keep[:, None], scale * full, 0), rtol=1e-6)

@@ -1,5 +1,7 @@
 """Every stage: what its loss listens to, and that a mesh changes nothing."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from ml_collections import ConfigDict
 from shrink import CONFIGS, random_batch, small_stage
 
 from unclip_jax.models.unet import read_context
+from unclip_jax.stages import make_stage
 from unclip_jax.stages.base import diffusion_loss
 from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.training.leaves import named_leaves
@@ -237,3 +240,30 @@ def test_a_context_read_beforehand_draws_the_same_and_is_read_once():
     steps = next(e for e in jaxpr.eqns if e.primitive.name == "scan" and e.params["length"] == 3)
     shapes = {v.aval.shape for e in steps.params["jaxpr"].eqns for v in e.invars}
     assert (4, *conditioning.context.shape[1:]) not in shapes
+
+
+def random_draws(jaxpr):
+    """Counts the draws of random bits in a program and all that it calls."""
+    found = 0
+    for equation in jaxpr.eqns:
+        inner = jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns"))
+        found += equation.primitive.name == "random_bits"
+        found += sum(random_draws(value) for value in inner if hasattr(value, "eqns"))
+    return found
+
+
+@pytest.mark.parametrize("name", ["decoder", "glide", "upsampler_256"])
+def test_dropout_is_drawn_in_training_alone(name):
+    """A draw of random bits for each residual block, and none where dropout is 0 or nothing is trained."""
+    plain, frozen, params = small_stage(name)
+    batch, draws = random_batch(plain, 2), {}
+    for dropout in (0.0, 0.3):
+        config = plain.config.copy_and_resolve_references().unlock()
+        config.model.unet.dropout = dropout
+        stage = make_stage(config.lock(), plain.clip)
+        for train in (True, False):
+            loss = functools.partial(stage.loss, train=train)
+            draws[dropout, train] = random_draws(jax.make_jaxpr(loss)(params, frozen, batch, jax.random.key(0)))
+    blocks = sum("norm_in" in part for part in params.get("unet", params).values())
+    assert blocks > 4
+    assert draws[0.3, True] == draws[0.0, True] + blocks and draws[0.3, False] == draws[0.0, False]

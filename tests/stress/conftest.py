@@ -29,15 +29,16 @@ class Runs:
         config.train.update(dict(steps=30, batch_size=16, checkpoint_every=3, log_every=1, sample_every=10**6, keep=2))
         (folder / "small.json").write_text(json.dumps({"config": config.to_dict()}))
 
-    def start(self, workdir: str, *flags: str, devices: int = 4) -> subprocess.Popen:
-        """A run into `workdir`, a name below this folder; `log` reads what it says."""
+    def start(self, workdir: str, *flags: str, devices: int = 4, mixed: bool = False) -> subprocess.Popen:
+        """A run into `workdir`, a name below this folder; `log` reads what it says. mixed: by other_order.py."""
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
-        command = [sys.executable, "-m", "unclip_jax.train", f"--config={self.folder / 'small.json'}"]
+        program = [str(Path(__file__).with_name("other_order.py"))] if mixed else ["-m", "unclip_jax.train"]
+        command = [sys.executable, *program, f"--config={self.folder / 'small.json'}"]
         command += [f"--workdir={self.folder / workdir}", *flags]
         index = len(list(self.folder.glob("*.log")))
         with open(self.folder / f"{index}.log", "w") as log:

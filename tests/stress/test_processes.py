@@ -10,9 +10,9 @@ import pytest
 pytestmark = pytest.mark.stress
 
 
-def start(runs, workdir, count, port, *flags):
+def start(runs, workdir, count, port, *flags, **options):
     together = [f"--coordinator=localhost:{port}", f"--processes={count}", *flags]
-    return [runs.start(workdir, *together, f"--process={i}", devices=4 // count) for i in range(count)]
+    return [runs.start(workdir, *together, f"--process={i}", devices=4 // count, **options) for i in range(count)]
 
 
 def wait_for_a_checkpoint(runs, workdir, processes):
@@ -23,12 +23,14 @@ def wait_for_a_checkpoint(runs, workdir, processes):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_losses_are_those_of_one_process(runs, straight, port, count):
-    processes = start(runs, f"of_{count}", count, port)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_losses_are_those_of_one_process(runs, straight, port, count, mixed):
+    workdir = f"of_{count}{'_mixed' * mixed}"
+    processes = start(runs, workdir, count, port, mixed=mixed)
     for run in processes:
         assert run.wait(300) == 0, run.log.read_text()[-3000:]
     assert len({run.log.read_text().splitlines()[-1] for run in processes}) == 1, "one digest"
-    steps, losses = zip(*runs.losses(f"of_{count}"), strict=True)
+    steps, losses = zip(*runs.losses(workdir), strict=True)
     assert steps == tuple(range(1, 31))
     np.testing.assert_allclose(losses, [loss for _, loss in straight[1]], rtol=1e-5)
 

@@ -55,9 +55,8 @@ def toy():
             "frozen": (),
             "lora_rank": 0,
         }
-        return ConfigDict(
-            {"optim": numbers | optim, "train": {"steps": 10, "batch_size": ROWS, "seed": 0, "max_skips": 3}}
-        )
+        train = {"steps": 10, "batch_size": ROWS, "seed": 0, "max_skips": 3}
+        return ConfigDict({"dtype": "float32", "optim": numbers | optim, "train": train})
 
     def mesh(data, fsdp):
         return make_mesh(ConfigDict({"data": data, "fsdp": fsdp}), jax.devices()[: data * fsdp])

@@ -14,7 +14,8 @@ import pytest
 from unclip_jax import __version__
 from unclip_jax.errors import UserError
 from unclip_jax.paths import to_path
-from unclip_jax.training.checkpoint import Checkpointer, read_meta, restore_ema
+from unclip_jax.training import checkpoint
+from unclip_jax.training.checkpoint import Checkpointer, SaveClock, read_meta, restore_ema
 from unclip_jax.training.state import abstract_state, digest, init_state, root_key
 
 
@@ -234,3 +235,19 @@ def test_reading_where_nothing_is_makes_no_folder(tmp_path):
     with pytest.raises(UserError, match="no checkpoint under"):
         read_meta(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_checkpoints_are_due_by_time(toy, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    clock, never = (SaveClock(minutes, toy.mesh(2, 4)) for minutes in (1.0, 0.0))
+    now += 59
+    assert not clock.due(ask=True) and not clock.due(ask=True), "it is not time"
+    now += 2
+    assert not clock.due(ask=False), "as it was when asked"
+    assert not clock.due(ask=False), "nobody has asked"
+    assert not clock.due(ask=True)
+    assert clock.due(ask=True)
+    clock.restart()
+    assert not clock.due(ask=True) and not clock.due(ask=True)
+    assert not never.due(ask=True) and not never.due(ask=True)

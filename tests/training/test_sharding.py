@@ -1,3 +1,8 @@
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +13,14 @@ from ml_collections import ConfigDict
 
 from unclip_jax.errors import UserError
 from unclip_jax.models.mesh import specs
-from unclip_jax.training.sharding import gather_params, global_batch, make_mesh, param_shardings, split_kernels
+from unclip_jax.training.sharding import (
+    gather_params,
+    global_batch,
+    make_mesh,
+    own_rows,
+    param_shardings,
+    split_kernels,
+)
 
 
 def sizes(data, fsdp):
@@ -58,9 +70,45 @@ def test_global_batch_keeps_rows_in_order_and_splits_them_over_all_devices():
     assert sorted(shard.index[0].start for shard in array.addressable_shards) == list(range(0, 16, 2))
 
 
+PROCESS = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import Mesh
+from unclip_jax.training.sharding import BATCH_AXES, global_batch, own_rows
+from unclip_jax.training.checkpoint import SaveClock
+for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 0, 1, 2]):
+    mesh = Mesh(np.array(jax.devices())[order].reshape(2, 2), BATCH_AXES)
+    rows = own_rows(mesh, 12)
+    assert len(rows) == 6
+    assert process_allgather(global_batch({"x": rows}, mesh)["x"], tiled=True).tolist() == list(range(12)), order
+    for minutes in ((1e-9, 60), (60, 1e-9), (60, 60)):  # of each process's clock
+        clock = SaveClock(minutes[jax.process_index()], mesh)
+        assert not clock.due(ask=True)
+        assert clock.due(ask=False) == (minutes != (60, 60))
+"""
+
+
+def test_each_process_reads_the_rows_that_lie_on_its_devices():
+    """Whatever the order of the devices in the mesh, row r of the global batch is row r. And a checkpoint is due for
+    all processes when the clock of any has run out."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = str(s.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", PROCESS, port]
+    runs = [subprocess.Popen([*command, str(i)], env=environment) for i in range(2)]
+    assert [run.wait(120) for run in runs] == [0, 0]
+
+
 def test_uneven_batch_is_an_error():
     with pytest.raises(UserError, match="12 rows cannot be split evenly over 8 devices"):
         global_batch(np.zeros((12, 3), np.float32), make_mesh(sizes(2, 4)))
+    with pytest.raises(UserError, match="12 rows cannot be split evenly over 8 devices"):
+        own_rows(make_mesh(sizes(2, 4)), 12)
 
 
 def test_gather_makes_parameters_whole():

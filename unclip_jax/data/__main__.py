@@ -20,6 +20,7 @@ from unclip_jax.data.embeddings import COMMAND
 from unclip_jax.embed import embed_dataset
 from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder
+from unclip_jax.training import preflight
 
 
 def parse(argv: list[str]) -> "cli.FlagValues | argparse.Namespace":
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
     if argv[1:2] == ["filter"]:
         return filter_pictures.main(argv[1:])
     flags = parse(argv)
+    preflight.join("", -1, -1, wait=300)  # else processes of a cluster would all be number 0 of 1
     cli.enable_compilation_cache()
     embed_dataset(flags.config, output_folder(flags.out), jax.process_index(), jax.process_count())
     return 0

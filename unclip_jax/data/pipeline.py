@@ -6,7 +6,7 @@ the batch size.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
@@ -26,8 +26,7 @@ def batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     threads: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields batches without end, from batch number `start_step` on; the first one is number 0.
@@ -36,29 +35,27 @@ def batches(
     unreadable records were skipped for each row.
 
     transform: makes one example from a record and a random generator, which is seeded by (seed, example).
-    batch_size: rows of all processes together. Row r of batch k is example k · batch_size + r of the shuffled epochs,
-        and belongs to process r // (batch_size / process_count).
+    batch_size: rows of all processes together. Row r of batch k is example k · batch_size + r of the shuffled epochs.
+    rows: which of them to yield, in this order, such as `training.sharding.own_rows`; None: all.
     threads: that read and transform.
 
-    An unreadable record is replaced by the next readable one and named in the log. Raises UserError where the processes
-    cannot share the rows evenly, and where nothing can be read.
+    An unreadable record is replaced by the next readable one and named in the log. Raises UserError where nothing can
+    be read.
     """
     import grain
 
-    if batch_size % process_count:
-        raise UserError(f"train.batch_size={batch_size} cannot be shared by {process_count} processes: use a multiple")
-    rows = batch_size // process_count
+    own = np.arange(batch_size) if rows is None else np.asarray(rows)
     readable = _Readable(source, transform, seed)
     readable.check()
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
     def example(k: int) -> dict[str, np.ndarray]:
-        step, row = divmod(k, rows)
-        position = step * batch_size + process_index * rows + row
+        step, row = divmod(k, len(own))
+        position = step * batch_size + int(own[row])
         found, skipped = readable.example(order[position], position)
         return found | {"records_skipped": np.int32(skipped)}
 
-    mine = grain.MapDataset.range(start_step * rows, _FAR).map(example).batch(rows)
+    mine = grain.MapDataset.range(start_step * len(own), _FAR).map(example).batch(len(own))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     return iter(mine.to_iter_dataset(options))
 

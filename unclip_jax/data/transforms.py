@@ -1,7 +1,7 @@
 """Makes the arrays of a training example from a record. Pictures stay uint8 until they are on the device."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 CROPS = ("center", "dalle")
+RESIZES = ("area", "bicubic")
 WHOLE = (slice(None), slice(None))  # window of all rows and columns
 ALIGNMENT = 4  # pixels; corners of patches are multiples of it, so that no low-resolution pixel is cut
 
@@ -32,6 +33,7 @@ class ToExample:
     crop: "center" or "dalle", as in `square_crop`.
     patch: side in pixels of the random window that "image" is cut to; None for the whole.
     bsr_factor: adds "low_res", the picture "image" BSR-degraded to 1 / bsr_factor of its side.
+    kernels: name of a picture → how it is made small, as in `center_square`; those not named by "area".
     vectors: which of "image_embedding" and "text_embedding" (of the caption drawn) to pass on, float32 (dim,), from
         records of an `EmbeddedSource`.
 
@@ -46,13 +48,14 @@ class ToExample:
         patch: int | None,
         bsr_factor: int | None = None,
         vectors: Iterable[str] = (),
+        kernels: Mapping[str, str] | None = None,
     ):
         if crop not in CROPS:
             raise UserError(f"data.crop is {crop!r}: expected one of {', '.join(CROPS)}")
         if patch is not None and not (0 < patch <= images["image"] and patch % ALIGNMENT == 0):
             raise UserError(f"patch is {patch}: expected a multiple of {ALIGNMENT}, at most {images['image']}")
         self.images, self.texts, self.crop, self.patch, self.bsr_factor = images, texts, crop, patch, bsr_factor
-        self.vectors = tuple(vectors)
+        self.vectors, self.kernels = tuple(vectors), dict(kernels or {})
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Makes one example. Raises UnreadableRecord where picture or caption cannot be used."""
@@ -70,9 +73,16 @@ class ToExample:
         return example
 
     def _pictures(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        square = square_crop(decode(data), max(self.images.values()), self.crop, rng)
+        picture = decode(data)
+        square = square_crop(picture, max(self.images.values()), self.crop, rng)
         windows = {"image": _window(self.images["image"], self.patch, rng)} if self.patch else {}
-        return {name: area_resize(square, size, windows.get(name, WHOLE)) for name, size in self.images.items()}
+
+        def resized(name: str, size: int) -> np.ndarray:
+            if self.kernels.get(name, "area") == "area":
+                return area_resize(square, size, windows.get(name, WHOLE))
+            return center_square(picture if self.crop == "center" else square, size, self.kernels[name])
+
+        return {name: resized(name, size) for name, size in self.images.items()}
 
 
 def captions_of(record: dict) -> list[str]:

@@ -29,10 +29,9 @@ class OnDevices:
         self._shared = jax.device_put(shared, NamedSharding(mesh, P()))
 
         def run(shared, rows):
-            with jax.default_matmul_precision("highest"):  # else a TPU multiplies in bfloat16, and a GPU in TF32
-                return by_rows(function, shared, rows)
+            return by_rows(function, shared, rows)
 
-        self._run = jit_on_mesh(run, mesh)
+        self._run = jit_on_mesh(run, mesh, dtype="float32")
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[Any]:
         """Batches (n, ...), n of any size → results of all their rows in order, as NumPy arrays, in other batches.

@@ -1,5 +1,6 @@
 """The mesh as seen from inside a network: which devices it is compiled for, and running a function on each of them."""
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -27,10 +28,12 @@ CPU_OPTIONS = {
 _device: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("device", default=None)
 
 
-def jit_on_mesh(function: Callable, mesh: Mesh, tpu_options: dict[str, str] | None = None, **options: Any) -> Callable:
+def jit_on_mesh(
+    function: Callable, mesh: Mesh, tpu_options: dict[str, str] | None = None, dtype: str = "", **options: Any
+) -> Callable:
     """`jax.jit` for arguments that lie on `mesh`. Inside `function`, this module's other functions know the mesh.
 
-    tpu_options: of the compiler, on a TPU. options: of `jax.jit`.
+    tpu_options: of the compiler, on a TPU. dtype: of a config, for `full_products`. options: of `jax.jit`.
     """
     device = mesh.devices.flat[0]
     kind = device.platform
@@ -39,13 +42,21 @@ def jit_on_mesh(function: Callable, mesh: Mesh, tpu_options: dict[str, str] | No
     def traced(*args: Any) -> Any:
         token = _device.set(device)
         try:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), full_products(dtype):
                 return function(*args)
         finally:
             _device.reset(token)
 
     given = tpu_options if kind == "tpu" else _cpu_options() if kind == "cpu" else None
     return jax.jit(traced, compiler_options=given, **options)
+
+
+def full_products(dtype: str) -> contextlib.AbstractContextManager:
+    """Makes products and convolutions of float32 traced inside those of float32, if that is the dtype of the config.
+
+    Elsewhere they are as the platform has them: a TPU multiplies float32 in bfloat16, and a GPU in TF32.
+    """
+    return jax.default_matmul_precision("highest") if dtype == "float32" else contextlib.nullcontext()
 
 
 def one_device(device: jax.Device | None = None) -> Mesh:

@@ -89,7 +89,6 @@ def evaluate_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
     the devices. Raises UserError where the mesh does not fit the number of devices.
     """
     stage, mesh = checked_stage(config), make_mesh(config.mesh, devices)
-    optimizer = make_optimizer(config.optim, config.train.steps)
     made, draws = held_out.programs(stage, mesh), isinstance(stage, Sampler)
     count = min(config.train.draw_size, config.train.eval_size) if draws else config.train.eval_size
     rows = chunk_rows(count, mesh.size) if draws else min(count, config.train.batch_size)
@@ -97,16 +96,16 @@ def evaluate_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
     key = _placed(jax.eval_shape(lambda: root_key(0)), replicated(mesh))
     numbers = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split)
     arguments = (
-        abstract_state(stage, optimizer, mesh),
+        abstract_state(stage, config, mesh),
         _placed(_frozen_params(stage), replicated(mesh)),
         _placed(stage.batch_spec(rows), split),
         RowKeys(key, numbers, numbers) if draws else key,
     )
 
     def evaluate(state: TrainState, frozen: Params, batch: Batch, keys: Any) -> Any:
-        return (made.draw if draws else made.evaluate)(state.ema, frozen, batch, keys)
+        return (made.draw if draws else made.evaluate)(state.average, frozen, batch, keys)
 
-    options: dict[str, Any] = {"out_shardings": replicated(mesh), "keep_unused": True}
+    options: dict[str, Any] = {"dtype": config.dtype, "out_shardings": replicated(mesh), "keep_unused": True}
     return Program(stage, jit_on_mesh(evaluate, mesh, stage.tpu_options, **options).trace(*arguments), arguments)
 
 

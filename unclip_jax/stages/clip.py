@@ -11,6 +11,7 @@ SAM (2010.01412), as unCLIP trained its CLIP: every `optim.sam_rows` rows of the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.diffusion.process import q_sample
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.models.clip import CLIP, ImageTower, TextTower, normalize
-from unclip_jax.models.mesh import by_rows, replicate
+from unclip_jax.models.mesh import by_rows, full_products, replicate
 from unclip_jax.stages.base import MORE_ON_CHIP, Metrics, Scalars, Stage, to_float
 
 NOISE_LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)  # shares of the timesteps at which a noised CLIP is evaluated
@@ -62,6 +63,11 @@ class Clip(Stage):
             unit_norm=m.unit_norm,
         )
 
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        # Other stages run this model in programs of their own dtype.
+        with full_products(self.config.dtype):
+            return self._model().apply(*arguments, **options)
+
     def init(self, key: Key) -> Params:
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in self.batch_spec(1).items()}
         length = batch["tokens_length"] + 1
@@ -81,13 +87,13 @@ class Clip(Stage):
 
     def embed_images(self, params: Params, images: UInt8[Array, "B R R 3"]) -> Float[Array, "B dim"]:
         """Embeds pictures; of unit norm where `config.model.unit_norm` says so."""
-        return self._model().apply({"params": params}, self._normalized(to_float(images)), method="embed_image")
+        return self._apply({"params": params}, self._normalized(to_float(images)), method="embed_image")
 
     def embed_noised(
         self, params: Params, x_t: Float[Array, "B R R 3"], timesteps: Int[Array, " B"]
     ) -> Float[Array, "B dim"]:
         """Embeds pictures in [-1, 1] that are diffused to timesteps, by the noise-aware tower."""
-        return self._model().apply({"params": params}, self._normalized(x_t), timesteps, method="embed_image")
+        return self._apply({"params": params}, self._normalized(x_t), timesteps, method="embed_image")
 
     def embed_texts(
         self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
@@ -99,7 +105,7 @@ class Clip(Stage):
         self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
     ) -> tuple[Float[Array, "B dim"], Float[Array, "B context width"]]:
         """Embeds captions; gives the text tower's last states too."""
-        return self._model().apply({"params": params}, tokens, length, method="embed_text")
+        return self._apply({"params": params}, tokens, length, method="embed_text")
 
     def similarity_gradient(
         self,
@@ -150,10 +156,13 @@ class Clip(Stage):
     def _embedded(self, params: Params, rows: Sequence[Array]) -> tuple[Array, Array, Array]:
         """Embeds [pictures, tokens, lengths, a noised CLIP's timesteps] → unit embeddings (B, dim) and the scale."""
         images, *rest = rows
-        return self._model().apply({"params": params}, self._normalized(images), *rest)
+        return self._apply({"params": params}, self._normalized(images), *rest)
 
     def _embedded_with_sam(self, params: Params, rows: Sequence[Array]) -> tuple[Array, Array, Array]:
-        """Does what `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1)."""
+        """Does what `_embedded` does, each `sam_rows` rows by parameters of their own; scale (B, 1).
+
+        A device climbs for one group of rows after another, and holds the parameters of one at a time.
+        """
         o = self.config.optim
 
         def climb(params: Params, rows: Sequence[Array]) -> tuple[Array, ...]:
@@ -161,8 +170,14 @@ class Clip(Stage):
             step = o.sam_rho / (optax.tree.norm(grads) + 1e-12)
             return self._embedded(jax.tree.map(lambda w, g: w + step * g, params, grads), rows)
 
+        def climb_each(params: Params, groups: Sequence[Array]) -> tuple[Array, ...]:
+            if len(groups[0]) == 1:
+                return jax.tree.map(lambda v: v[None], climb(params, [v[0] for v in groups]))
+            # Climbed again on the way back: the loop would keep the parameters of every group.
+            return jax.lax.map(lambda rows: jax.checkpoint(climb)(params, rows), groups)
+
         groups = jax.tree.map(lambda v: v.reshape(-1, o.sam_rows, *v.shape[1:]), rows)
-        z_i, z_t, scale = by_rows(jax.vmap(climb, in_axes=(None, 0)), params, groups)
+        z_i, z_t, scale = by_rows(climb_each, params, groups)
         z_i, z_t = (z.reshape(-1, self.dim) for z in (z_i, z_t))
         return z_i, z_t, jnp.repeat(scale, o.sam_rows)[:, None]
 

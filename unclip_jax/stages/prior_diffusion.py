@@ -6,8 +6,11 @@ condition and are dropped together. Sampling draws two embeddings and keeps the 
 Sampled by "analytic", its steps have Analytic-DPM's variance (arXiv 2201.06503), which is stored with the weights.
 
 Karlo's form, for its public weights: the caption as CLIP's text tower reads it, a dropped one being the empty caption,
-and z_i whitened by a mean and a standard deviation per dimension that are stored with the weights.
+and z_i whitened by a mean and a standard deviation per dimension that are stored with the weights; `prepare` finds them
+in training embeddings.
 """
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,9 @@ from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.stages.base import Metrics, Scalars, diffusion_loss, draw, empty_caption, trained
 from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.stages.prior import Prior
+from unclip_jax.training.state import to_host
 
+WHITENED_FROM = 16_384  # training embeddings at least, of which mean and standard deviation are found
 ESTIMATED_FROM = 512  # noised embeddings at each timestep, of which the variances are estimated
 
 
@@ -69,6 +74,20 @@ class PriorDiffusion(Prior):
     @property
     def _analytic(self) -> bool:
         return self.config.sampling.sampler == "analytic"
+
+    def prepare(self, params: Params, frozen: Params, batches: Iterator[Batch]) -> tuple[Params, Scalars]:
+        """Finds the mean and standard deviation of training embeddings, where embeddings are whitened by them."""
+        if not self.config.diffusion.whiten:
+            return params, {}
+        embed, found = jax.jit(lambda frozen, batch: self.embeddings(frozen, batch)[0]), []
+        while sum(map(len, found)) < WHITENED_FROM:
+            found.append(to_host(embed(frozen, next(batches))).astype(np.float64))
+        z_i = np.concatenate(found)
+        std = np.std(z_i, axis=0)
+        std = np.where(std > 0, std, 1.0)  # of a dimension in which nothing differs
+        fitted = {"embedding_mean": np.mean(z_i, axis=0), "embedding_std": std}
+        said = {"whitened_from": len(z_i), "std_least": std.min(), "std_most": std.max()}
+        return params | {name: np.float32(value) for name, value in fitted.items()}, jax.tree.map(jnp.float32, said)
 
     def finish(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Scalars]:
         """Estimates the analytic variances of all timesteps; reports the error at the least and the most noise."""

@@ -5,17 +5,20 @@ read the average alone. A folder gets its name when it is complete: an interrupt
 is never read and which the next run over WORKDIR removes. Arrays are restored onto any mesh, whichever wrote them.
 """
 
+import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 import unclip_jax
 from unclip_jax.arrays import Params
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path
 from unclip_jax.training.leaves import differences
+from unclip_jax.training.sharding import batch_sharding, replicated
 from unclip_jax.training.state import Skips, TrainState
 
 TREES = ("params", "ema", "opt_state")
@@ -118,6 +121,36 @@ class Checkpointer:
         """Waits, then frees the background threads."""
         self.wait()
         self._manager.close()
+
+
+class SaveClock:
+    """Tells all processes at the same step that `minutes` have passed since the last checkpoint (0: never).
+
+    Clocks differ, so the processes ask each other: devices compute whether any clock has run out, and the answer is
+    read a step later, when it is there.
+    """
+
+    def __init__(self, minutes: float, mesh: Mesh):
+        self._seconds, self._mesh = 60 * minutes, mesh
+        self._any = jax.jit(jnp.any, out_shardings=replicated(mesh))
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock, at a checkpoint; forgets what was asked."""
+        self._began, self._asked = time.monotonic(), None
+
+    def due(self, ask: bool) -> bool:
+        """Gives the answer to what was asked at the last step. To be called at each step, by every process.
+
+        ask: whether to ask now; every process must at the same steps.
+        """
+        asked: jax.Array | None = self._asked
+        self._asked = None
+        if ask and self._seconds:
+            own = np.full(self._mesh.size, time.monotonic() - self._began >= self._seconds)
+            split = batch_sharding(self._mesh)
+            self._asked = self._any(jax.make_array_from_callback(own.shape, split, lambda at: own[at]))
+        return asked is not None and bool(asked)
 
 
 def restore_ema(workdir: str, abstract_params: Params) -> Params:

@@ -97,11 +97,23 @@ def gather_params(params: Tree, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(params, replicated(mesh))
 
 
-def global_batch(arrays: Tree, mesh: Mesh) -> Any:
-    """Makes global arrays, split by `batch_sharding`, from the rows of each host; rows are in the order of processes.
+def own_rows(mesh: Mesh, total: int) -> np.ndarray:
+    """Numbers, in ascending order, the rows of a global batch of `total` that lie on this process's devices.
 
-    arrays: pytree of NumPy arrays (rows of this host, ...). Raises UserError when the global number of rows cannot be
-    split evenly over the mesh.
+    They need not follow each other: on a TPU slice the mesh has the order of its wires, not of the processes. Raises
+    UserError when the rows cannot be split evenly over the mesh.
+    """
+    if total % mesh.size:
+        raise UserError(f"a batch of {total} rows cannot be split evenly over {mesh.size} devices")
+    places = batch_sharding(mesh).addressable_devices_indices_map((total,)).values()
+    return np.sort(np.concatenate([np.arange(total)[place] for place in places]))
+
+
+def global_batch(arrays: Tree, mesh: Mesh) -> Any:
+    """Makes global arrays, split by `batch_sharding`, from the rows of each process.
+
+    arrays: pytree of NumPy arrays: this process's `own_rows`, in their order; every process has as many. Raises
+    UserError when the global number of rows cannot be split evenly over the mesh.
     """
     sharding = batch_sharding(mesh)
 

@@ -127,6 +127,7 @@ def make_train_step(stage: Any, config: ConfigDict, mesh: Mesh) -> Callable:
         step,
         mesh,
         stage.tpu_options,
+        config.dtype,
         in_shardings=(shardings, None, batch_sharding(mesh), None),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
