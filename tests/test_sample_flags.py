@@ -33,15 +33,21 @@ def without_upsamplers(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return without_upsamplers(save_cascade(tmp_path_factory.mktemp("cascade")))
+    folder = without_upsamplers(save_cascade(tmp_path_factory.mktemp("cascade")))
+    save_stage(folder / "decoder", "decoder", load_description(folder / "clip")["identity"])
+    return folder
 
 
 def save_stage(folder, name, clip, **flat):
-    """Writes a random bundle of the shrunk config with these keys changed, beside the CLIP of that identity."""
+    """Writes a random bundle of the shrunk config with these keys changed, beside the CLIP of that identity. A decoder
+    listens to x_t more than random ones do, so that it matters how it is sampled."""
     config = small_config(name).unlock()
     config.update_from_flattened_dict(flat)
     stage = make_stage(config.lock(), small_stage("clip")[0])
-    save_bundle(folder, config.stage, config, random_params(stage), tokenizer_bytes(), clip, {})
+    params = random_params(stage)
+    if "unet" in params:
+        params["unet"]["conv_in"]["kernel"] *= 50
+    save_bundle(folder, config.stage, config, params, tokenizer_bytes(), clip, {})
 
 
 @pytest.fixture(scope="module")
