@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from safetensors import safe_open
+from shrink import leaves, small_config
 
 from unclip_jax import paths
 from unclip_jax.bundle import check_params, load_bundle, save_bundle
+from unclip_jax.cli import load_config
+from unclip_jax.config import BEFORE
 from unclip_jax.errors import UserError
 from unclip_jax.paths import files_below, to_path
 
@@ -216,3 +219,17 @@ def test_check_params_of_another_model_stays_readable():
     leaves = {f"layer_{i}": np.zeros(1) for i in range(100)}
     with pytest.raises(UserError, match=r"and 80 more$"):
         check_params({}, leaves)
+
+
+@pytest.mark.parametrize("name", ["decoder", "upsampler_256"])
+def test_bundle_of_an_earlier_version_has_the_keys_that_came_later(name, tmp_path):
+    """They say what its model was, whatever new ones are; its config.json in the bundle trains one like it again."""
+    config = small_config(name).unlock()
+    for key in BEFORE[config.stage]:
+        section, _, last = key.rpartition(".")
+        del config[section][last]
+    config.lock()
+    save_bundle(tmp_path / "bundle", config.stage, config, {"w": np.zeros(3)}, None, "", {})
+    expected = leaves(config) | BEFORE[config.stage]
+    assert leaves(load_bundle(tmp_path / "bundle").config) == expected
+    assert leaves(load_config(str(tmp_path / "bundle" / "config.json"))) == expected

@@ -123,7 +123,7 @@ def through_x0(gradient: Gradient, denoiser: Denoiser) -> Gradient:
 
     For a CLIP that saw no noise, to which x_t is unlike any picture that it knows (GLIDE, arXiv 2112.10741, section 2.4
     and figure 10, without the augmentations and perceptual losses there). The prediction is differentiated through the
-    network, which takes two to three times as long.
+    network, in every step.
 
     denoiser: of the whole chain, whose step indices are the original timesteps; all rows have the same one.
     """
