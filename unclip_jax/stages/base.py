@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -286,7 +286,8 @@ def draw(
     denoiser = make_denoiser(network, schedule, d.predicts, d.learned_variance)
     if conditions.guidance_scale is not None:
         denoiser = classifier_free(denoiser, conditions.guidance_scale)
-    gradient, scale = conditions.clip_gradient, conditions.clip_scale
+    gradient: Any = conditions.clip_gradient
+    scale = conditions.clip_scale
     if conditions.x0_gradient is not None:
         whole = make_denoiser(network, make_schedule(d.schedule, d.timesteps), d.predicts, d.learned_variance)
         if conditions.guidance_scale is not None:

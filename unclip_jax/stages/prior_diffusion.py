@@ -79,8 +79,9 @@ class PriorDiffusion(Prior):
         """Finds the mean and standard deviation of training embeddings, where embeddings are whitened by them."""
         if not self.config.diffusion.whiten:
             return params, {}
-        embed, found = jax.jit(lambda frozen, batch: self.embeddings(frozen, batch)[0]), []
-        while sum(map(len, found)) < WHITENED_FROM:
+        embed = jax.jit(lambda frozen, batch: self.embeddings(frozen, batch)[0])
+        found: list[np.ndarray] = []
+        while sum(len(rows) for rows in found) < WHITENED_FROM:
             found.append(to_host(embed(frozen, next(batches))).astype(np.float64))
         z_i = np.concatenate(found)
         std = np.std(z_i, axis=0)
