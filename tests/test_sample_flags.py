@@ -129,7 +129,7 @@ def test_a_file_of_prompts_heeds_the_flags_too(folder, tmp_path):
         assert sample.main([*bulk, *flags]) == 0
         with pytest.raises(UserError, match="differs in sampling: give another --out"):
             sample.main([*bulk, *flags, "--steps=3"])
-        with pytest.raises(UserError, match="differs in from, "):
+        with pytest.raises(UserError, match="differs in from: "):
             sample.main([*bulk, *flags, "--from=text"])
     images, _ = draw(folder, tmp_path / "out", *flags[:3])
     for row, image in enumerate(images):

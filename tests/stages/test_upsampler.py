@@ -13,7 +13,6 @@ from unclip_jax.stages import make_stage
 from unclip_jax.stages import upsampler as module
 from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.training.leaves import named_leaves
-from unclip_jax.training.optimizer import learning_rate, make_optimizer
 from unclip_jax.training.sharding import make_mesh
 from unclip_jax.training.state import init_state, make_train_step, root_key
 
@@ -57,8 +56,7 @@ def test_attention_is_where_the_config_says(changes, added):
 def test_with_captions_it_trains_two_steps():
     stage, params = upsampler(**READING)
     config, mesh = stage.config, make_mesh(ConfigDict(dict(data=-1, fsdp=1)), jax.devices()[:1])
-    optimizer, rate = make_optimizer(config.optim, 2), learning_rate(config.optim, 2)
-    step, state = make_train_step(stage, optimizer, rate, config, mesh), init_state(stage, optimizer, mesh, 0)
+    step, state = make_train_step(stage, config, mesh), init_state(stage, config, mesh, 0)
     for seed in range(2):
         state, metrics = step(state, {}, random_batch(stage, 16, seed), root_key(0))
         assert np.isfinite(float(metrics["loss"])) and float(metrics["skipped"]) == 0
