@@ -121,6 +121,7 @@ def test_a_clip_that_saw_no_noise_guides_through_the_predicted_x0(sampler, scale
     assert not np.allclose(drawn, plain, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_clip_that_saw_no_noise_guides_a_cascade(folder, tmp_path):
     """It may see larger pictures than the decoder draws."""
     for name in ("clip", "prior", "decoder"):

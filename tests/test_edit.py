@@ -299,6 +299,7 @@ def inpainter(name, inpaint):
     return Model(stage, params, Tokenizer(tokenizer_bytes()), "")
 
 
+@pytest.mark.slow
 def test_a_model_that_inpaints_is_told_of_the_known_pixels_or_not():
     """Untold, it draws what a model would that never could be told."""
     trained, plain = (

@@ -41,7 +41,7 @@ def meshes():
     yield make_mesh(config)
 
 
-@pytest.mark.parametrize("name", ["decoder", "clip"])
+@pytest.mark.parametrize("name", [pytest.param("decoder", marks=pytest.mark.slow), "clip"])
 def test_numbers_are_equal_on_one_device_and_on_eight(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 1)
     stage, frozen, params = small_stage(name)
