@@ -10,7 +10,8 @@ tiny   Emoji scenes of one object, for two CPU cores; trains its CLIP first if n
        learns faster in a short run than the papers' eps with a learned variance. Takes 347 s.
        Given true embeddings of 64 held-out scenes, object right in 92%, background in 100%.
 miniature  The paper's recipe with tiny's networks: eps and L_vlb with a learned variance, dropout, bfloat16, captions
-       dropped by half, 250 steps of DDPM. Takes ten times tiny's steps to draw as well, and then draws better.
+       dropped by half, 250 steps of DDPM. On a CPU add --config.dtype=float32: its compiler is slow with bfloat16.
+       After 4,000 of the 12,000 steps, 61 of 64 held-out scenes were right in object and background.
 """
 
 from unclip_jax import config

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 import tarfile
 from itertools import islice
@@ -207,14 +208,17 @@ def test_bundle_draws_what_is_measured(places, tmp_path, capsys, monkeypatch):
         (["alignment", "--pictures", "{0}/files"], "is no caption of emoji scenes"),
         (["alignment", "--pictures", "a", "--bundle", "b"], "name them by --prompts or --preset"),
         (["alignment", "--pictures", "a", "--prompts", "b"], "name its folder by --bundle"),
+        (["alignment", "--pictures", "a", "--bundle", "b", "--prompts", "{0}/odd.txt"], "'a cat' is no caption"),
+        (["clip_score", "--pictures", "a", "--bundle", "b", "--prompts", "{0}/odd.txt", "--clip", "{0}"], "{0}"),
         (["fid", "--pictures", "a", "--inception", "x", "--preset", "small"], "captions from --coco"),
-        (["fid", "--pictures", "a", "--inception", "x", "--preset", "small", "--coco", "{0}", "--bundle", "b"], "no a"),
+        (["fid", "--pictures", "a", "--inception", "x", "--preset", "small", "--coco", "{0}", "--bundle", "b"], "val"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(places, clip_folder, arguments, says):
     (places / "empty").mkdir(exist_ok=True)
     (places / "broken").mkdir(exist_ok=True)
     (places / "broken" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=says) as caught:
+    (places / "odd.txt").write_text("a cat\n")
+    with pytest.raises(UserError, match=says.replace("{0}", re.escape(str(places)))) as caught:
         evaluate.main(["evaluate", *(text.format(places, clip_folder) for text in arguments)])
     assert "\n" not in str(caught.value)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from shrink import random_batch, random_params, small_config, small_stage
 
+from unclip_jax.config_checks import MEASURES
 from unclip_jax.data.pipeline import evaluation_batch
 from unclip_jax.evaluation import features, frechet
 from unclip_jax.evaluation.alignment import classify
+from unclip_jax.evaluation.metrics import INCEPTION
 from unclip_jax.held_out import HeldOut, programs
 from unclip_jax.keys import RowKeys
 from unclip_jax.models.mesh import jit_on_mesh
@@ -138,3 +140,7 @@ def test_loss_is_the_mean_over_unequal_batches(tmp_path):
     examples = random_batch(stage, ROWS + 3)
     scalars = held_out(counting, next(meshes()), tmp_path, examples).measure(1, params, frozen)
     assert scalars["loss"] == pytest.approx(examples["image"].astype(float).mean(), rel=1e-5)
+
+
+def test_measures_of_a_config_are_those_that_there_are():
+    assert {*INCEPTION, "alignment"} == set(MEASURES)

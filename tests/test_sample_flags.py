@@ -14,7 +14,7 @@ from shrink import (
     tokenizer_bytes,
 )
 
-from unclip_jax import model, sample
+from unclip_jax import chain, config_checks, model, sample
 from unclip_jax.bundle import load_description, save_bundle
 from unclip_jax.cascade import Cascade
 from unclip_jax.errors import UserError
@@ -230,3 +230,8 @@ def test_sampler_that_a_prior_was_not_trained_for_is_refused(folder, tmp_path):
     save_stage(tmp_path / "prior", "prior_diffusion", clip, **{"sampling.sampler": "ddpm"})
     with pytest.raises(UserError, match="the prior has no variances: train it with that sampler"):
         Cascade.load(str(tmp_path)).sampled_by({}, {"sampler": "analytic"})
+
+
+def test_the_choices_of_flags_are_those_of_the_library():
+    """They are written down twice, so that reading the command line imports no JAX."""
+    assert sample.SOURCES == chain.SOURCES and sample.SAMPLERS == config_checks.SAMPLERS

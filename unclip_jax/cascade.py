@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from unclip_jax.chain import Chain, Drawn, unit
+from unclip_jax.chain import Chain, Drawn
 from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
+from unclip_jax.evaluation.features import unit
 from unclip_jax.evaluation.zero_shot import class_embeddings
 from unclip_jax.keys import RowKeys, seed_key
 from unclip_jax.model import Model

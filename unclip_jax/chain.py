@@ -20,6 +20,7 @@ from unclip_jax.bundle import load_description
 from unclip_jax.config_checks import check_sampling
 from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
+from unclip_jax.evaluation.features import unit
 from unclip_jax.keys import RowKeys, seed_key
 from unclip_jax.model import Model
 from unclip_jax.paths import to_path
@@ -147,11 +148,15 @@ class Chain:
         """Enlarges pictures by each upsampler in turn; gives them after each. texts: read by GLIDE's alone."""
         return [to_uint8(larger) for larger in self._upsample(to_float(images), texts, key)]
 
-    def identities(self) -> dict[str, str]:
-        """SHA-256 of each model's bundle, by its folder's name in a cascade."""
+    def models(self) -> dict[str, Model]:
+        """The models that there are, by their folders' names in a cascade."""
         named = {"clip": self.clip, "prior": self.prior, "decoder": self.decoder, "noised_clip": self.noised_clip}
         named |= dict(zip(UPSAMPLERS, self.upsamplers, strict=False))
-        return {name: model.identity for name, model in named.items() if model}
+        return {name: model for name, model in named.items() if model}
+
+    def identities(self) -> dict[str, str]:
+        """SHA-256 of each model's bundle, by its folder's name in a cascade."""
+        return {name: model.identity for name, model in self.models().items()}
 
     def check_prompts(self, texts: list[str], source: str | None = None) -> None:
         """Raises UserError for a prompt that is empty or longer than the models read, and where there is no such
@@ -312,7 +317,3 @@ def _check_noised_clip(root: Path, noised_clip: Model, decoder: Model) -> None:
     if theirs != ours:
         raise UserError(f"{root}/noised_clip sees {theirs[0]} px at {theirs[1]} timesteps, the decoder draws {ours[0]} "
                         f"px at {ours[1]}: it must be trained for the decoder")  # fmt: skip
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)

@@ -52,6 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threshold", type=cli.finite, default=0.9, help="cosine from which two pictures are near")
     parser.add_argument("--save-reference", help="file to store the reference's statistics in, .npz")
     parser.add_argument("--json", action="store_true", help="print a JSON object a line, with the card of each number")
+    # What `sample` reads too, and no flag here says.
     args = parser.parse_args(argv[1:], argparse.Namespace(format="tar", rerank=0))
     if args.preset:
         if not args.coco or args.prompts:
@@ -90,16 +91,29 @@ def _check_needs(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     cli.enable_compilation_cache()
+    # All that can be missing is looked for before anything is drawn.
+    from unclip_jax.evaluation import features, frechet
+    from unclip_jax.evaluation.zero_shot import read_templates
+
+    kinds = sorted({METRICS[name] for name in args.metric} - {"image", ""})
+    inception = features.inception(args.inception, tuple(kinds)) if kinds else None
+    clip = features.clip(args.clip) if "image" in {METRICS[name] for name in args.metric} else None
+    templates = read_templates(args.templates) if args.templates else ["{}"]
+    statistics = None
+    if args.reference and args.reference.endswith(".npz"):
+        statistics = frechet.Statistics.load(to_path(args.reference))
+    elif args.reference:
+        next(read_pictures(args.reference, args.size), None)
     if args.bundle:
         _draw(args)
+
     found: list[Any] = []
-    names = {METRICS[name] for name in args.metric}
-    if "" in names:
+    if "alignment" in args.metric:
         found += _by_pixels(args)
-    if names - {"image", ""}:
-        found += _by_inception(args, tuple(sorted(names - {"image", ""})))
-    if "image" in names:
-        found += _by_clip(args)
+    if inception:
+        found += _by_inception(args, inception, statistics)
+    if clip:
+        found += _by_clip(args, clip, templates)
     run = to_path(args.pictures) / "run.json"
     drawn = {"drawn": json.loads(run.read_text())} if run.is_file() else {}
     for result in found:
@@ -110,9 +124,12 @@ def main(argv: list[str]) -> int:
 def _draw(args: argparse.Namespace) -> None:
     """Draws the captions of --prompts or of the preset into --pictures."""
     from unclip_jax.drawing import read_prompts
+    from unclip_jax.evaluation import scene_scores
 
     preset = PRESETS.get(args.preset)
     prompts = read_captions(to_path(args.coco), preset.captions, args.seed) if preset else read_prompts(args.prompts)
+    if "alignment" in args.metric:
+        scene_scores.read_captions(prompts)  # refuses captions of which it knows nothing
     sample.draw_prompts(args, prompts, output_folder(args.pictures, "pictures"), not preset or preset.upsample)
 
 
@@ -123,19 +140,21 @@ def _by_pixels(args: argparse.Namespace) -> list[Any]:
     pictures = list(read_pictures(args.pictures, args.size))
     captions = [picture.caption for picture in pictures]
     _check_captions(captions, args.pictures)
-    return scene_scores.score(np.stack([picture.image for picture in pictures]), captions)
+    images = np.stack([picture.image for picture in pictures])
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    return [result.noting(sha256=digest) for result in scene_scores.score(images, captions)]
 
 
-def _by_inception(args: argparse.Namespace, names: tuple[str, ...]) -> list[Any]:
-    from unclip_jax.evaluation import features, frechet
+def _by_inception(args: argparse.Namespace, network: Any, statistics: Any) -> list[Any]:
+    """Measures by Inception's features. statistics: of the reference, if they are stored."""
+    from unclip_jax.evaluation import frechet
 
-    network = features.inception(args.inception, names)
     drawn, size, digest = _features(network, args.pictures, args.size)
     card = network.card | {"crop": "center", "resize": f"area, {size}"}
     kinds = [INCEPTION[name] for name in args.metric if name in ("fid", "sfid")]
     references, known = {}, {}
-    if args.reference and args.reference.endswith(".npz"):
-        references = {kind: frechet.Statistics.load(to_path(args.reference)) for kind in kinds}
+    if statistics:
+        references = dict.fromkeys(kinds, statistics)
     elif args.reference:
         known, _, theirs = _features(network, args.reference, size)
         about = card | {"source": args.reference, "sha256": theirs}
@@ -147,12 +166,8 @@ def _by_inception(args: argparse.Namespace, names: tuple[str, ...]) -> list[Any]
     return by_inception(asked, drawn, known, card | {"source": args.pictures, "sha256": digest}, references)
 
 
-def _by_clip(args: argparse.Namespace) -> list[Any]:
-    from unclip_jax.evaluation import features
-    from unclip_jax.evaluation.zero_shot import read_templates
-
-    templates = read_templates(args.templates) if args.templates else ["{}"]
-    network = features.clip(args.clip)
+def _by_clip(args: argparse.Namespace, network: Any, templates: list[str]) -> list[Any]:
+    """Measures by a CLIP's features."""
     asked = [name for name in args.metric if name in CLIP]
 
     def embedded(place: str, size: int | None, captioned: bool) -> tuple[Embedded, int, str]:
@@ -187,19 +202,21 @@ def _features(
     first = next(pictures, None)
     if first is None:
         raise UserError(f"no pictures in {place}: expected files that end in {', '.join(KINDS)}, or tars of them")
-    count, digest = itertools.count(1), hashlib.sha256()
+    count, digest = 0, hashlib.sha256()
 
     def batches() -> Iterator[np.ndarray]:
+        nonlocal count
         for group in _batched(itertools.chain([first], pictures)):
             if captions is not None:
                 captions.extend(picture.caption for picture in group)
             images = np.stack([picture.image for picture in group])
             digest.update(images.tobytes())
             yield images
-            print(f"\r{place}: {next(count) * BATCH} pictures", end="", file=sys.stderr, flush=True)
+            count += len(images)
+            print(f"\r{place}: {count:,} pictures", end="", file=sys.stderr, flush=True)
 
     found = network(batches())
-    print(f"\r{place}: {len(next(iter(found.values())))} pictures   ", file=sys.stderr)
+    print(file=sys.stderr)
     return found, len(first.image), digest.hexdigest()
 
 

@@ -177,6 +177,7 @@ def _again(args: argparse.Namespace, out: Path) -> int:
         raise UserError(f"{args.again} is not a picture of this command, or of an older version: it does not hold what "
                         f"drew it ({error})") from error  # fmt: skip
     cascade, _ = _load(bundle, args.fsdp, args.fsdp)
+    del cascade.upsamplers[sum(name.startswith("upsampler") for name in models) :]  # it may be the decoder's picture
     if cascade.identities() != models:
         changed = sorted(name for name in models if cascade.identities().get(name) != models[name])
         raise UserError(f"{bundle} holds another {', '.join(changed) or 'set of models'} than drew {args.again}: name "
@@ -212,12 +213,13 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
 def _settings(cascade: "Cascade", args: argparse.Namespace) -> dict:
     """Everything that a picture depends on besides its prompt, seed and numbers."""
     settings = {name: getattr(args, name) for name in SCALES} | {"from": cascade.source(vars(args)["from"])}
-    prior = cascade.prior if settings["from"] == "prior" else None
+    models = cascade.models()
+    prior = models.get("prior") if settings["from"] == "prior" else None
     for name, model in (("guidance", cascade.decoder), ("prior_guidance", prior)):
         if settings[name] is None and model and model.stage.guided:
             settings[name] = model.stage.config.sampling.guidance_scale
-    models = {"prior": prior, "decoder": cascade.decoder} | dict(enumerate(cascade.upsamplers))
-    sampling = {str(name): model.stage.config.sampling.to_dict() for name, model in models.items() if model}
+    draws = (name for name, model in models.items() if "clip" not in name and (name != "prior" or model is prior))
+    sampling = {name: models[name].stage.config.sampling.to_dict() for name in draws}
     where = {"bundle": str(args.bundle), "models": cascade.identities(), "version": __version__}
     return {"n": args.n, "rerank": args.rerank, "sampling": sampling} | settings | where
 

@@ -28,7 +28,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "coco30k": Preset(30_000, 256, upsample=True),  # zero-shot FID of both papers
     "glide64": Preset(30_000, 64, upsample=False),  # GLIDE's figure 6
-    "small": Preset(2_000, 64, upsample=False),  # tells models apart in an hour; its FID is biased upwards
+    "small": Preset(2_000, 64, upsample=False),  # to tell models apart sooner; FID is higher than of more pictures
 }
 
 
