@@ -20,6 +20,7 @@ from shrink import (
 
 from unclip_jax import cli, train
 from unclip_jax.bundle import load_bundle, save_bundle
+from unclip_jax.config_checks import check_config
 from unclip_jax.errors import UserError
 from unclip_jax.origin import load_origin
 from unclip_jax.stages import make_stage
@@ -236,3 +237,13 @@ def test_a_noised_clip_is_trained_from_a_clip_in_microbatches(trained):
 def test_an_autoregressive_prior_keeps_the_codes_that_it_was_trained_with(trained):
     run = trained("prior_ar", "codes")
     chex.assert_trees_all_equal(run.bundle().params["fixed"], run.origin.params["fixed"])
+
+
+def test_an_upsampler_with_a_last_step_is_trained_from_a_bundle_alone(tmp_path):
+    """Converted weights bring the second network, which training leaves alone."""
+    config = small_config("upsampler_256").unlock()
+    config.data.source, config.model.last_step = "folder:.", True
+    with pytest.raises(UserError, match="last_step is true"):
+        check_config(config, str(tmp_path))
+    config.init.bundle = str(tmp_path / "bundle")
+    check_config(config, str(tmp_path / "run"))

@@ -1,5 +1,6 @@
 """Flags of how `sample` draws: each changes the pictures, is stored in them, and drawing them again heeds it."""
 
+import itertools
 import json
 
 import numpy as np
@@ -235,3 +236,13 @@ def test_sampler_that_a_prior_was_not_trained_for_is_refused(folder, tmp_path):
 def test_the_choices_of_flags_are_those_of_the_library():
     """They are written down twice, so that reading the command line imports no JAX."""
     assert sample.SOURCES == chain.SOURCES and sample.SAMPLERS == config_checks.SAMPLERS
+
+
+def test_pictures_come_from_what_the_source_says(folder):
+    cascade = Cascade.load(str(folder))
+    with compilation_cache():
+        drawn = {source: cascade.generate(PROMPTS, 0, source=source) for source in chain.SOURCES}
+    np.testing.assert_array_equal(drawn["text"]["embeddings"], cascade.text_embeddings(PROMPTS))
+    assert drawn["caption"]["embeddings"] is None and drawn["prior"]["embeddings"] is not None
+    for one, other in itertools.combinations(drawn.values(), 2):
+        assert not np.array_equal(one["images"][0], other["images"][0])

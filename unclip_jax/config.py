@@ -131,7 +131,7 @@ def enlargement(
 def upsampler(
     *,
     patch: int,  # Side of the window of a picture that is trained on, in pixels; at most image_size.
-    last_step: bool,  # A second network takes the last step of sampling, as in Karlo's weights; training has none.
+    last_step: bool,  # A second network, which training leaves alone, takes the last step of sampling: Karlo's weights.
 ) -> dict:
     return locals()
 

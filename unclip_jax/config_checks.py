@@ -61,9 +61,9 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         raise UserError(f"model.embedding is {config.model.embedding!r}: expected one of {', '.join(EMBEDDINGS)}")
     if config.stage == "upsampler":
         m = config.model
-        if m.last_step:
+        if m.last_step and not config.init.bundle:
             raise UserError("model.last_step is true, but training would leave the second network as it was drawn at "
-                            "random: expected false; it is for converted weights")  # fmt: skip
+                            "random: expected false, or converted weights in init.bundle")  # fmt: skip
         smallest = m.factor * 2 ** (len(m.unet.channel_mult) - 1)
         if m.patch > m.image_size or m.patch % smallest:
             raise UserError(f"model.patch is {m.patch}: expected a multiple of {smallest}, at most {m.image_size}")
