@@ -344,10 +344,15 @@ def test_tiny_trains_two_steps_and_draws_once(name):
         assert np.isfinite(float(metrics["loss"])) and float(metrics["skipped"]) == 0
     moved = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)]
     assert any(moved)  # not all: what starts at zero lets no gradient through yet
-    scalars, pictures = jax.jit(stage.evaluate)(state.ema, frozen, random_batch(stage, 2), jax.random.key(0))
+    batch, keys = random_batch(stage, 2), jax.random.split(jax.random.key(0), 2)
+    scalars = jax.jit(stage.evaluate)(state.ema, frozen, batch, keys[0])
+    examples = jax.jit(stage.draw_examples)(state.ema, frozen, batch, keys)
+    scalars |= stage.score_examples(examples)
     assert np.isfinite([float(value) for value in scalars.values()]).all()
-    if "factor" in config.model or config.stage in ("decoder", "glide"):
-        assert pictures.dtype == jnp.uint8 and pictures.shape[0] == 2
+    assert ("drawn" in examples) == (config.stage != "clip")
+    for drawn in examples.values():
+        assert len(drawn) == 2
+        assert drawn.dtype == (jnp.float32 if config.stage.startswith("prior") else jnp.uint8)
 
 
 def test_miniature_is_the_papers_recipe():

@@ -140,7 +140,7 @@ def test_pictures_come_in_the_smallest_arms_size(tmp_path):
         (lambda root: None, ["--question", "diversity"], "has 2 pictures of 'a red apple', and a set has 16"),
         (lambda root: None, ["votes.csv"], "make takes no files"),
         (lambda root: save_arms(root / "x", captions=CAPTIONS[:2]), ["--arm", "x={1}/x/arm0"], "1 captions differ"),
-        (lambda root: (root / "empty").mkdir(), ["--arm", "x={1}/empty"], "it has no pictures"),
+        (lambda root: (root / "empty").mkdir(), ["--arm", "x={1}/empty"], "no pictures in"),
         (lambda root: save_arms(root / "x", captions=[""]), ["--arm", "x={1}/x/arm0"], "2 of its 2 .* no caption"),
         (lambda root: make(save_arms(root / "y"), root / "out"), [], "holds a study already"),
     ],

@@ -24,7 +24,7 @@ from unclip_jax import cli, sample
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation.metrics import CAPTIONED, CLIP, COMPARED, INCEPTION, Embedded, by_clip, by_inception
 from unclip_jax.evaluation.presets import PICTURES, PRESETS, read_captions
-from unclip_jax.evaluation.reading import KINDS, Picture, read_pictures
+from unclip_jax.evaluation.reading import Picture, read_pictures
 from unclip_jax.paths import output_folder, to_path
 
 METRICS = INCEPTION | dict.fromkeys(CLIP, "image") | {"alignment": ""}
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
     if args.reference and args.reference.endswith(".npz"):
         statistics = frechet.Statistics.load(to_path(args.reference))
     elif args.reference:
-        next(read_pictures(args.reference, args.size), None)
+        next(read_pictures(args.reference, args.size))
     if args.bundle:
         _draw(args)
 
@@ -186,8 +186,6 @@ def _by_clip(args: argparse.Namespace, network: Any, templates: list[str]) -> li
 
 
 def _check_captions(captions: list[str], place: str) -> None:
-    if not captions:
-        raise UserError(f"no pictures in {place}: expected files that end in {', '.join(KINDS)}, or tars of them")
     if "" in captions:
         raise UserError(f"{captions.count('')} of {len(captions)} pictures in {place} have no caption: expected it "
                         "inside each PNG file, or beside each picture in a .txt")  # fmt: skip
@@ -199,9 +197,7 @@ def _features(
     """Computes the features of all pictures of a place, the side that they were cut to, and the SHA-256 of their
     pixels; notes their captions."""
     pictures = read_pictures(place, size)
-    first = next(pictures, None)
-    if first is None:
-        raise UserError(f"no pictures in {place}: expected files that end in {', '.join(KINDS)}, or tars of them")
+    first = next(pictures)
     count, digest = 0, hashlib.sha256()
 
     def batches() -> Iterator[np.ndarray]:

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from unclip_jax.data.sources import PICTURES
 from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
 from unclip_jax.errors import UserError
 from unclip_jax.paths import files_below, to_path
-
-KINDS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Picture(NamedTuple):
@@ -54,7 +53,7 @@ def _prompt(data: bytes) -> str:
 def read_pictures(place: str, size: int | None) -> Iterator[Picture]:
     """Yields the pictures of a folder, and of tars in it, by name: squares of `size`, or of the first's shorter side.
 
-    Raises UserError where there is no such folder, and for a picture that cannot be read.
+    Raises UserError where there are none, and for a picture that cannot be read.
     """
     for file in picture_files(place):
         image = file.square(size)
@@ -63,8 +62,8 @@ def read_pictures(place: str, size: int | None) -> Iterator[Picture]:
 
 
 def picture_files(place: str) -> Iterator[PictureFile]:
-    """Yields the picture files of a folder, and of tars in it, by name. Raises UserError where there is no folder."""
-    folder = to_path(place)
+    """Yields the picture files of a folder, and of tars in it, by name. Raises UserError where there is none."""
+    folder, found = to_path(place), False
     if not folder.is_dir():
         raise UserError(f"{place} is no folder: expected one of pictures, or of tars of them")
     for name in files_below(folder):
@@ -72,9 +71,13 @@ def picture_files(place: str) -> Iterator[PictureFile]:
             with (folder / name).open("rb") as file, tarfile.open(fileobj=file) as archive:
                 files = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
             for inner in sorted(files):
-                if inner.lower().endswith(KINDS):
+                if inner.lower().endswith(PICTURES):
+                    found = True
                     beside = files.get(f"{inner.rpartition('.')[0]}.txt", b"")
                     yield PictureFile(f"{name}/{inner}", files[inner], beside)
-        elif name.lower().endswith(KINDS) and name != "grid.png":
+        elif name.lower().endswith(PICTURES) and name != "grid.png":
+            found = True
             text = folder / f"{name.rpartition('.')[0]}.txt"
             yield PictureFile(name, (folder / name).read_bytes(), text.read_bytes() if text.exists() else b"")
+    if not found:
+        raise UserError(f"no pictures in {place}: expected files that end in {', '.join(PICTURES)}, or tars of them")

@@ -63,7 +63,7 @@ def _sheets(captions: dict[str, Sequence[str]], per_sheet: int) -> dict[str, int
     counts = {arm: Counter(texts) for arm, texts in captions.items()}
     for arm, count in counts.items():
         if not count or "" in count:
-            lacking = f"{count['']} of its {count.total()} pictures have no caption" if count else "it has no pictures"
+            lacking = f"{count['']} of its {count.total()} pictures have no caption"
             raise UserError(f"arm {arm}: {lacking}; expected PNG files or tars as `sample --prompts` draws them")
     (first, known), *others = counts.items()
     for arm, count in others:
