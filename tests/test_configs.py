@@ -1,5 +1,6 @@
 """The shipped configs: the papers' numbers, typed in here from the papers, and every size fit to run."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -268,12 +269,11 @@ def test_stages_of_a_size_make_a_cascade(size):
     assert side["glide_upsampler"] == side["glide"] * configs["glide_upsampler"].model.factor
 
 
+LIKE_OTHERS = ("clip_noised", "decoder", "upsampler_256", "glide_upsampler")
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("clip_noised", "upsampler_256", "glide_upsampler")))
-        for name in CONFIGS
-    ],
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_OTHERS)) for name in CONFIGS]
 )
 def test_papers_loss_and_update_hold_together(name):
     """By shapes alone: nothing of these models is allocated."""
@@ -290,11 +290,16 @@ def test_papers_loss_and_update_hold_together(name):
     assert shapes(jax.eval_shape(update, params)) == shapes(params)
 
 
+@functools.cache
+def count(name, size):
+    return sum(plan.parameters(load(name, size)).values())
+
+
 @pytest.mark.parametrize("size", SIZES[1:])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_smaller_models_are_smaller(name, size):
     """Their networks fit together, each size well below the one before."""
-    smaller, larger = (sum(plan.parameters(load(name, s)).values()) for s in (size, SIZES[SIZES.index(size) - 1]))
+    smaller, larger = (count(name, s) for s in (size, SIZES[SIZES.index(size) - 1]))
     assert 0 < 2 * smaller < larger
 
 

@@ -273,7 +273,10 @@ def test_marked_commands_run(tmp_path, capsys):
         assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("page", "bundle"), [("README.md", "quickstart/bundle"), ("docs/editing.md", "cascade")])
+@pytest.mark.parametrize(
+    ("page", "bundle"),
+    [("README.md", "quickstart/bundle"), pytest.param("docs/editing.md", "cascade", marks=pytest.mark.slow)],
+)
 def test_python_runs(page, bundle, tmp_path, monkeypatch):
     """On random models without upsamplers, so that little is compiled."""
     monkeypatch.chdir(tmp_path)

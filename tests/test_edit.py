@@ -219,10 +219,11 @@ def run(folder, out, command, *options):
             {"variations_one_0_0.png", "variations_one_0_1.png", "sheet.png"},
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             "interpolate",
             ["--image={one}", "--image={two}", "-n", "3"],
             {f"interpolate_one_0_{i}.png" for i in range(3)} | {"sheet.png", "path.gif"},
+            marks=pytest.mark.slow,
         ),
         (
             "inpaint",
@@ -254,7 +255,7 @@ def test_command_writes_pictures_and_a_sheet(folder, files, tmp_path, command, o
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
 
 
-@pytest.mark.parametrize("drop_caption", [0.0, 0.2])
+@pytest.mark.parametrize("drop_caption", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 def test_glide_follows_sketches_and_is_guided_only_where_it_was_trained_for_it(tmp_path, files, drop_caption):
     stage, _, params = small_stage("glide")
     config = stage.config.copy_and_resolve_references().unlock()
@@ -323,6 +324,7 @@ def test_a_model_that_inpaints_is_told_of_the_known_pixels_or_not():
         np.testing.assert_array_equal(images[-1][:, ~mask], np.stack([picture[~mask]] * 2))
 
 
+@pytest.mark.slow
 def test_components_of_stored_embeddings_are_those_of_an_autoregressive_prior(folder, cascade, files, tmp_path):
     """Against NumPy's singular values; records that could not be read are left out."""
     z = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32) * np.arange(1, 9, dtype=np.float32)

@@ -218,6 +218,7 @@ def test_low_rank_changes_are_merged_into_the_bundle_and_resumed_bit_for_bit(tra
             np.testing.assert_array_equal(after[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_frozen_part_of_a_decoder_is_the_bundles(trained):
     run = trained("decoder", "frozen", optim=dict(frozen=("conditioner", "unet/time")), train=dict(sample_every=1))
     after = run.bundle().params
@@ -226,6 +227,7 @@ def test_a_frozen_part_of_a_decoder_is_the_bundles(trained):
     assert stored_average(run, 2).keys() == {"unet"}
 
 
+@pytest.mark.slow
 def test_a_noised_clip_is_trained_from_a_clip_in_microbatches(trained):
     model = dict(image_size=16, activation="quick_gelu", image=dict(patch=8))
     run = trained("clip_noised", "noised", of="clip", model=model, optim=dict(accumulate=2), train=dict(steps=2))
@@ -234,6 +236,7 @@ def test_a_noised_clip_is_trained_from_a_clip_in_microbatches(trained):
     assert all(np.isfinite(line["loss"]) for line in run.log)
 
 
+@pytest.mark.slow
 def test_an_autoregressive_prior_keeps_the_codes_that_it_was_trained_with(trained):
     run = trained("prior_ar", "codes")
     chex.assert_trees_all_equal(run.bundle().params["fixed"], run.origin.params["fixed"])

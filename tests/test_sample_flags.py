@@ -110,7 +110,13 @@ CHANGES = [  # flags, what they change of the decoder's sampling and of the prio
 ]
 
 
-@pytest.mark.parametrize(("flags", "decoder", "prior"), CHANGES, ids=[" ".join(flags) for flags, _, _ in CHANGES])
+@pytest.mark.parametrize(
+    ("flags", "decoder", "prior"),
+    [
+        pytest.param(*change, id=" ".join(change[0]), marks=[pytest.mark.slow] * (i in (1, 3, 4)))
+        for i, change in enumerate(CHANGES)
+    ],
+)
 def test_flag_changes_the_pictures_and_they_can_be_drawn_again(folder, plain, tmp_path, flags, decoder, prior):
     images, settings = draw(folder, tmp_path / "out", *flags)
     assert not np.array_equal(images, plain[0])  # which they would be if the flag said nothing: the program is the same
@@ -122,6 +128,7 @@ def test_flag_changes_the_pictures_and_they_can_be_drawn_again(folder, plain, tm
     assert stored(tmp_path / "out")["models"] == plain[1]["models"]
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_heeds_the_flags_too(folder, tmp_path):
     (tmp_path / "captions.txt").write_text("\n".join(PROMPTS))
     flags = ["--from=caption", "--steps=2", "--sampler=ddpm", "--format=png", "-n=1"]

@@ -110,43 +110,56 @@ def save_glide(folder):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, pictures, spoiled):
-    """Each stage trained two steps. The decoder is given no CLIP and trains its own; the priors take that one. GLIDE
-    goes on from a random bundle and learns nothing, as it was and to inpaint.
+class Runs(dict):
+    """Each stage trained two steps, when it is first asked for. The decoder is given no CLIP and trains its own; the
+    diffusion prior takes that one. GLIDE goes on from a random bundle and learns nothing, as it was and to inpaint.
 
     On one device: of arrays on several, Orbax cuts a slice for each, which takes longer than the training.
     """
-    root, found = tmp_path_factory.mktemp("runs"), {}
 
-    def run(name, config):
+    def __init__(self, root, pictures, spoiled):
+        super().__init__()
+        self._root, self._pictures, self._spoiled = root, pictures, spoiled
+
+    def __missing__(self, name):
+        config = self._config(name)
         clip_config = config_of("clip", "elsewhere")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cli, "load_config", lambda spec: {"clip.py": clip_config}[spec])
             patch.setattr(train, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
             reads = Reads(patch, config)
-            report = train.run(config, str(root / name))
-        found[name] = SimpleNamespace(config=config, folder=root / name, report=report, unread=reads.unread)
+            report = train.run(config, str(self._root / name))
+        self[name] = SimpleNamespace(config=config, folder=self._root / name, report=report, unread=reads.unread)
+        return self[name]
 
-    run("decoder", config_of("decoder", pictures, clip=dict(config="clip.py")))
-    clip = str(root / "decoder" / "clip" / "bundle")
-    run("prior_diffusion", config_of("prior_diffusion", spoiled, clip=dict(bundle=clip)))
-    run("prior_ar", config_of("prior_ar", pictures, clip=dict(bundle=clip)))
-    run("upsampler_256", config_of("upsampler_256", pictures, train=dict(sample_every=1)))
-    run("clip", config_of("clip", pictures))
-    start = dict(init=dict(bundle=save_glide(root / "origin")), optim=dict(learning_rate=0.0))
-    run("glide", config_of("glide", pictures, **start))
-    run("glide_inpaint", config_of("glide", pictures, model=dict(inpaint=True), **start))
-    return found
+    def _config(self, name):
+        if name == "decoder":
+            return config_of(name, self._pictures, clip=dict(config="clip.py"))
+        if name == "prior_diffusion":
+            return config_of(name, self._spoiled, clip=dict(bundle=str(self["decoder"].folder / "clip" / "bundle")))
+        if name == "prior_ar":
+            return config_of(name, self._pictures, clip=dict(bundle=str(self["clip"].folder / "bundle")))
+        if name == "upsampler_256":
+            return config_of(name, self._pictures, train=dict(sample_every=1))
+        if name == "clip":
+            return config_of(name, self._pictures)
+        origin = self._root / "origin"
+        start = dict(init=dict(bundle=str(origin) if origin.exists() else save_glide(origin)))
+        more = dict(model=dict(inpaint=True)) if name == "glide_inpaint" else {}
+        return config_of("glide", self._pictures, **start, optim=dict(learning_rate=0.0), **more)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, pictures, spoiled):
+    return Runs(tmp_path_factory.mktemp("runs"), pictures, spoiled)
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-STAGES = pytest.mark.parametrize(
-    "name", ["clip", "prior_diffusion", "prior_ar", "decoder", "upsampler_256", "glide", "glide_inpaint"]
-)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("prior_ar", "glide", "glide_inpaint")]
+STAGES = pytest.mark.parametrize("name", ["clip", "prior_diffusion", "decoder", "upsampler_256", *SLOW])
 
 
 @STAGES
@@ -181,6 +194,7 @@ def test_every_key_of_the_config_is_read(runs, name):
     assert runs[name].unread == idle
 
 
+@pytest.mark.slow
 def test_glide_goes_on_from_a_bundle_with_its_tokenizer(runs):
     """At a learning rate of zero a run's average is what it started from."""
     origin = load_bundle(runs["glide"].config.init.bundle)
@@ -194,6 +208,7 @@ def test_glide_goes_on_from_a_bundle_with_its_tokenizer(runs):
     assert train_tokenizer(CAPTIONS[:12], 512).model_bytes != origin.tokenizer_bytes, "the pictures' own is another"
 
 
+@pytest.mark.slow
 def test_inpainting_begins_with_the_loss_of_the_model_it_goes_on_from(runs):
     """Whatever is known, since its weights are zero."""
     plain, inpaint = (lines(runs[name].folder / "metrics.jsonl") for name in ("glide", "glide_inpaint"))
@@ -211,6 +226,7 @@ def test_decoder_without_a_clip_trains_its_own_on_its_data(runs):
         assert load_bundle(str(runs[name].folder / "bundle")).clip_identity == clip.identity
 
 
+@pytest.mark.slow
 def test_what_a_stage_prepares_is_stored_untrained_and_not_done_again(runs, monkeypatch):
     import orbax.checkpoint as ocp
 
@@ -247,6 +263,7 @@ def test_unreadable_pictures_are_counted(runs):
     assert lines(runs["clip"].folder / "metrics.jsonl")[-1]["records_skipped"] == 0
 
 
+@pytest.mark.slow
 def test_embeddings_made_once_train_the_same_model(runs, tmp_path, monkeypatch, spoiled):
     """The same losses and evaluation, though CLIP does not run and a picture is spoiled."""
     run, folder = runs["prior_diffusion"], tmp_path / "embeddings"

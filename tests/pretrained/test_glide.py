@@ -62,6 +62,7 @@ def convert(folder, out, *more):
     return main(["pretrained", "glide", str(folder), "--out", str(out), *ARGS, *more])
 
 
+@pytest.mark.slow
 def test_release_becomes_a_cascade_that_draws(source, tmp_path, monkeypatch):
     monkeypatch.setattr("unclip_jax.pretrained.glide.SIDES", {"base": 8, "upsample": 32})
     assert convert(source, tmp_path / "out") == 0

@@ -28,6 +28,7 @@ def test_it_reads_captions_alone(caption):
     assert stage.texts.keys() == ({"tokens", "clip_tokens"} if caption == "own" else {"clip_tokens"})
 
 
+@pytest.mark.slow
 def test_its_loss_is_that_of_a_decoder_whose_pictures_have_these_embeddings():
     """A decoder of image embeddings that are stored, and are the captions', has the same loss."""
     stage, frozen, params = of_text()
@@ -51,7 +52,7 @@ def test_its_examples_are_drawn_from_embeddings_of_captions(monkeypatch):
     np.testing.assert_allclose(seen[0].image_embedding, z_t, rtol=1e-6)
 
 
-@pytest.mark.parametrize("caption", ["own", "clip"])
+@pytest.mark.parametrize("caption", [pytest.param("own", marks=pytest.mark.slow), "clip"])
 def test_without_an_embedding_it_draws_as_where_training_dropped_it(caption, monkeypatch):
     """The embedding is dropped from the conditional rows too, and the caption is not."""
     stage, frozen, params = of_text(caption=caption, embedding="image")

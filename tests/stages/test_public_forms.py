@@ -48,7 +48,8 @@ def unmoved(stage, params, frozen):
     return {jax.tree_util.keystr(p, simple=True, separator="/") for p, g in paths if not float(jnp.abs(g).max()) > 0}
 
 
-@pytest.mark.parametrize(("factor", "inpaint"), [(0, False), pytest.param(4, True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "inpaint"), [(0, False), (4, True)])
 def test_every_parameter_of_glide_learns(factor, inpaint):
     stage, params = glide(factor, inpaint)
     assert unmoved(stage, params, {}) == set()
@@ -112,7 +113,7 @@ def test_training_to_inpaint_gives_known_pixels_and_hides_the_others(monkeypatch
     assert input_channels_moved(stage, params).tolist() == [True] * 3 + [False] * 4 + small_picture
 
 
-@pytest.mark.parametrize("factor", [0, 4])
+@pytest.mark.parametrize("factor", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_model_adopted_for_inpainting_draws_as_before_whatever_is_known(factor):
     plain, params = glide(factor)
     inpainting, _ = glide(factor, inpaint=True)
@@ -174,7 +175,7 @@ def test_glide_hears_the_small_picture():
     assert not np.allclose(*(draw(params, {}, c, jax.random.key(0)) for c in (dark, light)), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["prior_diffusion", "decoder"])
+@pytest.mark.parametrize("name", ["prior_diffusion", pytest.param("decoder", marks=pytest.mark.slow)])
 def test_every_parameter_learns_where_clip_reads_the_caption(name):
     stage, frozen, params = karlo(name)
     fixed = {"embedding_mean", "embedding_std", "fixed/C"} if name == "prior_diffusion" else set()
@@ -240,6 +241,7 @@ def test_whitened_prior_draws_in_the_space_of_the_embeddings():
     np.testing.assert_allclose(drawn, white * 3 + mean[None], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_second_network_takes_the_last_step_alone():
     config = small_config("upsampler_256").unlock()
     config.model.last_step = True

@@ -54,7 +54,9 @@ def test_an_infinite_loss_in_one_quarter_is_not_one_in_another():
     assert np.isinf(loss) and np.isfinite(sums[:3]).all() and np.isinf(sums[3])
 
 
-@STAGE_CASES
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in (*TWICE, "decoder"))) for name in CONFIGS]
+)
 def test_sharded_equals_one_device(name):
     stage, frozen, params = small_stage(name)
     batch, key = random_batch(stage, 16), jax.random.key(3)

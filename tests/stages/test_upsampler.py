@@ -53,6 +53,7 @@ def test_attention_is_where_the_config_says(changes, added):
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_with_captions_it_trains_two_steps():
     stage, params = upsampler(**READING)
     config, mesh = stage.config, make_mesh(ConfigDict(dict(data=-1, fsdp=1)), jax.devices()[:1])
@@ -63,6 +64,7 @@ def test_with_captions_it_trains_two_steps():
     assert jax.tree.structure(state.params) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_every_parameter_that_reads_captions_learns():
     """All but the network of the last step, which training leaves alone."""
     stage, params = upsampler(**READING, model__last_step=True)
@@ -72,7 +74,7 @@ def test_every_parameter_that_reads_captions_learns():
     assert still == {name for name in named_leaves(params) if name.startswith("unet/last/")}
 
 
-@pytest.mark.parametrize("last_step", [False, True])
+@pytest.mark.parametrize("last_step", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_draws_by_captions_and_is_guided_by_them(last_step):
     stage, params = upsampler(**READING, model__last_step=last_step)
     batch, low = random_batch(stage, 2), np.random.default_rng(0).uniform(-1, 1, (2, 4, 6, 3)).astype(np.float32)
