@@ -4,19 +4,17 @@ import functools
 import json
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from shrink import CONFIGS, leaves, random_batch
+from shrink import CONFIGS, leaves
 
 from unclip_jax import cli, plan, train
 from unclip_jax.data.emoji_scenes import EmojiScenes
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.stages import make_stage
 from unclip_jax.training.optimizer import make_optimizer
-from unclip_jax.training.sharding import make_mesh
-from unclip_jax.training.state import init_state, make_train_step, root_key
 
 SIZES = ("paper", "small", "tiny")
 # config → key → its values in SIZES. A key or value that is changed on purpose is changed there by hand.
@@ -333,27 +331,20 @@ def test_glide_has_as_many_parameters_as_the_public_code(name, changes, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tiny_trains_two_steps_and_draws_once(name):
-    """At its own size, on noise: the network, its loss, its update and its sampler hold together."""
-    config = load(name, "tiny").unlock()
-    config.train.update(dict(steps=2, batch_size=8))
+def test_tiny_can_be_trained_measured_and_drawn(name):
+    """Shapes alone, at its own size: other tests run each stage, with smaller networks."""
+    config = load(name, "tiny")
     clip = make_stage(load("clip", "tiny"))
-    stage = make_stage(config.lock(), clip if "clip" in config else None)
-    frozen = jax.jit(clip.init)(jax.random.key(1)) if "clip" in config else {}
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
-    step = make_train_step(stage, config, mesh)
-    state = init_state(stage, config, mesh, 0)
-    before = jax.tree.map(np.asarray, state.params)
-    for seed in range(2):
-        state, metrics = step(state, frozen, random_batch(stage, 8, seed), root_key(0))
-        assert np.isfinite(float(metrics["loss"])) and float(metrics["skipped"]) == 0
-    moved = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)]
-    assert any(moved)  # not all: what starts at zero lets no gradient through yet
-    batch, keys = random_batch(stage, 2), jax.random.split(jax.random.key(0), 2)
-    scalars = jax.jit(stage.evaluate)(state.ema, frozen, batch, keys[0])
-    examples = jax.jit(stage.draw_examples)(state.ema, frozen, batch, keys)
-    scalars |= stage.score_examples(examples)
-    assert np.isfinite([float(value) for value in scalars.values()]).all()
+    stage = make_stage(config, clip if "clip" in config else None)
+    frozen = jax.eval_shape(clip.init, jax.random.key(1)) if "clip" in config else {}
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    batch, keys = stage.batch_spec(2), jax.random.split(jax.random.key(0), 2)
+    gradient = jax.eval_shape(jax.grad(lambda *given: stage.loss(*given)[0]), params, frozen, batch, keys[0])
+    chex.assert_trees_all_equal_shapes(gradient, params)
+    examples = jax.eval_shape(stage.draw_examples, params, frozen, batch, keys)
+    scalars = jax.eval_shape(stage.evaluate, params, frozen, batch, keys[0])
+    scalars |= jax.eval_shape(stage.score_examples, examples)
+    assert all(value.shape == () for value in scalars.values())
     assert ("drawn" in examples) == (config.stage != "clip")
     for drawn in examples.values():
         assert len(drawn) == 2
