@@ -287,7 +287,7 @@ def data(
     split: str,  # Split that is trained on.
     eval_split: str,  # Split that is evaluated and never trained on.
     image_feature: str,  # Name of the picture in a TFDS record.
-    caption_feature: str,  # Name of the caption, or of several captions, in a TFDS record.
+    caption_feature: str,  # Name of the caption or captions in a TFDS record; "a/b" for b within a.
     crop: str,  # Square cut of a picture: "dalle", of random place and scale (arXiv 2102.12092); "center", the middle.
     threads: int,  # Threads that read and cut pictures, in each process.
 ) -> dict:

@@ -26,8 +26,8 @@ import numpy as np
 
 from unclip_jax import __version__, cli, pictures
 from unclip_jax.data.embeddings import DESCRIPTION, image_embeddings
-from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
-from unclip_jax.errors import UserError
+from unclip_jax.data.transforms import center_square, decode
+from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import output_folder, to_path
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from unclip_jax.data import embeddings
 from unclip_jax.data.pipeline import MAX_NAMED
 from unclip_jax.data.sources import Source, open_source
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.data.transforms import ToExample, UnreadableRecord, captions_of
-from unclip_jax.errors import UserError
+from unclip_jax.data.transforms import ToExample, captions_of
+from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.model import Model
 from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.stages import Stage
@@ -109,7 +109,7 @@ class _Reader:
             record = source[index]
             key = record["key"]
             image = self._to_example(record, np.random.default_rng(0))["image"]
-        except (UnreadableRecord, OSError) as error:
+        except UnreadableRecord as error:
             if next(self._skipped) < MAX_NAMED:
                 logging.warning("skipped unreadable record %s: %s", key, error)
             nothing = np.zeros((0, self._context), np.int32)

@@ -22,8 +22,8 @@ import numpy as np
 from unclip_jax import cli
 from unclip_jax.data import filtering
 from unclip_jax.data.sources import PICTURES
-from unclip_jax.data.transforms import UnreadableRecord, decode
-from unclip_jax.errors import UserError
+from unclip_jax.data.transforms import decode
+from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.evaluation import features
 from unclip_jax.evaluation.intervals import Result, at_most, share
 from unclip_jax.paths import files_below, output_folder, to_path, write_bytes

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from unclip_jax.arrays import Batch, Params
 from unclip_jax.bundle import Bundle
 from unclip_jax.config_checks import embedded
 from unclip_jax.data.embeddings import EmbeddedSource, Provenance
-from unclip_jax.data.pipeline import batches, evaluation_batch
+from unclip_jax.data.pipeline import batches, captions, evaluation_batch
 from unclip_jax.data.sources import open_source
 from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unclip_jax.data.transforms import ToExample
@@ -22,6 +22,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.paths import to_path, write_bytes
 from unclip_jax.stages import Stage
 from unclip_jax.stages.base import ClipTowers
+from unclip_jax.training import preflight
 from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
 from unclip_jax.training.sharding import global_batch, own_rows
 
@@ -53,16 +54,23 @@ class Inputs:
 
     @classmethod
     def open(
-        cls, config: ConfigDict, stage: Stage, upstream: Upstream, workdir: str, origin: Bundle | None
+        cls,
+        config: ConfigDict,
+        stage: Stage,
+        upstream: Upstream,
+        workdir: str,
+        origin: Bundle | None,
+        beat: Callable[[], None],
     ) -> "Inputs":
-        """Opens the datasets that `config.data` names, and finds or trains the tokenizer.
+        """Opens the datasets that `config.data` names, and finds or trains the tokenizer. Every process has to call it.
 
-        origin: the trained model that the run starts from, whose tokenizer is kept. Raises UserError where the data
+        origin: the trained model that the run starts from, whose tokenizer is kept. beat: is called now and then while
+        captions are read, which may take long. Raises UserError where the data
         cannot be read, and where a tokenizer does not belong to the model or to the earlier run in WORKDIR.
         """
         source = _open_source(config, config.data.split, upstream.identity)
         unseen = _open_source(config, config.data.eval_split, upstream.identity)
-        own = _own_tokenizer(config, stage, source, workdir, origin)
+        own = _own_tokenizer(config, stage, source, workdir, origin, beat)
         tokenizers = {"own": own, "clip": upstream.tokenizer}
         texts = {name: (tokenizers[owner], context, ends) for name, (owner, context, ends) in stage.texts.items()}
         kernels = {"image": config.model.resize} if "resize" in config.model else {}
@@ -107,7 +115,7 @@ def _open_source(config: ConfigDict, split: str, clip_identity: str) -> Any:
 
 
 def _own_tokenizer(
-    config: ConfigDict, stage: Stage, source: Any, workdir: str, origin: Bundle | None
+    config: ConfigDict, stage: Stage, source: Any, workdir: str, origin: Bundle | None, beat: Callable[[], None]
 ) -> Tokenizer | None:
     """Finds the stage's own tokenizer: that of the model it starts from, the file named, the one that an earlier run
     left in WORKDIR, or a new one."""
@@ -116,17 +124,31 @@ def _own_tokenizer(
     vocab_size = (config.model if "vocab_size" in config.model else config.model.text).vocab_size
     stored = to_path(workdir) / "tokenizer.model"
     named = to_path(config.data.tokenizer) if config.data.tokenizer else stored
-    if origin:
-        if stored.exists() and stored.read_bytes() != origin.tokenizer_bytes:
-            raise UserError(f"{workdir} holds a run with another tokenizer than init.bundle's: give a new one")
-        tokenizer = Tokenizer(origin.tokenizer_bytes)
-    elif named.exists():
-        tokenizer = Tokenizer(named.read_bytes())
-    else:
-        count = min(len(source), TOKENIZER_CAPTIONS)
-        tokenizer = train_tokenizer((source[i]["caption"] for i in range(count)), vocab_size)
-    if not named.exists() and jax.process_index() == 0:
-        write_bytes(stored, tokenizer.model_bytes, alone=True)
+    # Process 0 decides and the others take its bytes: reading captions again could give them another tokenizer.
+    found = b""
+    if jax.process_index() == 0:
+        if origin:
+            found = origin.tokenizer_bytes
+            if stored.exists() and stored.read_bytes() != found:
+                raise UserError(f"{workdir} holds a run with another tokenizer than init.bundle's: give a new one")
+        elif named.exists():
+            found = named.read_bytes()
+        else:
+            found = train_tokenizer(_captions(config, source, beat), vocab_size).model_bytes
+        if not named.exists():
+            write_bytes(stored, found, alone=True)
+    tokenizer = Tokenizer(preflight.from_first(found))
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{named} has {tokenizer.vocab_size} pieces, more than the model's vocab_size={vocab_size}")
     return tokenizer
+
+
+def _captions(config: ConfigDict, source: Any, beat: Callable[[], None]) -> Iterator[str | list[str]]:
+    """Yields the captions that a tokenizer is trained on; reports progress."""
+    count, said = min(len(source), TOKENIZER_CAPTIONS), time.monotonic()
+    for k, caption in enumerate(captions(source, count, config.data.threads)):
+        beat()
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"{config.stage}: {k:,} of {count:,} captions read for the tokenizer", file=sys.stderr, flush=True)
+        yield caption

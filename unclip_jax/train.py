@@ -125,7 +125,8 @@ def _run(
     # Everything that can be wrong is found here, before anything is computed.
     stage, train_step = _assemble(config, upstream.stage, mesh)
     origin = load_origin(config, stage, upstream.identity)
-    inputs, root = Inputs.open(config, stage, upstream, workdir, origin), root_key(config.train.seed)
+    inputs = Inputs.open(config, stage, upstream, workdir, origin, watchdog.beat)
+    root = root_key(config.train.seed)
     held_out = HeldOut(config, stage, mesh, inputs.held_out, jax.random.fold_in(root, 2**31 - 1), workdir)
     tokenizer_bytes = inputs.tokenizer.model_bytes if inputs.tokenizer else None
     checkpointer = Checkpointer(workdir, config.train.keep, config.train.keep_every)
@@ -171,7 +172,9 @@ def _run(
         # Metrics are read one step late, once the next step is dispatched: reading them would wait for their own.
         waiting = None
         for k in range(start + 1, steps + 1):
-            batch = global_batch(next(data), mesh)
+            with log.waiting():
+                rows = next(data)
+            batch = global_batch(rows, mesh)
             if k == start + 1:
                 with log.pause():  # compilation
                     state, metrics = jax.block_until_ready(train_step(state, frozen, batch, root))

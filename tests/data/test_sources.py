@@ -2,14 +2,16 @@
 
 import io
 import pickle
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from unclip_jax.data import sources
 from unclip_jax.data.emoji_scenes import encode_png, scenes
 from unclip_jax.data.sources import open_source
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import copy_folder, to_path
 
 PNG = encode_png(np.zeros((4, 4, 3), np.uint8))
@@ -73,6 +75,55 @@ def test_captions_of_odd_encodings(tmp_path):
     assert opened(spec)[0]["caption"] == "caf\ufffd"
 
 
+def test_each_line_is_a_caption(tmp_path):
+    spec = folder_of(tmp_path, ["a.png", "b.png", "c.png"])
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n a tabby \n")
+    assert opened(spec)[0]["caption"] == ["a cat", "a tabby"]
+
+
+class Failing:
+    """A source of five records, each of which fails as often as `failures` says."""
+
+    def __init__(self, failures):
+        self.failures, self.tries = dict(failures), []
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        self.tries.append(index)
+        if self.failures.get(index, 0):
+            self.failures[index] -= 1
+            raise RuntimeError("503\nService Unavailable")
+        return {"key": str(index)}
+
+
+def test_a_record_that_fails_for_a_moment_is_read_again(monkeypatch):
+    waits = []
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
+    source = Failing({1: 2, 2: 3})
+    steady = sources._Retrying(source)
+    assert steady[1]["key"] == "1" and source.tries == [1, 1, 1] and waits == list(sources.RETRY_SECONDS)
+    with pytest.raises(UnreadableRecord, match="it cannot be read: RuntimeError: 503 Service Unavailable"):
+        steady[2]
+    assert steady[2]["key"] == "2"
+    with pytest.raises(IndexError):
+        steady[5]
+
+
+def test_waiting_in_vain_ends(monkeypatch):
+    waits = []
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
+    source = Failing({0: 3 * sources.MAX_IN_A_ROW + 1})
+    steady = sources._Retrying(source)
+    for _ in range(sources.MAX_IN_A_ROW + 1):
+        with pytest.raises(UnreadableRecord):
+            steady[0]
+    assert len(waits) == 2 * sources.MAX_IN_A_ROW and source.failures[0] == 0
+    assert steady[0] and steady[1] and len(source.tries) == 3 * sources.MAX_IN_A_ROW + 3
+
+
 def test_pictures_without_a_caption_are_left_out(tmp_path, capsys):
     spec = folder_of(tmp_path, ["a.png", "b.png", "c.png"])
     (tmp_path / "b.txt").unlink()
@@ -113,6 +164,24 @@ def test_emoji_scenes_are_drawn_on_first_use(data_dir, capsys):
     assert capsys.readouterr().err == "" and again[5] == source[5]
     assert pickle.loads(pickle.dumps(source))[5] == source[5]
     assert len(opened("tfds:emoji_scenes/single_64", "train[:10%]", data_dir)) == 256
+
+
+def test_a_damaged_shard_loses_its_damaged_records_alone(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "RETRY_SECONDS", ())
+    whole = opened("tfds:emoji_scenes/single_64", "train", data_dir)
+    shutil.copytree(data_dir / "emoji_scenes" / "single_64", tmp_path / "emoji_scenes" / "single_64")
+    (shard,) = tmp_path.rglob("*-train.array_record-*")
+    with shard.open("r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        file.write(bytes(300_000))
+    source, lost = opened("tfds:emoji_scenes/single_64", "train", tmp_path), 0
+    for k in range(len(source)):
+        try:
+            assert source[k]["image"] == whole[k]["image"]
+        except UnreadableRecord as error:
+            assert "orrupted" in str(error)
+            lost += 1
+    assert 0 < lost < len(source) / 10
 
 
 def test_folder_in_a_bucket_has_the_same_records(bucket, tmp_path):
@@ -167,6 +236,7 @@ def foreign(data_dir):
                 "picture": tfds.features.Image(shape=(4, 4, 3)),
                 "captions": tfds.features.Sequence(tfds.features.Text()),
                 "nested": {"text": tfds.features.Sequence(tfds.features.Text())},
+                "comments": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),  # as in COCO's
                 "label": np.int64,
             }
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -176,15 +246,18 @@ def foreign(data_dir):
 
         def _generate_examples(self):
             for k in range(3):
-                captions = {"captions": [f"one {k}", f"two {k}"], "nested": {"text": ["x"]}}
+                both = [f"one {k}", f"two {k}"]
+                captions = {"captions": both, "nested": {"text": both}}
+                captions["comments"] = [{"id": i, "text": text} for i, text in enumerate(both)]
                 yield k, {"picture": io.BytesIO(PNG), "label": k} | captions
 
     Foreign(data_dir=data_dir, file_format="array_record").download_and_prepare()
     return data_dir
 
 
-def test_any_tfds_dataset(foreign):
-    source = opened("tfds:foreign", "validation", foreign, "picture", "captions")
+@pytest.mark.parametrize("caption", ["captions", "nested/text", "comments/text"])
+def test_any_tfds_dataset(foreign, caption):
+    source = opened("tfds:foreign", "validation", foreign, "picture", caption)
     assert len(source) == 3 and source[0]["image"] == PNG
     said = sorted(tuple(source[k]["caption"]) for k in range(3))
     assert said == [("one 0", "two 0"), ("one 1", "two 1"), ("one 2", "two 2")]
@@ -199,6 +272,8 @@ def test_any_tfds_dataset(foreign):
         ("tfds:foreign", "validation", "picture", "text", "no feature 'text': it has .*captions"),
         ("tfds:foreign", "validation", "picture", "label", "no text in 'label'"),
         ("tfds:foreign", "validation", "picture", "nested", "no text in 'nested'"),
+        ("tfds:foreign", "validation", "picture", "comments/id", "no text in 'comments/id'"),
+        ("tfds:foreign", "validation", "picture", "comments/words", "no feature 'comments/words': .*comments/text"),
         ("tfds:foreign", "validation", "label", "captions", "no picture in 'label'"),
         ("tfds:foriegn", "train", "image", "caption", "no dataset 'foriegn'.*: .*foreign"),
         ("tfds:emoji_scene", "train", "image", "caption", "no dataset 'emoji_scene'.*like name are emoji_scenes"),

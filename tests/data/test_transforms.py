@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from unclip_jax.data.tokenizer import train_tokenizer
-from unclip_jax.data.transforms import ToExample, UnreadableRecord, area_resize, decode, square_crop
-from unclip_jax.errors import UserError
+from unclip_jax.data.transforms import ToExample, area_resize, decode, square_crop
+from unclip_jax.errors import UnreadableRecord, UserError
 
 
 def encoded(picture, kind="PNG", **options):

@@ -55,8 +55,8 @@ def test_one_json_object_a_line_and_the_same_in_tensorboard(tmp_path, clock):
         clock(4.0)
         log.log(20, {"learning_rate": 0.5, "loss": 0.125})
     assert records(tmp_path / "run") == [
-        {"step": 10, "loss": 0.25, "images_per_second": 40.0, "seconds": 2.0, "learning_rate": 0.5},
-        {"step": 20, "loss": 0.125, "images_per_second": 20.0, "seconds": 6.0, "learning_rate": 0.5},
+        {"step": 10, "loss": 0.25, "images_per_second": 40.0, "data_wait": 0.0, "seconds": 2.0, "learning_rate": 0.5},
+        {"step": 20, "loss": 0.125, "images_per_second": 20.0, "data_wait": 0.0, "seconds": 6.0, "learning_rate": 0.5},
     ]
     losses = [(step, value) for step, tag, value in events(tmp_path / "run") if tag == "loss"]
     assert losses == [(10, 0.25), (20, 0.125)]
@@ -78,6 +78,19 @@ def test_pauses_do_not_slow_images_per_second(tmp_path, clock):
         log.log(10, {"loss": 1.0})
     assert [r["images_per_second"] for r in records(tmp_path)] == [40.0, 20.0]
     assert [r["seconds"] for r in records(tmp_path)] == [61.0, 78.0]
+
+
+def test_waiting_for_data_is_logged_and_said_once(tmp_path, clock, capsys):
+    with logger(tmp_path) as log:
+        for step, work, wait in ((5, 9.0, 3.0), (10, 1.0, 4.0), (15, 4.0, 12.0), (20, 1.0, 19.0)):
+            with log.waiting():
+                clock(wait)
+            clock(work)
+            log.log(step, {"loss": 1.0})
+            said = capsys.readouterr().err
+            assert ("waited for its data 75% of the time" in said) == (step == 15)  # step 10: for 5 seconds alone
+            assert "warning" not in said or step == 15
+    assert [r["data_wait"] for r in records(tmp_path)] == [0.25, 0.8, 0.75, 0.95]
 
 
 def test_resumed_run_has_no_step_twice_and_its_clock_goes_on(tmp_path, clock):

@@ -1,5 +1,6 @@
 """What a run checks before it compiles anything, alone and with real processes; and what ends a run that hangs."""
 
+import json
 import os
 import socket
 import subprocess
@@ -68,7 +69,7 @@ def test_differences_are_named_by_process_and_value(monkeypatch):
     values = {"code": "a", "config.train.seed": 0, "mesh": [8, 1]}
     everyone = [{"host": f"host-{i}", "values": dict(values)} for i in range(3)]
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(preflight, "_gathered", lambda text: everyone)
+    monkeypatch.setattr(preflight, "_gathered", lambda data: [json.dumps(own).encode() for own in everyone])
     preflight.agree(values)
     everyone[2]["values"] |= {"code": "b", "extra": 1}
     with pytest.raises(UserError) as caught:

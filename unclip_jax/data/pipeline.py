@@ -12,12 +12,11 @@ import numpy as np
 from absl import logging
 
 from unclip_jax.data.sources import Source
-from unclip_jax.data.transforms import UnreadableRecord
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UnreadableRecord, UserError
 
 Transform = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]  # (record, rng) → arrays of an example
 MAX_NAMED = 100  # unreadable records named in the log, each once; all are counted
-MAX_TRIES = 1000  # neighbours tried in place of an unreadable record
+MAX_TRIES = 1000  # records tried in place of an unreadable one
 
 
 def batches(
@@ -39,8 +38,8 @@ def batches(
     rows: which of them to yield, in this order, such as `training.sharding.own_rows`; None: all.
     threads: that read and transform.
 
-    An unreadable record is replaced by the next readable one and named in the log. Raises UserError where nothing can
-    be read.
+    An unreadable record is replaced by another, drawn by the seed, and named in the log. Raises UserError where nothing
+    can be read.
     """
     import grain
 
@@ -68,6 +67,21 @@ def evaluation_batch(source: Source, transform: Transform, n: int, seed: int) ->
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
 
+def captions(source: Source, count: int, threads: int) -> Iterator[str | list[str]]:
+    """Yields the captions of the first `count` records, in order, without those that cannot be read."""
+    import grain
+
+    def caption(index: int) -> str | list[str] | None:
+        try:
+            return source[index]["caption"]
+        except UnreadableRecord as error:
+            logging.warning("skipped unreadable record number %d: %s", index, error)
+            return None
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    return iter(grain.MapDataset.range(count).map(caption).to_iter_dataset(options))
+
+
 _FAR = 2**52  # examples, more than any run will see
 
 
@@ -84,22 +98,24 @@ class _Readable:
         self.example(0, 0)
 
     def example(self, index: int, position: int) -> tuple[dict[str, np.ndarray], int]:
-        """Makes the example of record `index`, or else of the next record that can be read.
+        """Makes the example of record `index`, or else of another record, drawn by the seed: neighbours may have been
+        damaged together.
 
         position: of the example among all epochs, which seeds its randomness. Returns the example, and how many records
         were skipped. Raises UserError where none of MAX_TRIES records can be read.
         """
-        tries = min(len(self._source), MAX_TRIES)
-        for skipped in range(tries):
-            i = index + skipped
-            key = f"number {i % len(self._source)}"
+        others, last = np.random.default_rng((self._seed, position, 1)), ""
+        for skipped in range(MAX_TRIES):
+            key = f"number {index}"
             try:
-                record = self._source[i % len(self._source)]
+                record = self._source[index]
                 key = record["key"]
                 return self._transform(record, np.random.default_rng((self._seed, position))), skipped
-            except (UnreadableRecord, OSError) as error:  # OSError: the file itself cannot be read
+            except UnreadableRecord as error:
+                last = f"{key}: {error}"
                 self._note(key, error)
-        raise UserError(f"none of {tries} records in a row could be read: is this a dataset of pictures?")
+            index = int(others.integers(len(self._source)))
+        raise UserError(f"none of {MAX_TRIES} records could be read: is this a dataset of pictures? The last: {last}")
 
     def _note(self, key: str, error: Exception) -> None:
         """Names an unreadable record in the log, once."""

@@ -1,22 +1,25 @@
 """Opens sources of records: a TFDS dataset, or a folder of pictures with captions.
 
 A record of any source is {"image": bytes of a picture file, "caption": str or list of str, "key": name of the record}.
-Sources have random access: `len(source)` and `source[i]`.
+Sources have random access: `len(source)` and `source[i]`. Storage fails now and then, and files are damaged: a record
+that cannot be read is tried again, and is then an UnreadableRecord, whatever the error was.
 """
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import copy_folder, files_below, is_remote, to_path
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 DESCRIPTION = "dataset_info.json"  # of a TFDS dataset
 ONE_HELD_OUT_IN = 50  # pictures of a folder
+RETRY_SECONDS = (0.1, 1.0)  # waits before a record is read again
+MAX_IN_A_ROW = 20  # records that cannot be read, after which waiting is in vain
 
 
 class Source(Protocol):
@@ -39,19 +44,54 @@ def open_source(spec: str, split: str, data_dir: str, image_feature: str, captio
     """Opens one split of a dataset.
 
     spec: "tfds:NAME[/CONFIG]" or "folder:PATH". data_dir: folder of TFDS datasets, into which emoji scenes are drawn on
-    first use. image_feature, caption_feature: names in a TFDS dataset. Raises UserError for an unknown dataset, split
-    or feature, which names what there is, for a folder without pictures and for pictures without captions.
+    first use. image_feature, caption_feature: names in a TFDS dataset, "a/b" for b within a. Raises UserError for an
+    unknown dataset, split or feature, which names what there is, for a folder without pictures and for pictures without
+    captions. Reading a record of what is returned raises UnreadableRecord where that fails.
     """
     kind, _, name = spec.partition(":")
     if kind == "folder":
-        return FolderSource(to_path(name), split)
+        return _Retrying(FolderSource(to_path(name), split))
     if kind == "tfds":
-        return TfdsSource(name, split, str(to_path(data_dir)), image_feature, caption_feature)
+        return _Retrying(TfdsSource(name, split, str(to_path(data_dir)), image_feature, caption_feature))
     raise UserError(f"data.source {spec!r}: expected tfds:NAME or folder:PATH")
 
 
+class _Retrying:
+    """Source whose records are read again where that fails, RETRY_SECONDS later each time.
+
+    Reading in vain stops it from waiting: after MAX_IN_A_ROW records that could not be read, each is tried only once,
+    until one can be read. Raises UnreadableRecord where a record cannot be read, and IndexError past the end.
+    """
+
+    def __init__(self, source: Source):
+        self._source, self._lost_in_a_row = source, 0
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        waits = RETRY_SECONDS if self._lost_in_a_row < MAX_IN_A_ROW else ()
+        for wait in (*waits, None):
+            try:
+                record = self._source[index]
+            except Exception as error:  # libraries of storage and of file formats raise nearly anything
+                if wait is None:
+                    self._lost_in_a_row += 1
+                    line = " ".join(str(error).split())
+                    raise UnreadableRecord(f"it cannot be read: {type(error).__name__}: {line[:200]}") from error
+                time.sleep(wait)
+            else:
+                self._lost_in_a_row = 0
+                return record
+        raise AssertionError("the last try returns or raises")
+
+
 class FolderSource:
-    """Pictures anywhere below a folder, each with its caption beside it, in a .txt of the same name.
+    """Pictures anywhere below a folder, each with its captions beside it, in a .txt of the same name.
+
+    Each line of the file is a caption, of which training draws one at a time.
 
     Whether a picture is in the split "train" or "test" depends on a hash of its name, so that this does not change when
     pictures are added. In a bucket each record takes several requests: a TFDS dataset is faster there. Raises UserError
@@ -84,8 +124,10 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict:
         name = self._names[index]
-        caption = (self._folder / _caption_of(name)).read_bytes().decode(errors="replace")
-        return {"image": (self._folder / name).read_bytes(), "caption": caption.strip(), "key": name}
+        text = (self._folder / _caption_of(name)).read_bytes().decode("utf-8-sig", errors="replace")
+        captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+        image = (self._folder / name).read_bytes()
+        return {"image": image, "caption": captions[0] if len(captions) == 1 else captions, "key": name}
 
 
 def _caption_of(name: str) -> str:
@@ -111,26 +153,28 @@ class TfdsSource:
         builder = _builder(name, data_dir)
         if split.partition("[")[0] not in builder.info.splits:  # "train[:99%]" is a split of TFDS too
             raise UserError(f"{name} has no split {split!r}: it has {', '.join(builder.info.splits)}")
-        for feature in (image_feature, caption_feature):
-            if feature not in builder.info.features:
-                raise UserError(f"{name} has no feature {feature!r}: it has {', '.join(builder.info.features)}")
         import tensorflow_datasets as tfds
 
-        if not isinstance(builder.info.features[image_feature], tfds.features.Image):
-            found = type(builder.info.features[image_feature]).__name__
+        known = _features(builder.info.features)
+        for feature in (image_feature, caption_feature):
+            if feature not in known:
+                raise UserError(f"{name} has no feature {feature!r}: it has {', '.join(known)}")
+        if not isinstance(known[image_feature], tfds.features.Image):
+            found = type(known[image_feature]).__name__
             raise UserError(f"{name} has no picture in {image_feature!r}: it holds {found}")
         self._name, self._split = name, split
-        self._image, self._caption = image_feature, caption_feature
+        self._image, self._caption = image_feature.split("/"), caption_feature.split("/")
+        undecoded = functools.reduce(lambda inner, key: {key: inner}, self._image[::-1], tfds.decode.SkipDecoding())
         try:
-            self._records = builder.as_data_source(split, decoders={image_feature: tfds.decode.SkipDecoding()})
+            self._records = builder.as_data_source(split, decoders=undecoded)
         except NotImplementedError as error:
             raise UserError(f"{name} has no random access: build it again with file_format=array_record") from error
         except ValueError as error:
             raise UserError(f"{name} cannot give split {split!r}: {' '.join(str(error).split())}") from error
         if not len(self._records):
             raise UserError(f"split {split!r} of {name} is empty")
-        if not _is_text(self._records[0][caption_feature]):
-            found = type(builder.info.features[caption_feature]).__name__
+        if not _is_text(known[caption_feature]):
+            found = type(known[caption_feature]).__name__
             raise UserError(f"{name} has no text in {caption_feature!r}: it holds {found}")
 
     def __len__(self) -> int:
@@ -139,15 +183,32 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict:
         record = self._records[index]
         return {
-            "image": bytes(record[self._image]),
-            "caption": _text(record[self._caption]),
+            "image": bytes(_at(record, self._image)),
+            "caption": _text(_at(record, self._caption)),
             "key": f"{self._name}/{self._split}/{index}",
         }
 
 
-def _is_text(value: object) -> bool:
-    """Tells whether a feature's value is a caption or a list of captions."""
-    return isinstance(value, str | bytes) or (not isinstance(value, dict) and np.ndim(value) == 1)
+def _features(features: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Features by name, those within others as "outer/inner"."""
+    found = {}
+    for name, feature in features.items():
+        found[f"{prefix}{name}"] = feature
+        if hasattr(feature, "items"):
+            found |= _features(feature, f"{prefix}{name}/")
+    return found
+
+
+def _is_text(feature: Any) -> bool:
+    """Tells whether a feature holds a text or several."""
+    return not hasattr(feature, "items") and feature.np_dtype == np.object_
+
+
+def _at(record: Any, names: Sequence[str]) -> Any:
+    """Value of a feature within others; of each, where they are a sequence."""
+    for name in names:
+        record = record[name] if isinstance(record, Mapping) else [item[name] for item in record]
+    return record
 
 
 def _text(value: Any) -> str | list[str]:

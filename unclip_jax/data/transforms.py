@@ -9,7 +9,7 @@ import numpy as np
 from unclip_jax.data.bsr import degrade
 from unclip_jax.data.resampling import apply_separable, resize_matrix
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UnreadableRecord, UserError
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -18,10 +18,6 @@ CROPS = ("center", "dalle")
 RESIZES = ("area", "bicubic")
 WHOLE = (slice(None), slice(None))  # window of all rows and columns
 ALIGNMENT = 4  # pixels; corners of patches are multiples of it, so that no low-resolution pixel is cut
-
-
-class UnreadableRecord(Exception):
-    """Record whose picture or caption cannot be used. Its message says why."""
 
 
 class ToExample:

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from unclip_jax.data.sources import PICTURES
-from unclip_jax.data.transforms import UnreadableRecord, center_square, decode
-from unclip_jax.errors import UserError
+from unclip_jax.data.transforms import center_square, decode
+from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import files_below, to_path
 
 

@@ -16,6 +16,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path, write_bytes
 
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is not a terminal
+SLOW_DATA = 0.5  # share of the time that training waits for data, above which it warns
 SECONDS_BETWEEN_UPLOADS = 60.0  # an object store cannot append: each upload writes the whole file again
 
 
@@ -37,6 +38,7 @@ class MetricLogger:
         self._began = time.monotonic()
         self._running_since: float | None = self._began  # None while paused
         self._worked = self._worked_at_log = 0.0
+        self._waited, self._warned = 0.0, False
         self._writes = jax.process_index() == 0
         _check_tensorboard(workdir)  # on every process: one that fails alone leaves the others waiting
         if self._writes:
@@ -48,22 +50,24 @@ class MetricLogger:
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
         """Writes the metrics of `step`, the number of steps done, and returns them as numbers. Waits for the device.
 
-        metrics: of a train step, as `scalars` reads them. Adds `images_per_second`, over the steps since the last log,
-        and `seconds`, the wall time of the run with its pauses and with the runs that it resumes. A value that is not
-        finite is null in metrics.jsonl, as JSON has no NaN.
+        metrics: of a train step, as `scalars` reads them. Adds `images_per_second`, over the steps since the last log;
+        `data_wait`, the share of that time inside `waiting`; and `seconds`, the wall time of the run with its pauses
+        and with the runs that it resumes. A value that is not finite is null in metrics.jsonl: JSON has no NaN.
         """
         values = scalars(metrics)
 
         # The rate is over the time outside of pauses.
         now = time.monotonic()
         worked = self._worked + (0.0 if self._running_since is None else now - self._running_since)
-        rate = (step - self._step) * self._batch_size / max(worked - self._worked_at_log, 1e-9)
-        self._step, self._worked_at_log = step, worked
+        span = max(worked - self._worked_at_log, 1e-9)
+        rate, data_wait = (step - self._step) * self._batch_size / span, min(1.0, self._waited / span)
+        self._step, self._worked_at_log, self._waited = step, worked, 0.0
         if not self._writes:
             return values
 
         # The file: the clock rounded to milliseconds, and `loss` first for whoever reads it by eye.
-        clock = {"images_per_second": round(rate, 3), "seconds": round(now - self._began, 3)}
+        clock = {"images_per_second": round(rate, 3), "data_wait": round(data_wait, 4)}
+        clock |= {"seconds": round(now - self._began, 3)}
         first = {name: values.pop(name) for name in ("loss",) if name in values}
         values = first | clock | values
         self._lines.append({"step": step} | values)
@@ -74,7 +78,18 @@ class MetricLogger:
         done = step - self._start_step
         left = (self._total - step) * worked / done if done else math.inf
         self._screen.show(step, values.get("loss", math.nan), rate, left)
+        if data_wait > SLOW_DATA and span > SECONDS_BETWEEN_LINES and not self._warned:
+            self._warned = True
+            print(f"warning: {self._label} waited for its data {data_wait:.0%} of the time: more data.threads help "
+                  "while cores are idle, and smaller pictures do", file=sys.stderr, flush=True)  # fmt: skip
         return values
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what is inside as waiting for data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
 
     def add_held_out(self, step: int, values: Mapping[str, float]) -> None:
         """Shows numbers of held-out examples at `step` in TensorBoard, as "held_out/NAME"."""
