@@ -32,7 +32,8 @@ PAPER = config.recipe(
                                        snr_clip=(), drop_caption=0.0),  # it is not guided
     sampling=config.sampling(sampler="ddim", steps="fast27", eta=0.0, clip_x0=1.0, temperature=0.997),
     data=config.caption_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
-                             image_feature="image", caption_feature="caption", tokenizer="", crop="dalle", threads=16),
+                             image_feature="image", caption_feature="caption", tokenizer="",
+                             min_side=256, max_aspect=0.0, crop="dalle", threads=16),
     optim=config.adam(learning_rate=3e-4, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, eps=1e-8,
                       weight_decay=0.0, clip_norm=0.0, ema_decay=0.9999, accumulate=1, frozen=(), lora_rank=0),
     train=config.train(steps=1_600_000, batch_size=512, seed=0, log_every=50,
@@ -57,7 +58,7 @@ TINY = dict(
                text=dict(vocab_size=512, context=24, width=64, depth=2, heads=2)),
     diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(0.3, 5.0)),
     sampling=dict(steps="8"),
-    data=dict(source="tfds:emoji_scenes/single_64", crop="center", threads=2),
+    data=dict(source="tfds:emoji_scenes/single_64", min_side=64, crop="center", threads=2),
     optim=dict(learning_rate=0.002, warmup_steps=50, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.99),
     train=dict(steps=300, batch_size=8, checkpoint_every=300, sample_every=100000, keep=2),
 )

@@ -30,7 +30,8 @@ PAPER = config.recipe(
     sampling=config.guided_sampling(sampler="ddim", steps="15", eta=0.0, clip_x0=1.0, temperature=1.0,
                                     guidance_scale=1.0),
     data=config.caption_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
-                             image_feature="image", caption_feature="caption", tokenizer="", crop="dalle", threads=16),
+                             image_feature="image", caption_feature="caption", tokenizer="",
+                             min_side=1024, max_aspect=0.0, crop="dalle", threads=16),
     optim=config.adam(learning_rate=1.0e-4, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, eps=1e-8,
                       weight_decay=0.0, clip_norm=0.0, ema_decay=0.9999, accumulate=1, frozen=(), lora_rank=0),
     train=config.train(steps=1_000_000, batch_size=512, seed=0, log_every=50,
@@ -55,7 +56,7 @@ TINY = dict(
     # BSR takes more steps to learn: after so few it leaves specks on plain grounds.
     diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(0.3, 5.0), degradation="blur"),
     sampling=dict(steps="4"),
-    data=dict(source="tfds:emoji_scenes/single_256", crop="center", threads=2),
+    data=dict(source="tfds:emoji_scenes/single_256", min_side=256, crop="center", threads=2),
     optim=dict(learning_rate=0.002, warmup_steps=50, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.99),
     train=dict(steps=400, batch_size=8, checkpoint_every=500, sample_every=100000, keep=2, eval_size=8, draw_size=8,
                expected_loss=((50, 0.06, 0.22), (200, 0.022, 0.08), (400, 0.008, 0.045))),

@@ -59,6 +59,7 @@ def small_config(name):
     """The tiny config `name`, shrunk; a few steps of everything."""
     config = cli.load_config(f"configs/{name}.py:tiny").unlock()
     config.model.update(CHANGES[name])
+    config.data.min_side = 0
     config.train.update(dict(steps=2, batch_size=16, log_every=1, checkpoint_every=2, sample_every=2, eval_size=4))
     if "sampling" in config and "steps" in config.sampling:
         config.sampling.steps = "3"

@@ -258,6 +258,15 @@ def test_pictures_are_drawn_on_the_way(runs):
     assert not (runs["clip"].folder / "samples").exists()
 
 
+def test_a_run_that_is_judged_by_few_says_so(runs, tmp_path, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(train, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+    monkeypatch.setattr(train.Checkpointer, "__init__", lambda *_: pytest.fail("ends here"))
+    for size, said in ((4, True), (1, False)):
+        with pytest.raises(pytest.fail.Exception, match="ends here"):
+            train.run(config_of("clip", pictures, train=dict(eval_size=size)), str(tmp_path / str(size)))
+        assert ("only 1 example(s) are held out" in capsys.readouterr().err) == said
+
+
 def test_unreadable_pictures_are_counted(runs):
     assert lines(runs["prior_diffusion"].folder / "metrics.jsonl")[-1]["records_skipped"] > 0
     assert lines(runs["clip"].folder / "metrics.jsonl")[-1]["records_skipped"] == 0

@@ -49,8 +49,9 @@ def flat_keys(config: ConfigDict | dict, prefix: str = "") -> Iterator[str]:
         yield from flat_keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict | dict) else [f"{prefix}{name}"]
 
 
-# What models were before a key existed: stage → key → value.
+# What models were before a key existed: stage ("" for all) → key → value.
 BEFORE = {
+    "": {"data.min_side": 0, "data.max_aspect": 0.0},
     "decoder": {"model.embedding": "image"},
     "upsampler": {
         "model.caption": "none",
@@ -66,8 +67,9 @@ BEFORE = {
 
 def completed(config: ConfigDict) -> ConfigDict:
     """Adds to a stored config the keys that configs of its stage did not have yet when it was stored."""
-    known, before = set(flat_keys(config)), BEFORE.get(config.get("stage"), {})
-    config.update_from_flattened_dict({key: value for key, value in before.items() if key not in known})
+    known, before = set(flat_keys(config)), BEFORE[""] | BEFORE.get(config.get("stage"), {})
+    missing = {key: value for key, value in before.items() if key not in known and key.partition(".")[0] in config}
+    config.update_from_flattened_dict(missing)
     return config
 
 
@@ -288,6 +290,8 @@ def data(
     eval_split: str,  # Split that is evaluated and never trained on.
     image_feature: str,  # Name of the picture in a TFDS record.
     caption_feature: str,  # Name of the caption or captions in a TFDS record; "a/b" for b within a.
+    min_side: int,  # Shorter side in pixels below which a picture is skipped; 0: none is, and small ones are enlarged.
+    max_aspect: float,  # Longer side over shorter above which a picture is skipped; 0: none is.
     crop: str,  # Square cut of a picture: "dalle", of random place and scale (arXiv 2102.12092); "center", the middle.
     threads: int,  # Threads that read and cut pictures, in each process.
 ) -> dict:

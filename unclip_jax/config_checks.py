@@ -34,6 +34,10 @@ def check_config(config: ConfigDict, workdir: str) -> None:
         raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
     if config.data.crop not in CROPS:
         raise UserError(f"data.crop is {config.data.crop!r}: expected one of {', '.join(CROPS)}")
+    if config.data.min_side < 0:
+        raise UserError(f"data.min_side is {config.data.min_side}: expected pixels, or 0 for pictures of any size")
+    if config.data.max_aspect and not config.data.max_aspect >= 1:
+        raise UserError(f"data.max_aspect is {config.data.max_aspect}: expected at least 1, or 0 for any")
     if embedded(config) and config.data.crop != "center":
         raise UserError(f"data.crop is {config.data.crop!r}, but embeddings are of a picture's middle: expected center")
     if embedded(config) and not config.clip.bundle:

@@ -76,8 +76,9 @@ class Inputs:
         kernels = {"image": config.model.resize} if "resize" in config.model else {}
         kernels |= {"clip_image": upstream.stage.config.model.resize} if upstream.stage else {}
         to_example = ToExample(
-            stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors, kernels
-        )
+            stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors, kernels,
+            config.data.min_side, config.data.max_aspect,
+        )  # fmt: skip
         held_out = evaluation_batch(unseen, to_example, config.train.eval_size, config.train.seed)
         return cls(config, source, to_example, own, held_out)
 

@@ -82,6 +82,20 @@ def test_each_line_is_a_caption(tmp_path):
     assert opened(spec)[0]["caption"] == ["a cat", "a tabby"]
 
 
+@pytest.mark.parametrize("caption", ["cat.txt", "cat.TXT", "cat.JPG.txt", "cat.jpg.TXT", "Cat.txt"])
+def test_captions_have_the_picture_s_name_with_or_without_its_ending(tmp_path, caption):
+    (tmp_path / caption).write_text("a cat")
+    folder_of(tmp_path, ["other.png"])
+    (tmp_path / "cat.JPG").write_bytes(PNG)
+    found = [opened(f"folder:{tmp_path}", split)[0] for split in ("train", "test")]
+    assert {record["key"]: record["caption"] for record in found}["cat.JPG"] == "a cat"
+
+
+def test_what_systems_leave_in_folders_is_no_picture(tmp_path):
+    spec = folder_of(tmp_path, ["a.png", "b.png", "._a.png", ".trash/c.png", "__MACOSX/a.png", "d/.e/f.png"])
+    assert sorted(names(opened(spec)) + names(opened(spec, "test"))) == ["a.png", "b.png"]
+
+
 class Failing:
     """A source of five records, each of which fails as often as `failures` says."""
 

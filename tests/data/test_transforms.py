@@ -181,6 +181,27 @@ def test_one_of_several_captions(tokenizer):
         transform(record | {"caption": []}, np.random.default_rng(0))
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "limits", "says"),
+    [
+        (40, 63, dict(min_side=40), ""),
+        (39, 63, dict(min_side=40), "39 pixels, less than data.min_side=40"),
+        (63, 39, dict(min_side=40), "39 pixels, less than data.min_side=40"),
+        (30, 60, dict(max_aspect=2.0), ""),
+        (60, 29, dict(max_aspect=2.0), "60 by 29 pixels, beyond data.max_aspect=2.0"),
+    ],
+)
+def test_pictures_too_small_or_too_long_are_unreadable(height, width, limits, says):
+    record = {"image": encoded(coordinates(height, width)), "caption": "", "key": "k"}
+    transform = ToExample({"image": 64}, {}, "center", None, **limits)
+    if not says:
+        assert transform(record, np.random.default_rng(0))["image"].shape == (64, 64, 3)
+        return
+    with pytest.raises(UnreadableRecord, match=says):
+        transform(record, np.random.default_rng(0))
+    assert ToExample({"image": 64}, {}, "center", None)(record, np.random.default_rng(0))
+
+
 def test_errors():
     with pytest.raises(UserError, match=r"'middle'.*center, dalle"):
         ToExample({"image": 64}, {}, "middle", None)

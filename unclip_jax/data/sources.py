@@ -89,9 +89,10 @@ class _Retrying:
 
 
 class FolderSource:
-    """Pictures anywhere below a folder, each with its captions beside it, in a .txt of the same name.
+    """Pictures anywhere below a folder, each with its captions beside it, in cat.txt or cat.jpg.txt for cat.jpg.
 
-    Each line of the file is a caption, of which training draws one at a time.
+    Each line of the file is a caption, of which training draws one at a time. Hidden files and folders are left out,
+    and __MACOSX, which macOS puts into archives.
 
     Whether a picture is in the split "train" or "test" depends on a hash of its name, so that this does not change when
     pictures are added. In a bucket each record takes several requests: a TFDS dataset is faster there. Raises UserError
@@ -103,12 +104,18 @@ class FolderSource:
             raise UserError(f"no folder {folder}: data.source=folder:PATH needs one with pictures and .txt captions")
         if split not in ("train", "test"):
             raise UserError(f"a folder has no split {split!r}: expected train or test")
-        files = files_below(folder)
+        files = [name for name in files_below(folder) if not _is_hidden(name)]
         pictures = [name for name in files if PurePosixPath(name).suffix.lower() in PICTURES]
         if not pictures:
             raise UserError(f"{folder} has no pictures: expected files ending in {', '.join(PICTURES)}")
-        captions = {name for name in files if name.endswith(".txt")}
-        names = [name for name in pictures if _caption_of(name) in captions]
+        texts = {name.lower(): name for name in files if name.lower().endswith(".txt")}
+        captions = {}
+        for name in pictures:
+            for beside in (str(PurePosixPath(name).with_suffix(".txt")), f"{name}.txt"):
+                if beside.lower() in texts:
+                    captions[name] = texts[beside.lower()]
+                    break
+        names = list(captions)
         if not names:
             raise UserError(f"{folder} has {len(pictures)} pictures but no captions: put NAME.txt beside NAME.png")
         self.uncaptioned = len(pictures) - len(names)
@@ -117,22 +124,23 @@ class FolderSource:
         if len(names) == 1:
             raise UserError(f"{folder} has one captioned picture: at least two are needed, one of them to hold out")
         held_out = _held_out(names)
-        self._folder, self._names = folder, [name for name in names if (name in held_out) == (split == "test")]
+        self._folder, self._captions = folder, captions
+        self._names = [name for name in names if (name in held_out) == (split == "test")]
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict:
         name = self._names[index]
-        text = (self._folder / _caption_of(name)).read_bytes().decode("utf-8-sig", errors="replace")
+        text = (self._folder / self._captions[name]).read_bytes().decode("utf-8-sig", errors="replace")
         captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
         image = (self._folder / name).read_bytes()
         return {"image": image, "caption": captions[0] if len(captions) == 1 else captions, "key": name}
 
 
-def _caption_of(name: str) -> str:
-    """Returns the name of the file that a picture's caption is in."""
-    return str(PurePosixPath(name).with_suffix(".txt"))
+def _is_hidden(name: str) -> bool:
+    """Tells whether a file, or a folder that it is in, is one that systems put beside people's own."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _held_out(names: list[str]) -> set[str]:

@@ -32,6 +32,8 @@ class ToExample:
     kernels: name of a picture → how it is made small, as in `center_square`; those not named by "area".
     vectors: which of "image_embedding" and "text_embedding" (of the caption drawn) to pass on, float32 (dim,), from
         records of an `EmbeddedSource`.
+    min_side, max_aspect: pictures whose shorter side is less, or whose longer side is more times as long, are
+        unreadable records; 0 for any.
 
     Raises UserError for an unknown crop and a patch that does not fit.
     """
@@ -45,6 +47,8 @@ class ToExample:
         bsr_factor: int | None = None,
         vectors: Iterable[str] = (),
         kernels: Mapping[str, str] | None = None,
+        min_side: int = 0,
+        max_aspect: float = 0.0,
     ):
         if crop not in CROPS:
             raise UserError(f"data.crop is {crop!r}: expected one of {', '.join(CROPS)}")
@@ -52,6 +56,7 @@ class ToExample:
             raise UserError(f"patch is {patch}: expected a multiple of {ALIGNMENT}, at most {images['image']}")
         self.images, self.texts, self.crop, self.patch, self.bsr_factor = images, texts, crop, patch, bsr_factor
         self.vectors, self.kernels = tuple(vectors), dict(kernels or {})
+        self.min_side, self.max_aspect = min_side, max_aspect
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Makes one example. Raises UnreadableRecord where picture or caption cannot be used."""
@@ -70,6 +75,11 @@ class ToExample:
 
     def _pictures(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         picture = decode(data)
+        shorter, longer = sorted(picture.shape[:2])
+        if shorter < self.min_side:
+            raise UnreadableRecord(f"its shorter side has {shorter} pixels, less than data.min_side={self.min_side}")
+        if self.max_aspect and longer > self.max_aspect * shorter:
+            raise UnreadableRecord(f"it has {longer} by {shorter} pixels, beyond data.max_aspect={self.max_aspect}")
         square = square_crop(picture, max(self.images.values()), self.crop, rng)
         windows = {"image": _window(self.images["image"], self.patch, rng)} if self.patch else {}
 
