@@ -110,7 +110,7 @@ def decode(data: bytes) -> np.ndarray:
 
     Raises UnreadableRecord for a damaged file.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
@@ -122,6 +122,8 @@ def decode(data: bytes) -> np.ndarray:
             white = Image.new("RGBA", picture.size, "white")
             picture = Image.alpha_composite(white, picture)
         return np.asarray(picture.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UnreadableRecord("it is no picture of a known kind") from error
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
         raise UnreadableRecord(f"{type(error).__name__}: {error}") from error
 
