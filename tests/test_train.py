@@ -427,6 +427,8 @@ def test_glide_goes_on_from_its_own_kind_alone(tmp_path, pictures):
         (dict(sampling=dict(sampler="dpm")), "sampling.sampler is 'dpm'"),
         (dict(mesh=dict(fsdp=3)), "do not cover 8"),
         (dict(data=dict(crop="random")), "data.crop is 'random'"),
+        (dict(data=dict(min_side=-1)), "data.min_side is -1: expected pixels, or 0"),
+        (dict(data=dict(max_aspect=0.5)), "data.max_aspect is 0.5: expected at least 1, or 0"),
         (dict(data=dict(crop="dalle", embeddings="DIR")), "data.crop is 'dalle', but embeddings are of"),
         (dict(data=dict(embeddings="DIR")), "data.embeddings is set, but not the CLIP that made them"),
         (dict(data=dict(tokenizer="missing.model")), "missing.model does not exist"),

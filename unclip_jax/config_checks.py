@@ -30,28 +30,7 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     band = config.train.expected_loss
     if any(len(row) != 3 or row[1] > row[2] for row in band) or list(band) != sorted(band):
         raise UserError(f"train.expected_loss is {band}: expected (step, low, high) rows, in the order of steps")
-    if not config.data.source:
-        raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
-    if config.data.crop not in CROPS:
-        raise UserError(f"data.crop is {config.data.crop!r}: expected one of {', '.join(CROPS)}")
-    if config.data.min_side < 0:
-        raise UserError(f"data.min_side is {config.data.min_side}: expected pixels, or 0 for pictures of any size")
-    if config.data.max_aspect and not config.data.max_aspect >= 1:
-        raise UserError(f"data.max_aspect is {config.data.max_aspect}: expected at least 1, or 0 for any")
-    if embedded(config) and config.data.crop != "center":
-        raise UserError(f"data.crop is {config.data.crop!r}, but embeddings are of a picture's middle: expected center")
-    if embedded(config) and not config.clip.bundle:
-        raise UserError("data.embeddings is set, but not the CLIP that made them: name it in clip.bundle")
-    named = config.data.tokenizer if "tokenizer" in config.data else ""
-    if named and not to_path(named).exists():
-        raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
-    if config.init.bundle:
-        if named:
-            raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")
-        if same_place(config.init.bundle, to_path(workdir) / "bundle"):
-            raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new run another one")
-    if named and config.model.get("caption") == "clip":
-        raise UserError("data.tokenizer is set, but CLIP reads the captions (model.caption): leave it empty")
+    _check_data(config, workdir)
     if config.stage == "clip":
         _check_clip(config)
     if config.dtype not in ("float32", "bfloat16"):
@@ -97,6 +76,31 @@ def _check_clip(config: ConfigDict) -> None:
             make_schedule(m.noise_schedule, m.image.timesteps)
         except ValueError as error:
             raise UserError(f"model.noise_schedule: {error}") from error
+
+
+def _check_data(config: ConfigDict, workdir: str) -> None:
+    if not config.data.source:
+        raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
+    if config.data.crop not in CROPS:
+        raise UserError(f"data.crop is {config.data.crop!r}: expected one of {', '.join(CROPS)}")
+    if config.data.min_side < 0:
+        raise UserError(f"data.min_side is {config.data.min_side}: expected pixels, or 0 for pictures of any size")
+    if config.data.max_aspect and not config.data.max_aspect >= 1:
+        raise UserError(f"data.max_aspect is {config.data.max_aspect}: expected at least 1, or 0 for any")
+    if embedded(config) and config.data.crop != "center":
+        raise UserError(f"data.crop is {config.data.crop!r}, but embeddings are of a picture's middle: expected center")
+    if embedded(config) and not config.clip.bundle:
+        raise UserError("data.embeddings is set, but not the CLIP that made them: name it in clip.bundle")
+    named = config.data.tokenizer if "tokenizer" in config.data else ""
+    if named and not to_path(named).exists():
+        raise UserError(f"data.tokenizer {named} does not exist: name a sentencepiece model, or leave it empty")
+    if config.init.bundle:
+        if named:
+            raise UserError("data.tokenizer is set, but a model keeps the tokenizer of its init.bundle: leave it empty")
+        if same_place(config.init.bundle, to_path(workdir) / "bundle"):
+            raise UserError(f"init.bundle {config.init.bundle} is of this same workdir: give the new run another one")
+    if named and config.model.get("caption") == "clip":
+        raise UserError("data.tokenizer is set, but CLIP reads the captions (model.caption): leave it empty")
 
 
 def _check_measures(config: ConfigDict) -> None:

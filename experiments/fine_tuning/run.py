@@ -30,9 +30,8 @@ SEEDS = 16  # drawings of the object on each of the colours
 TUNINGS = {
     "all of it": ["--config.optim.learning_rate=3e-4"],
     "low rank, 4": ["--config.optim.learning_rate=3e-3", "--config.optim.lora_rank=4"],
-    "low rank, 16": ["--config.optim.learning_rate=3e-3", "--config.optim.lora_rank=16"],
 }
-STEPS = (100, 300)
+STEPS = (300,)
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ DRAWS = 8  # of each of the 64 held-out scenes
 ARMS = {  # run, and how it is sampled where that is not its config's way
     "tiny's recipe": ("decoder_tiny", {}),
     "the paper's": ("decoder_miniature", {}),
-    "the paper's, 100 steps": ("decoder_miniature", {"steps": "100"}),
     "the paper's, DDIM of 25 steps": ("decoder_miniature", {"sampler": "ddim", "steps": "25"}),
 }
 
