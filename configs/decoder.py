@@ -81,7 +81,8 @@ MINIATURE = dict(
     clip=TINY["clip"],
     data=TINY["data"],
     optim=dict(learning_rate=0.002, warmup_steps=100, schedule="cosine", ema_decay=0.9995),
-    train=dict(steps=12000, batch_size=32, checkpoint_every=1000, sample_every=3000, keep=2, measure=("alignment",)),
+    train=dict(steps=12000, batch_size=32, checkpoint_every=1000, sample_every=3000, keep=2, measure=("alignment",),
+               expected_loss=((100, 0.07, 0.8), (1000, 0.035, 0.7), (3000, 0.02, 0.3), (12000, 0.01, 0.2))),
 )
 
 

@@ -358,7 +358,8 @@ def test_miniature_is_the_papers_recipe():
     sizes = {"channels", "channel_mult", "res_blocks", "attention", "head_channels", "norm_groups"}
     sizes = {f"model.unet.{name}" for name in sizes} | {"model.image_size", "model.embedding_dim"}
     sizes |= {f"model.text.{name}" for name in ("vocab_size", "context", "width", "depth", "heads")}
-    run = {f"train.{name}" for name in ("steps", "batch_size", "checkpoint_every", "sample_every", "keep", "measure")}
+    run = {f"train.{name}" for name in ("steps", "batch_size", "checkpoint_every", "sample_every", "keep")}
+    run |= {"train.measure", "train.expected_loss"}
     run |= {"data.source", "data.crop", "data.threads", "clip.config"}
     scaled = {f"optim.{name}" for name in ("learning_rate", "warmup_steps", "schedule", "ema_decay")}
     assert changed == sizes | run | scaled
