@@ -11,7 +11,8 @@ tiny   Emoji scenes of one object, for two CPU cores; trains its CLIP first if n
        Given true embeddings of 64 held-out scenes, object right in 92%, background in 100%.
 miniature  The paper's recipe with tiny's networks: eps and L_vlb with a learned variance, dropout, bfloat16, captions
        dropped by half, 250 steps of DDPM. On a CPU add --config.dtype=float32: its compiler is slow with bfloat16.
-       After 4,000 of the 12,000 steps, 61 of 64 held-out scenes were right in object and background.
+       Takes 94 minutes on two busy cores. Of 512 drawings of held-out scenes, object and background are right in 95%
+       (experiments/recipe).
 """
 
 from unclip_jax import config
