@@ -62,6 +62,8 @@ def test_tables_agree_with_bayes(schedule):
     ("15", [0, 71, 143, 214, 285, 357, 428, 500, 571, 642, 714, 785, 856, 928, 999]),
     ("7", [0, 166, 333, 500, 666, 832, 999]),
     ("ddim15", list(range(0, 939, 67))),
+    ("ddim38", list(range(0, 1000, 27))),  # 999 is a multiple of 27: counted from 1 there would be 37
+    ("1/4", [0]),
     ("1000", list(range(1000))),
 ])
 def test_respacing_keeps_the_reference_steps(spec, kept):
