@@ -31,7 +31,7 @@ TUNINGS = {
     "all of it": ["--config.optim.learning_rate=3e-4"],
     "low rank, 4": ["--config.optim.learning_rate=3e-3", "--config.optim.lora_rank=4"],
 }
-STEPS = (300,)
+STEPS = (50, 300)
 
 
 def main() -> None:
