@@ -89,6 +89,19 @@ def test_files_and_tars_are_read_alike(places):
     assert next(evaluate.read_pictures(str(places / "files"), 4)).image.shape == (4, 4, 3)
 
 
+def test_the_first_caption_counts_and_what_systems_leave_does_not(places, tmp_path):
+    picture = (places / "files" / "000.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(picture)
+    (tmp_path / "a.txt").write_text("a fox\nan animal\n")
+    (tmp_path / "._a.png").write_bytes(b"of macOS")
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        for name, data in {"__MACOSX/b.png": b"of macOS", "b.png": picture, "b.txt": b"\n a cat\n"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert [picture.caption for picture in evaluate.read_pictures(str(tmp_path), None)] == ["a fox", "a cat"]
+
+
 def test_numbers_are_the_librarys_and_say_what_they_depend_on(places, capsys):
     options = ["--pictures", places / "tars", "--reference", places / "others", "--inception", "x"]
     fid, kid, *four = run(capsys, "fid", "kid", "precision_recall", *options)

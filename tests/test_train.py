@@ -25,6 +25,7 @@ from shrink import (
 
 from unclip_jax import cli, train
 from unclip_jax.bundle import load_bundle, save_bundle
+from unclip_jax.data import sources
 from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.embed import embed_dataset
 from unclip_jax.errors import UserError
@@ -258,13 +259,14 @@ def test_pictures_are_drawn_on_the_way(runs):
     assert not (runs["clip"].folder / "samples").exists()
 
 
-def test_a_run_that_is_judged_by_few_says_so(runs, tmp_path, pictures, monkeypatch, capsys):
-    monkeypatch.setattr(train, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
-    monkeypatch.setattr(train.Checkpointer, "__init__", lambda *_: pytest.fail("ends here"))
-    for size, said in ((4, True), (1, False)):
+def test_a_run_that_is_judged_by_few_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "HeldOut", lambda *_: pytest.fail("ends here"))
+    for few, held_out in ((True, 7), (False, 8)):
+        config = config_of("clip", save_pictures(tmp_path / str(held_out) / "pictures"))
+        monkeypatch.setattr(sources, "_held_out", lambda names, held_out=held_out: set(names[:held_out]))
         with pytest.raises(pytest.fail.Exception, match="ends here"):
-            train.run(config_of("clip", pictures, train=dict(eval_size=size)), str(tmp_path / str(size)))
-        assert ("only 1 example(s) are held out" in capsys.readouterr().err) == said
+            train.run(config, str(tmp_path / str(held_out) / "run"))
+        assert ("only 7 example(s) are held out" in capsys.readouterr().err) == few
 
 
 def test_unreadable_pictures_are_counted(runs):

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unclip_jax.data import embeddings
-from unclip_jax.data.pipeline import MAX_NAMED
+from unclip_jax.data.pipeline import Skipped
 from unclip_jax.data.sources import Source, open_source
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import ToExample, captions_of
@@ -94,7 +93,7 @@ class _Reader:
         self._to_example = ToExample(
             {"image": self._size}, {}, "center", None, kernels={"image": stage.config.model.resize}
         )
-        self._skipped = itertools.count()
+        self._skipped = Skipped()
 
     def __call__(self, source: Source, start: int, stop: int, threads: int) -> Iterator[_Read]:
         import grain
@@ -110,8 +109,7 @@ class _Reader:
             key = record["key"]
             image = self._to_example(record, np.random.default_rng(0))["image"]
         except UnreadableRecord as error:
-            if next(self._skipped) < MAX_NAMED:
-                logging.warning("skipped unreadable record %s: %s", key, error)
+            self._skipped.note(key, error)
             nothing = np.zeros((0, self._context), np.int32)
             return _Read(np.zeros((self._size, self._size, 3), np.uint8), nothing, nothing[:, 0], 0)
         tokens = self._tokenizer.encode(captions_of(record), self._context, ends=True)

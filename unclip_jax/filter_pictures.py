@@ -14,14 +14,14 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from unclip_jax import cli
 from unclip_jax.data import filtering
-from unclip_jax.data.sources import PICTURES
+from unclip_jax.data.sources import PICTURES, pictures_among
 from unclip_jax.data.transforms import decode
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.evaluation import features
@@ -154,7 +154,7 @@ def _pictures(place: str) -> tuple[Path, list[str]]:
     folder = to_path(place)
     if not folder.is_dir():
         raise UserError(f"{place} is no folder: expected one of pictures")
-    names = [name for name in files_below(folder) if PurePosixPath(name).suffix.lower() in PICTURES]
+    names = pictures_among(files_below(folder))
     if not names:
         raise UserError(f"{place} has no pictures: expected files ending in {', '.join(PICTURES)}")
     return folder, names

@@ -26,6 +26,7 @@ from unclip_jax.training import preflight
 from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
 from unclip_jax.training.sharding import global_batch, own_rows
 
+FEW_HELD_OUT = 8  # examples, below which a run says so
 TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
 
 
@@ -65,11 +66,14 @@ class Inputs:
         """Opens the datasets that `config.data` names, and finds or trains the tokenizer. Every process has to call it.
 
         origin: the trained model that the run starts from, whose tokenizer is kept. beat: is called now and then while
-        captions are read, which may take long. Raises UserError where the data
-        cannot be read, and where a tokenizer does not belong to the model or to the earlier run in WORKDIR.
+        captions are read, which may take long. Raises UserError where the data cannot be read, and where a tokenizer
+        does not belong to the model or to the earlier run in WORKDIR.
         """
         source = _open_source(config, config.data.split, upstream.identity)
         unseen = _open_source(config, config.data.eval_split, upstream.identity)
+        if len(unseen) < FEW_HELD_OUT and jax.process_index() == 0:
+            few = f"only {len(unseen)} example(s) are held out, too few for their numbers to say much"
+            print(f"{config.stage}: {few}", file=sys.stderr, flush=True)
         own = _own_tokenizer(config, stage, source, workdir, origin, beat)
         tokenizers = {"own": own, "clip": upstream.tokenizer}
         texts = {name: (tokenizers[owner], context, ends) for name, (owner, context, ends) in stage.texts.items()}
@@ -77,7 +81,7 @@ class Inputs:
         kernels |= {"clip_image": upstream.stage.config.model.resize} if upstream.stage else {}
         to_example = ToExample(
             stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors, kernels,
-            config.data.min_side, config.data.max_aspect,
+            min_side=config.data.min_side, max_aspect=config.data.max_aspect,
         )  # fmt: skip
         held_out = evaluation_batch(unseen, to_example, config.train.eval_size, config.train.seed)
         return cls(config, source, to_example, own, held_out)

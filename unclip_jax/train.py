@@ -53,8 +53,6 @@ from unclip_jax.training.state import (
 )
 from unclip_jax.training.tuning import merged, trained_part
 
-FEW_HELD_OUT = 8  # examples, below which a run says so
-
 
 class Report(TypedDict):
     """Outcome of a finished run."""
@@ -129,9 +127,6 @@ def _run(
     origin = load_origin(config, stage, upstream.identity)
     inputs = Inputs.open(config, stage, upstream, workdir, origin, watchdog.beat)
     root = root_key(config.train.seed)
-    unseen = len(next(iter(inputs.held_out.values())))
-    if unseen < min(FEW_HELD_OUT, config.train.eval_size):
-        _say(f"{config.stage}: only {unseen} example(s) are held out, too few for their numbers to say much")
     held_out = HeldOut(config, stage, mesh, inputs.held_out, jax.random.fold_in(root, 2**31 - 1), workdir)
     tokenizer_bytes = inputs.tokenizer.model_bytes if inputs.tokenizer else None
     checkpointer = Checkpointer(workdir, config.train.keep, config.train.keep_every)

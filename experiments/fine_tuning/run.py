@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +50,11 @@ def main() -> None:
 
     train(args.workdir / "base", clip, args.workdir / "others")
     rows, report["rows"] = [], {}
-    for name, bundle, minutes in tunings(args.workdir, clip):
+    for name, bundle, took in tunings(args.workdir, clip):
         cascade = Cascade.load(args.bundle)
         cascade = Cascade(cascade.clip, None, Model.load(bundle, ("decoder",), cascade.clip), [])
         drawn, report["rows"][name] = measure(cascade)
-        report["rows"][name]["minutes"] = minutes
+        report["rows"][name]["minutes"] = took
         print(f"{name}: {json.dumps(report['rows'][name])}", flush=True)
         rows.append(drawn)
     Image.fromarray(np.concatenate(rows)).resize((16 * 32, len(rows) * 32), Image.Resampling.NEAREST).save(
@@ -62,7 +63,7 @@ def main() -> None:
     (HERE / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def tunings(workdir: Path, clip: Path):
+def tunings(workdir: Path, clip: Path) -> Iterator[tuple[str, Path, float]]:
     """Yields the base and each tuned decoder: its name, its bundle and the minutes that its training took."""
     yield "before", workdir / "base" / "bundle", minutes(workdir / "base")
     for kind, flags in TUNINGS.items():

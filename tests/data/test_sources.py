@@ -251,6 +251,7 @@ def foreign(data_dir):
                 "captions": tfds.features.Sequence(tfds.features.Text()),
                 "nested": {"text": tfds.features.Sequence(tfds.features.Text())},
                 "comments": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),  # as in COCO's
+                "words": tfds.features.Tensor(shape=(2, 1), dtype=np.object_),
                 "label": np.int64,
             }
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
@@ -261,7 +262,7 @@ def foreign(data_dir):
         def _generate_examples(self):
             for k in range(3):
                 both = [f"one {k}", f"two {k}"]
-                captions = {"captions": both, "nested": {"text": both}}
+                captions = {"captions": both, "nested": {"text": both}, "words": np.array([["one"], ["two"]], object)}
                 captions["comments"] = [{"id": i, "text": text} for i, text in enumerate(both)]
                 yield k, {"picture": io.BytesIO(PNG), "label": k} | captions
 
@@ -287,6 +288,7 @@ def test_any_tfds_dataset(foreign, caption):
         ("tfds:foreign", "validation", "picture", "label", "no text in 'label'"),
         ("tfds:foreign", "validation", "picture", "nested", "no text in 'nested'"),
         ("tfds:foreign", "validation", "picture", "comments/id", "no text in 'comments/id'"),
+        ("tfds:foreign", "validation", "picture", "words", "no text in 'words'"),
         ("tfds:foreign", "validation", "picture", "comments/words", "no feature 'comments/words': .*comments/text"),
         ("tfds:foreign", "validation", "label", "captions", "no picture in 'label'"),
         ("tfds:foriegn", "train", "image", "caption", "no dataset 'foriegn'.*: .*foreign"),

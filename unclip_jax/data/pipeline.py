@@ -71,11 +71,13 @@ def captions(source: Source, count: int, threads: int) -> Iterator[str | list[st
     """Yields the captions of the first `count` records, in order, without those that cannot be read."""
     import grain
 
+    skipped = Skipped()
+
     def caption(index: int) -> str | list[str] | None:
         try:
             return source[index]["caption"]
         except UnreadableRecord as error:
-            logging.warning("skipped unreadable record number %d: %s", index, error)
+            skipped.note(f"number {index}", error)
             return None
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
@@ -85,13 +87,27 @@ def captions(source: Source, count: int, threads: int) -> Iterator[str | list[st
 _FAR = 2**52  # examples, more than any run will see
 
 
+class Skipped:
+    """Names unreadable records in the log: each once, and the first MAX_NAMED alone. For any number of threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._named = threading.Lock(), set[str]()
+
+    def note(self, key: str, error: UnreadableRecord) -> None:
+        """Names a record, and says why it cannot be read."""
+        with self._lock:
+            if key in self._named or len(self._named) == MAX_NAMED:
+                return
+            self._named.add(key)
+        logging.warning("skipped unreadable record %s: %s", key, error)
+
+
 class _Readable:
     """Transforms records, and skips those that cannot be read."""
 
     def __init__(self, source: Source, transform: Transform, seed: int):
         self._source, self._transform, self._seed = source, transform, seed
-        self._lock = threading.Lock()
-        self._named: set[str] = set()
+        self._skipped = Skipped()
 
     def check(self) -> None:
         """Raises UserError where nothing can be read, to be called before anything long starts."""
@@ -113,14 +129,6 @@ class _Readable:
                 return self._transform(record, np.random.default_rng((self._seed, position))), skipped
             except UnreadableRecord as error:
                 last = f"{key}: {error}"
-                self._note(key, error)
+                self._skipped.note(key, error)
             index = int(others.integers(len(self._source)))
         raise UserError(f"none of {MAX_TRIES} records could be read: is this a dataset of pictures? The last: {last}")
-
-    def _note(self, key: str, error: Exception) -> None:
-        """Names an unreadable record in the log, once."""
-        with self._lock:
-            if key in self._named or len(self._named) == MAX_NAMED:
-                return
-            self._named.add(key)
-        logging.warning("skipped unreadable record %s: %s", key, error)

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,27 +72,25 @@ class _Retrying:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        waits = RETRY_SECONDS if self._lost_in_a_row < MAX_IN_A_ROW else ()
-        for wait in (*waits, None):
+        waits = list(RETRY_SECONDS) if self._lost_in_a_row < MAX_IN_A_ROW else []
+        while True:
             try:
                 record = self._source[index]
+                break
             except Exception as error:  # libraries of storage and of file formats raise nearly anything
-                if wait is None:
+                if not waits:
                     self._lost_in_a_row += 1
                     line = " ".join(str(error).split())
                     raise UnreadableRecord(f"it cannot be read: {type(error).__name__}: {line[:200]}") from error
-                time.sleep(wait)
-            else:
-                self._lost_in_a_row = 0
-                return record
-        raise AssertionError("the last try returns or raises")
+            time.sleep(waits.pop(0))
+        self._lost_in_a_row = 0
+        return record
 
 
 class FolderSource:
     """Pictures anywhere below a folder, each with its captions beside it, in cat.txt or cat.jpg.txt for cat.jpg.
 
-    Each line of the file is a caption, of which training draws one at a time. Hidden files and folders are left out,
-    and __MACOSX, which macOS puts into archives.
+    Each line of the file is a caption, of which training draws one at a time.
 
     Whether a picture is in the split "train" or "test" depends on a hash of its name, so that this does not change when
     pictures are added. In a bucket each record takes several requests: a TFDS dataset is faster there. Raises UserError
@@ -104,8 +102,8 @@ class FolderSource:
             raise UserError(f"no folder {folder}: data.source=folder:PATH needs one with pictures and .txt captions")
         if split not in ("train", "test"):
             raise UserError(f"a folder has no split {split!r}: expected train or test")
-        files = [name for name in files_below(folder) if not _is_hidden(name)]
-        pictures = [name for name in files if PurePosixPath(name).suffix.lower() in PICTURES]
+        files = files_below(folder)
+        pictures = pictures_among(files)
         if not pictures:
             raise UserError(f"{folder} has no pictures: expected files ending in {', '.join(PICTURES)}")
         texts = {name.lower(): name for name in files if name.lower().endswith(".txt")}
@@ -132,15 +130,24 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict:
         name = self._names[index]
-        text = (self._folder / self._captions[name]).read_bytes().decode("utf-8-sig", errors="replace")
-        captions = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+        captions = captions_in((self._folder / self._captions[name]).read_bytes()) or [""]
         image = (self._folder / name).read_bytes()
         return {"image": image, "caption": captions[0] if len(captions) == 1 else captions, "key": name}
 
 
-def _is_hidden(name: str) -> bool:
-    """Tells whether a file, or a folder that it is in, is one that systems put beside people's own."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def pictures_among(files: Iterable[str]) -> list[str]:
+    """Selects the names of pictures, without hidden files and folders, and __MACOSX, which macOS puts into archives."""
+    return [
+        name
+        for name in files
+        if name.lower().endswith(PICTURES)
+        and not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    ]
+
+
+def captions_in(text: bytes) -> list[str]:
+    """Lists the captions in a text file, one a line. Bytes that are not UTF-8 become U+FFFD."""
+    return [line.strip() for line in text.decode("utf-8-sig", errors="replace").splitlines() if line.strip()]
 
 
 def _held_out(names: list[str]) -> set[str]:
@@ -208,8 +215,8 @@ def _features(features: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _is_text(feature: Any) -> bool:
-    """Tells whether a feature holds a text or several."""
-    return not hasattr(feature, "items") and feature.np_dtype == np.object_
+    """Tells whether a feature holds a text or a sequence of them."""
+    return not hasattr(feature, "items") and feature.np_dtype == np.object_ and len(feature.shape) <= 1
 
 
 def _at(record: Any, names: Sequence[str]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from unclip_jax.data.sources import PICTURES
+from unclip_jax.data.sources import PICTURES, captions_in, pictures_among
 from unclip_jax.data.transforms import center_square, decode
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import files_below, to_path
@@ -30,8 +30,8 @@ class PictureFile(NamedTuple):
 
     @property
     def caption(self) -> str:
-        """The text beside the picture, else the prompt inside it, else ""."""
-        return self.beside.decode("utf-8-sig").strip() or self._read(_prompt)
+        """The first caption beside the picture, else the prompt inside it, else ""."""
+        return next(iter(captions_in(self.beside)), "") or self._read(_prompt)
 
     def square(self, size: int | None) -> np.ndarray:
         """Returns the square in the picture's middle, uint8 (size, size, 3); None: of the shorter side."""
@@ -70,12 +70,11 @@ def picture_files(place: str) -> Iterator[PictureFile]:
         if name.endswith(".tar"):
             with (folder / name).open("rb") as file, tarfile.open(fileobj=file) as archive:
                 files = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
-            for inner in sorted(files):
-                if inner.lower().endswith(PICTURES):
-                    found = True
-                    beside = files.get(f"{inner.rpartition('.')[0]}.txt", b"")
-                    yield PictureFile(f"{name}/{inner}", files[inner], beside)
-        elif name.lower().endswith(PICTURES) and name != "grid.png":
+            for inner in pictures_among(sorted(files)):
+                found = True
+                beside = files.get(f"{inner.rpartition('.')[0]}.txt", b"")
+                yield PictureFile(f"{name}/{inner}", files[inner], beside)
+        elif pictures_among([name]) and name != "grid.png":
             found = True
             text = folder / f"{name.rpartition('.')[0]}.txt"
             yield PictureFile(name, (folder / name).read_bytes(), text.read_bytes() if text.exists() else b"")

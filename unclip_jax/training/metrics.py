@@ -60,7 +60,7 @@ class MetricLogger:
         now = time.monotonic()
         worked = self._worked + (0.0 if self._running_since is None else now - self._running_since)
         span = max(worked - self._worked_at_log, 1e-9)
-        rate, data_wait = (step - self._step) * self._batch_size / span, min(1.0, self._waited / span)
+        rate, data_wait = (step - self._step) * self._batch_size / span, self._waited / span
         self._step, self._worked_at_log, self._waited = step, worked, 0.0
         if not self._writes:
             return values
