@@ -266,7 +266,8 @@ def test_a_run_that_is_judged_by_few_says_so(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sources, "_held_out", lambda names, held_out=held_out: set(names[:held_out]))
         with pytest.raises(pytest.fail.Exception, match="ends here"):
             train.run(config, str(tmp_path / str(held_out) / "run"))
-        assert ("only 7 example(s) are held out" in capsys.readouterr().err) == few
+        said = capsys.readouterr().err
+        assert ("only 7 example(s) are held out" in said) == ("are held out" in said) == few
 
 
 def test_unreadable_pictures_are_counted(runs):
@@ -450,3 +451,17 @@ def test_a_folder_without_one_readable_picture_is_refused(tmp_path):
         (tmp_path / f"{name}.png").write_bytes(b"no picture")
         (tmp_path / f"{name}.txt").write_text("a red apple")
     refused(tmp_path, config_of("clip", tmp_path), "none of 1000 records could be read.*: it is no picture of a known")
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        (dict(min_side=25), "its shorter side has 24 pixels, less than data.min_side=25"),
+        (dict(max_aspect=1.5), "it has 48 by 24 pixels, beyond data.max_aspect=1.5"),
+    ],
+)
+def test_pictures_outside_the_configs_limits_are_not_trained_on(tmp_path, limits, says):
+    for name in "abc":
+        Image.new("RGB", (48, 24)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a red apple")
+    refused(tmp_path, config_of("clip", tmp_path, data=limits), says)

@@ -126,6 +126,11 @@ def test_a_thousand_bad_records_in_a_row_do_not_end_a_run():
     assert set(take(1, source, batch_size=64)[0]["index"]) <= set(range(3000, 4000))
 
 
+def test_the_first_hundred_are_named(caplog):
+    take(50, Numbers(400, broken=range(200)), batch_size=8)
+    assert caplog.text.count("skipped unreadable record") == 100
+
+
 def test_nothing_readable():
     with pytest.raises(UserError, match=r"none of 1000 records .* The last: number-[0-4]: torn"):
         batches(Numbers(5, broken=range(5)), transform, 8, 0)
