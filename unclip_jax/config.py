@@ -65,6 +65,11 @@ BEFORE = {
 }
 
 
+# Keys that name a place. Runs are compared by what is there, not by its name: data that were moved are the same data.
+PLACES = ("data.source", "data.data_dir", "data.tokenizer", "data.embeddings")
+PLACES += ("clip.bundle", "clip.config", "init.bundle")
+
+
 def completed(config: ConfigDict) -> ConfigDict:
     """Adds to a stored config the keys that configs of its stage did not have yet when it was stored."""
     known, before = set(flat_keys(config)), BEFORE[""] | BEFORE.get(config.get("stage"), {})

@@ -20,6 +20,7 @@ from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unclip_jax.data.transforms import ToExample
 from unclip_jax.errors import UserError
 from unclip_jax.paths import to_path, write_bytes
+from unclip_jax.run_identity import fingerprint
 from unclip_jax.stages import Stage
 from unclip_jax.stages.base import ClipTowers
 from unclip_jax.training import preflight
@@ -44,7 +45,7 @@ class Inputs:
     """The data of one run, as its stage reads it.
 
     tokenizer: the stage's own; None where it has none. held_out: numpy arrays of `train.eval_size` examples that are
-    never trained on, the same on every process.
+    never trained on, the same on every process. fingerprints: "examples" and "held out" → digest of its records.
     """
 
     config: ConfigDict
@@ -52,6 +53,7 @@ class Inputs:
     to_example: ToExample
     tokenizer: Tokenizer | None
     held_out: dict
+    fingerprints: dict[str, str]
 
     @classmethod
     def open(
@@ -71,6 +73,8 @@ class Inputs:
         """
         source = _open_source(config, config.data.split, upstream.identity)
         unseen = _open_source(config, config.data.eval_split, upstream.identity)
+        plain = (split.plain if embedded(config) else split for split in (source, unseen))
+        fingerprints = dict(zip(("examples", "held out"), map(fingerprint, plain), strict=True))
         if len(unseen) < FEW_HELD_OUT and jax.process_index() == 0:
             few = f"only {len(unseen)} example(s) are held out, too few for their numbers to say much"
             print(f"{config.stage}: {few}", file=sys.stderr, flush=True)
@@ -84,7 +88,7 @@ class Inputs:
             min_side=config.data.min_side, max_aspect=config.data.max_aspect,
         )  # fmt: skip
         held_out = evaluation_batch(unseen, to_example, config.train.eval_size, config.train.seed)
-        return cls(config, source, to_example, own, held_out)
+        return cls(config, source, to_example, own, held_out, fingerprints)
 
     def batches(self, start: int, mesh: Mesh) -> Iterator[Batch]:
         """Yields this process's rows of the batches of steps start + 1, start + 2, …, without end, as `global_batch`

@@ -34,6 +34,7 @@ from unclip_jax.held_out import HeldOut
 from unclip_jax.inputs import Inputs, Upstream
 from unclip_jax.origin import load_origin
 from unclip_jax.paths import output_folder, to_path, write_bytes
+from unclip_jax.run_identity import changes, identity
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import ClipTowers, Metrics, trained
 from unclip_jax.training import preflight
@@ -130,15 +131,18 @@ def _run(
     held_out = HeldOut(config, stage, mesh, inputs.held_out, jax.random.fold_in(root, 2**31 - 1), workdir)
     tokenizer_bytes = inputs.tokenizer.model_bytes if inputs.tokenizer else None
     checkpointer = Checkpointer(workdir, config.train.keep, config.train.keep_every)
-    preflight.agree({
-        "newest checkpoint": checkpointer.latest_step(), "CLIP": upstream.identity, "examples": len(inputs.source),
-        "tokenizer": hashlib.sha256(tokenizer_bytes or b"").hexdigest(),
-        "init.bundle": origin.identity if origin else "",
-    })  # fmt: skip
+    found = {
+        "CLIP": upstream.identity, "tokenizer": hashlib.sha256(tokenizer_bytes or b"").hexdigest(),
+        "model of init.bundle": origin.identity if origin else "", **inputs.fingerprints,
+    }  # fmt: skip
+    preflight.agree({"newest checkpoint": checkpointer.latest_step(), **found})
+    run_identity, before = identity(config, found), checkpointer.latest_meta() or {}
+    for line in changes(before["run"], run_identity) if "run" in before else []:
+        _say(f"{config.stage}: {line}")
     _write_config(config, workdir)
 
     # The state: of the newest checkpoint, or a fresh one.
-    state = checkpointer.restore_latest(abstract_state(stage, config, mesh))
+    state, _ = checkpointer.restore_latest(abstract_state(stage, config, mesh)) or (None, {})
     start = int(state.step) if state else 0
     if state and state.skips.in_a_row >= config.train.max_skips:  # it is tried again, perhaps with another config
         state = state._replace(skips=jax.tree.map(jnp.zeros_like, state.skips))
@@ -195,7 +199,7 @@ def _run(
                     log.add_held_out(k, held_out.measure(k, state.average, frozen, merged(state.params)))
             if clock.due(ask=k % config.train.log_every == 0) or stopping or k % config.train.checkpoint_every == 0:
                 with log.pause(metrics):
-                    checkpointer.save(state, {"config": config.to_dict()})
+                    checkpointer.save(state, {"run": run_identity})
                 clock.restart()
             checkpointer.check()
             if stopping:

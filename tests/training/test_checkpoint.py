@@ -5,18 +5,18 @@ import subprocess
 import sys
 import textwrap
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from unclip_jax import __version__
 from unclip_jax.errors import UserError
 from unclip_jax.paths import to_path
 from unclip_jax.training import checkpoint
-from unclip_jax.training.checkpoint import Checkpointer, SaveClock, read_meta, restore_ema
-from unclip_jax.training.state import abstract_state, digest, init_state, root_key
+from unclip_jax.training.checkpoint import Checkpointer, SaveClock
+from unclip_jax.training.state import Skips, TrainState, abstract_state, digest, init_state, root_key
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(toy, run, tmp_path):
     # Training goes on, in the very buffers that are being written.
     assert digest(run(mesh, 3, halfway)) == straight
     checkpointer.close()
-    resumed = Checkpointer(str(tmp_path), 2).restore_latest(abstract(toy, mesh))
+    resumed, _ = Checkpointer(str(tmp_path), 2).restore_latest(abstract(toy, mesh))
     assert int(resumed.step) == 3 and digest(resumed) == at_three
     assert digest(run(mesh, 3, resumed)) == straight
 
@@ -78,7 +78,7 @@ def test_restores_onto_other_meshes(toy, at_step, tmp_path):
     saved(tmp_path, state)
     for mesh in (toy.mesh(1, 1), toy.mesh(4, 2), toy.mesh(8, 1)):
         target = abstract(toy, mesh)
-        restored = Checkpointer(str(tmp_path), 2).restore_latest(target)
+        restored, _ = Checkpointer(str(tmp_path), 2).restore_latest(target)
         assert digest(restored) == digest(state)
         assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda a: a.sharding, target)
 
@@ -113,7 +113,7 @@ def test_interrupted_save_is_ignored_and_cleaned_up(toy, at_step, tmp_path):
     shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
     (folder / "2.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink()
     checkpointer = Checkpointer(str(tmp_path), 2)
-    assert digest(checkpointer.restore_latest(abstract(toy, toy.mesh(1, 1)))) == digest(state)
+    assert digest(checkpointer.restore_latest(abstract(toy, toy.mesh(1, 1)))[0]) == digest(state)
     checkpointer.close()
     assert [path.name for path in folder.iterdir()] == ["1"]
     saved(tmp_path, at_step(2, toy.mesh(1, 1)))  # the step that was interrupted can be saved
@@ -146,9 +146,13 @@ def test_run_killed_while_saving_leaves_the_step_before(tmp_path):
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert any("tmp" in path.name for path in (tmp_path / "checkpoints").iterdir())
-    ema = restore_ema(str(tmp_path), {"w": jax.ShapeDtypeStruct((2**24,), jnp.float32)})
-    assert np.array_equal(ema["w"], np.arange(2.0**24)) and read_meta(str(tmp_path))["step"] == 1
-    assert Checkpointer(str(tmp_path), 2).latest_step() == 1
+    checkpointer = Checkpointer(str(tmp_path), 2)
+    assert checkpointer.latest_step() == 1
+    like = jax.ShapeDtypeStruct((2**24,), jnp.float32, sharding=SingleDeviceSharding(jax.devices()[0]))
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=like.sharding)
+    weights = {"w": like}
+    state, _ = checkpointer.restore_latest(TrainState(count, Skips(*[count] * 5), weights, weights, weights))
+    assert np.array_equal(state.ema["w"], np.arange(2.0**24)) and int(state.step) == 1
 
 
 def test_save_that_fails_behind_the_back_is_raised(toy, at_step, tmp_path, monkeypatch):
@@ -189,8 +193,63 @@ def test_checkpoint_of_another_model_is_an_error_that_lists_the_leaves(toy, at_s
 def test_half_copied_checkpoint_is_an_error(toy, at_step, tmp_path):
     saved(tmp_path, at_step(1, toy.mesh(1, 1)))
     shutil.rmtree(tmp_path / "checkpoints" / "1" / "opt_state")
-    with pytest.raises(UserError, match="checkpoints/1 lacks opt_state"):
+    with pytest.raises(UserError, match=r"checkpoints/1 is damaged \(it lacks opt_state\), and no older one is good"):
         Checkpointer(str(tmp_path), 2).restore_latest(abstract(toy, toy.mesh(1, 1)))
+
+
+@pytest.mark.slow
+def test_flipped_bits_are_noticed_wherever_they_are(toy, at_step, tmp_path, capsys):
+    """A bit of each file of the newest checkpoint is flipped, file after file. The checkpoint before it is taken then,
+    unless that bit does not matter."""
+    mesh, rng = toy.mesh(2, 4), np.random.default_rng(0)
+    older, newer = at_step(1, mesh), at_step(2, mesh)
+    saved(tmp_path / "good", older, newer)
+    files = sorted(path for path in (tmp_path / "good" / "checkpoints" / "2").rglob("*") if path.is_file())
+    taken = []
+    for number, path in enumerate(files * 3):
+        workdir = tmp_path / str(number)
+        shutil.copytree(tmp_path / "good", workdir)
+        spoiled = workdir / path.relative_to(tmp_path / "good")
+        content = bytearray(spoiled.read_bytes())
+        if not content:
+            continue
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        spoiled.write_bytes(content)
+        state, meta = Checkpointer(str(workdir), 2).restore_latest(abstract(toy, mesh))
+        said = capsys.readouterr().err
+        assert digest(state) == digest(older if int(state.step) == 1 else newer), path
+        assert ("is damaged" in said and said.count("\n") == 1) == (int(state.step) == 1), said
+        assert meta["step"] == int(state.step)
+        assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", "2"][: int(state.step)]
+        taken.append(int(state.step))
+    assert taken.count(1) > len(taken) / 2, "most bits matter"
+
+
+def test_change_of_one_element_is_named(toy, at_step, tmp_path, monkeypatch):
+    """Storage that gives other numbers, with no error of its own."""
+    mesh = toy.mesh(2, 4)
+    saved(tmp_path, at_step(1, mesh))
+    restore = checkpoint._restore
+
+    def spoiled(*arguments):
+        trees = restore(*arguments)
+        kernel = trees["ema"]["hidden"]["kernel"]
+        trees["ema"]["hidden"]["kernel"] = kernel.at[3, 5].set(jnp.nextafter(kernel[3, 5], jnp.inf))
+        return trees
+
+    monkeypatch.setattr(checkpoint, "_restore", spoiled)
+    with pytest.raises(UserError, match=r"checkpoints/1 is damaged \(ema/hidden/kernel was changed\)"):
+        Checkpointer(str(tmp_path), 2).restore_latest(abstract(toy, mesh))
+
+
+def test_checkpoint_of_a_time_before_checksums_is_read(toy, at_step, tmp_path, monkeypatch):
+    mesh = toy.mesh(2, 4)
+    monkeypatch.setattr(checkpoint, "checksums", lambda tree: {})
+    monkeypatch.setattr(checkpoint, "_sha256", lambda meta: None)
+    saved(tmp_path, at_step(1, mesh))
+    monkeypatch.undo()
+    state, _ = Checkpointer(str(tmp_path), 2).restore_latest(abstract(toy, mesh))
+    assert digest(state) == digest(at_step(1, mesh))
 
 
 def test_copied_run_under_a_relative_path_restores(toy, at_step, tmp_path, monkeypatch):
@@ -199,18 +258,16 @@ def test_copied_run_under_a_relative_path_restores(toy, at_step, tmp_path, monke
     shutil.copytree(tmp_path / "here", tmp_path / "there")
     shutil.rmtree(tmp_path / "here")
     monkeypatch.chdir(tmp_path)
-    restored = Checkpointer("there", 2).restore_latest(abstract(toy, toy.mesh(2, 4)))
+    restored, _ = Checkpointer("there", 2).restore_latest(abstract(toy, toy.mesh(2, 4)))
     assert digest(restored) == digest(state)
 
 
-def test_ema_and_meta_are_read_alone(toy, at_step, tmp_path):
+def test_meta_is_read_alone(toy, at_step, tmp_path):
     state = at_step(2, toy.mesh(2, 4))
     saved(tmp_path, state, meta={"config": toy.config().to_dict()})
-    for other in ("params", "opt_state"):
-        shutil.rmtree(tmp_path / "checkpoints" / "2" / other)
-    ema = restore_ema(str(tmp_path), jax.eval_shape(toy.Stage().init, jax.random.key(0)))
-    chex.assert_trees_all_equal(ema, state.ema)
-    meta = read_meta(str(tmp_path))
+    for tree in ("params", "ema", "opt_state"):
+        shutil.rmtree(tmp_path / "checkpoints" / "2" / tree)
+    meta = Checkpointer(str(tmp_path), 2).latest_meta()
     assert meta["step"] == 2 and meta["version"] == __version__ and meta["config"]["optim"]["b2"] == 0.99
 
 
@@ -221,20 +278,14 @@ def test_in_a_bucket_checkpoints_are_kept_and_restored(toy, at_step, bucket):
     saved(f"{bucket}/run", *states, keep=2, meta={"config": {"a": [1, 2]}})
     checkpointer = Checkpointer(f"{bucket}/run/", 2)
     assert sorted(checkpointer._manager.all_steps()) == [2, 3] and checkpointer.latest_step() == 3
-    assert digest(checkpointer.restore_latest(abstract(toy, toy.mesh(8, 1)))) == digest(states[-1])
+    assert digest(checkpointer.restore_latest(abstract(toy, toy.mesh(8, 1)))[0]) == digest(states[-1])
     checkpointer.close()
     (to_path(bucket) / "run" / "checkpoints" / "3" / "ema" / "manifest.ocdbt").unlink()
     checkpointer = Checkpointer(f"{bucket}/run", 2)
-    assert digest(checkpointer.restore_latest(abstract(toy, mesh))) == digest(states[1])
+    assert digest(checkpointer.restore_latest(abstract(toy, mesh))[0]) == digest(states[1])
     saved(f"{bucket}/run", states[2], keep=2)
-    assert read_meta(f"{bucket}/run")["step"] == 3
+    assert Checkpointer(f"{bucket}/run", 2).latest_meta()["step"] == 3
     checkpointer.close()
-
-
-def test_reading_where_nothing_is_makes_no_folder(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint under"):
-        read_meta(str(tmp_path / "nowhere"))
-    assert not (tmp_path / "nowhere").exists()
 
 
 def test_checkpoints_are_due_by_time(toy, monkeypatch):

@@ -68,7 +68,7 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path):
 def test_all_processes_take_the_bytes_of_the_first(monkeypatch):
     assert preflight.from_first(b"alone") == b"alone"
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(preflight, "_gathered", lambda data: [b"first", data, b"third"])
+    monkeypatch.setattr(preflight, "gathered", lambda data: [b"first", data, b"third"])
     assert preflight.from_first(b"second") == b"first"
 
 
@@ -76,7 +76,7 @@ def test_differences_are_named_by_process_and_value(monkeypatch):
     values = {"code": "a", "config.train.seed": 0, "mesh": [8, 1]}
     everyone = [{"host": f"host-{i}", "values": dict(values)} for i in range(3)]
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(preflight, "_gathered", lambda data: [json.dumps(own).encode() for own in everyone])
+    monkeypatch.setattr(preflight, "gathered", lambda data: [json.dumps(own).encode() for own in everyone])
     preflight.agree(values)
     everyone[2]["values"] |= {"code": "b", "extra": 1}
     with pytest.raises(UserError) as caught:

@@ -105,8 +105,8 @@ class EmbeddedSource:
 
     Records that could not be read when the embeddings were made have neither.
 
-    source: the plain records of `split`. folder: of the embeddings. provenance: that the embeddings must have. Raises
-    UserError where the folder does not hold such embeddings of all records of the split.
+    source: the plain records of `split`, kept as `plain`. folder: of the embeddings. provenance: that the embeddings
+    must have. Raises UserError where the folder does not hold such embeddings of all records of the split.
     """
 
     def __init__(self, source: Source, folder: Path, provenance: Provenance, split: str):
@@ -119,15 +119,15 @@ class EmbeddedSource:
                 f"data.embeddings {folder} is of {description['splits'][split]} records of split {split!r}, now there "
                 f"are {len(source)}: make it anew with {COMMAND}"
             )
-        self._source, self._folder, self._size = source, folder, description["shard"]
+        self.plain, self._folder, self._size = source, folder, description["shard"]
         self._shards = _all_opened(folder, description, split)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.plain)
 
     def __getitem__(self, index: int) -> dict:
         """Reads a record with its embeddings. Raises UserError where the record has changed since it was embedded."""
-        record = self._source[index]
+        record = self.plain[index]
         number, row = divmod(int(index), self._size)
         shard = self._shards[number]
         first, count, stored = shard.get_slice("records")[row : row + 1][0].tolist()

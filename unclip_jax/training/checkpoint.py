@@ -1,22 +1,29 @@
 """Checkpoints of training: Orbax, one folder per step, written in the background.
 
-WORKDIR/checkpoints/STEP holds four items: `params`, `ema`, `opt_state` and `meta` (JSON), separate so that sampling can
-read the average alone. A folder gets its name when it is complete: an interrupted save leaves a temporary folder, which
-is never read and which the next run over WORKDIR removes. Arrays are restored onto any mesh, whichever wrote them.
+WORKDIR/checkpoints/STEP holds four items: `params`, `ema`, `opt_state` and `meta` (JSON). A folder gets its name when
+it is complete: an interrupted save leaves a temporary folder, which is never read and which the next run over WORKDIR
+removes. Arrays are restored onto any mesh, whichever wrote them.
+
+Storage can change what was written. So `meta` holds a checksum of each array and of itself, which the devices compute
+before saving and after restoring. A damaged checkpoint is named and deleted, and the one before it is taken.
 """
 
+import hashlib
+import json
+import sys
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 import unclip_jax
-from unclip_jax.arrays import Params
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path
+from unclip_jax.training import preflight
+from unclip_jax.training.checksums import checksums
 from unclip_jax.training.leaves import differences
 from unclip_jax.training.sharding import batch_sharding, replicated
 from unclip_jax.training.state import Skips, TrainState
@@ -53,9 +60,9 @@ class Checkpointer:
     def save(self, state: TrainState, meta: dict) -> None:
         """Starts to save `state` under its own step, and returns once the arrays are copied off the devices.
 
-        meta: a value that JSON can hold, for example the config; `step` and the library's `version` are added. A step
-        that is stored already is left alone. When writing fails, the next `check`, `save` or `wait` raises the error.
-        Raises UserError when a later step is stored.
+        meta: a value that JSON can hold, for example the config; `step`, `skips`, the library's `version` and checksums
+        are added. A step that is stored already is left alone. When writing fails, the next `check`, `save` or `wait`
+        raises the error. Raises UserError when a later step is stored.
         """
         import orbax.checkpoint as ocp
 
@@ -70,7 +77,9 @@ class Checkpointer:
 
         items = {name: ocp.args.StandardSave(getattr(state, name)) for name in TREES}
         skips = {name: int(value) for name, value in state.skips._asdict().items()}
-        meta = {**meta, "step": step, "skips": skips, "version": unclip_jax.__version__}
+        sums = checksums({name: getattr(state, name) for name in TREES})
+        meta = {**meta, "step": step, "skips": skips, "version": unclip_jax.__version__, "checksums": sums}
+        meta["sha256"] = _sha256(meta)
         if not self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))):
             raise UserError(
                 f"{self._manager.directory} already holds step {self.latest_step()}, so step {step} was not saved: "
@@ -78,27 +87,47 @@ class Checkpointer:
             )
         self._written = step
 
-    def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
-        """Restores the newest complete checkpoint with the shardings of `abstract_state`; None where there is none yet.
+    def restore_latest(self, abstract_state: TrainState) -> tuple[TrainState, dict] | None:
+        """Restores the newest good checkpoint with the shardings of `abstract_state`; None where there is none yet.
 
-        Raises UserError, listing leaves and shapes, when the checkpoint was written by another model or optimizer.
+        Returns the state and the meta that was saved with it. Damaged checkpoints that are newer are named on stderr
+        and deleted. Raises UserError where all are damaged, and, listing leaves and shapes, when the checkpoint was
+        written by another model or optimizer.
         """
-        step = self.latest_step()
-        if step is None:
-            return None
-        trees = _restore(self._manager, step, {name: getattr(abstract_state, name) for name in TREES})
+        damaged: dict[int, str] = {}
+        for step in _complete_steps(self._manager):
+            # Twice, since storage fails now and then.
+            found, wrong = _attempt(self._manager, step, abstract_state)
+            found, wrong = (found, "") if found else _attempt(self._manager, step, abstract_state)
+            if found:
+                for newer, why in damaged.items():
+                    if jax.process_index() == 0:
+                        print(f"warning: {self._path(newer)} is damaged ({why}): it is deleted, and training goes on "
+                              f"from step {step}", file=sys.stderr, flush=True)  # fmt: skip
+                    self._manager.delete(newer)
+                return found
+            damaged[step] = wrong
+        if damaged:
+            newest = max(damaged)
+            raise UserError(f"{self._path(newest)} is damaged ({damaged[newest]}), and no older one is good: copy it "
+                            "again, or train in a new workdir")  # fmt: skip
+        return None
 
-        # Counters are stored in the JSON, not as arrays.
-        def counter(value: int, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-            return jax.device_put(np.asarray(value, like.dtype), like.sharding)
+    def latest_meta(self) -> dict | None:
+        """Reads the meta of the newest checkpoint whose meta is good, alone; None where there is none."""
+        for step in _complete_steps(self._manager):
+            try:
+                return _meta(self._manager, step)
+            except _Damaged:
+                continue
+        return None
 
-        stored = Skips(**_meta(self._manager, step)["skips"])
-        skips = jax.tree.map(counter, stored, abstract_state.skips)
-        return TrainState(step=counter(step, abstract_state.step), skips=skips, **trees)
+    def _path(self, step: int) -> str:
+        return f"checkpoint {self._manager.directory}/{step}"
 
     def latest_step(self) -> int | None:
         """The newest step that is complete."""
-        return _newest(self._manager)
+        return next(iter(_complete_steps(self._manager)), None)
 
     def preempted(self, step: int) -> bool:
         """True once the machine is about to be taken away: save, wait, stop. Ask at every step, on every process."""
@@ -153,37 +182,57 @@ class SaveClock:
         return asked is not None and bool(asked)
 
 
-def restore_ema(workdir: str, abstract_params: Params) -> Params:
-    """Restores the averaged parameters of the newest checkpoint under `workdir`, and reads nothing else.
+class _Damaged(Exception):
+    """A checkpoint cannot be read, or is not what was written."""
 
-    abstract_params: ShapeDtypeStructs with the shardings to restore onto; a leaf without one comes back whole on the
-    first local device. Raises UserError when there is no checkpoint, or when it holds other leaves.
-    """
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    manager, step = _open_to_read(workdir)
+def _attempt(manager: Any, step: int, abstract: TrainState) -> tuple[tuple[TrainState, dict] | None, str]:
+    """Restores a checkpoint; returns its state and meta, or None and why not. All processes return alike."""
+    found, wrong = None, ""
     try:
-        return _restore(manager, step, {"ema": jax.tree.map(placed, abstract_params)})["ema"]
-    finally:
-        manager.close()
+        meta = _meta(manager, step)
+        trees = _restore(manager, step, {name: getattr(abstract, name) for name in TREES})
+        found = TrainState(step=_counter(step, abstract.step), skips=_skips(meta, abstract), **trees), meta
+    except _Damaged as error:
+        wrong = str(error)
+    # What one process cannot read, none may go on from.
+    wrong = next(filter(None, map(json.loads, preflight.gathered(json.dumps(wrong).encode()))), "")
+    if found and not wrong and "checksums" in meta:
+        sums = checksums(trees)
+        wrong = next((f"{name} was changed" for name, value in meta["checksums"].items() if sums[name] != value), "")
+    return (None, wrong) if wrong else (found, "")
 
 
-def read_meta(workdir: str) -> dict:
-    """Reads the `meta` of the newest checkpoint under `workdir`: `step`, `version` and the meta given to `save`."""
-    manager, step = _open_to_read(workdir)
-    try:
-        return _meta(manager, step)
-    finally:
-        manager.close()
+def _counter(value: int, like: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.device_put(np.asarray(value, like.dtype), like.sharding)
+
+
+def _skips(meta: dict, abstract: TrainState) -> Skips:
+    """Makes the counters, which are stored in the JSON, not as arrays."""
+    return jax.tree.map(_counter, Skips(**meta["skips"]), abstract.skips)
 
 
 def _meta(manager: Any, step: int) -> dict:
+    """Reads a checkpoint's meta. Raises _Damaged where that is not what was written."""
     import orbax.checkpoint as ocp
 
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    try:
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        said = meta.pop("sha256", None)
+    except Exception as error:
+        raise _Damaged(f"meta cannot be read: {_line(error)}") from error
+    if said is not None and said != _sha256(meta):
+        raise _Damaged("meta was changed")
+    return meta
+
+
+def _sha256(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _line(error: Exception) -> str:
+    """Says in one line what an error of Orbax or of storage is."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _manager(workdir: str, options: Any) -> Any:
@@ -196,9 +245,10 @@ def _manager(workdir: str, options: Any) -> Any:
     return ocp.CheckpointManager(str(folder / "checkpoints"), item_handlers=handlers, options=options)
 
 
-def _newest(manager: Any) -> int | None:
+def _complete_steps(manager: Any) -> list[int]:
+    """Lists the steps whose saving was completed, the newest first."""
     manager.reload()
-    return max((step for step in manager.all_steps() if _complete(manager, step)), default=None)
+    return sorted((step for step in manager.all_steps() if _complete(manager, step)), reverse=True)
 
 
 def _complete(manager: Any, step: int) -> bool:
@@ -208,31 +258,21 @@ def _complete(manager: Any, step: int) -> bool:
     return all((item / "manifest.ocdbt").exists() for item in items if item.exists())
 
 
-def _open_to_read(workdir: str) -> tuple[Any, int]:
-    import orbax.checkpoint as ocp
-
-    manager = _manager(workdir, ocp.CheckpointManagerOptions(create=False, read_only=True))
-    step = _newest(manager)
-    if step is None:
-        manager.close()
-        raise UserError(f"no checkpoint under {workdir}: expected {workdir}/checkpoints/STEP, as training writes it")
-    return manager, step
-
-
 def _restore(manager: Any, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+    """Restores the trees of a checkpoint. Raises _Damaged where they cannot be read, and UserError where they are of
+    another model or optimizer."""
     import orbax.checkpoint as ocp
 
     where = f"{manager.directory}/{step}"
-    found = manager.item_metadata(step)
-
-    broken = [name for name in abstract if found.get(name) is None]
+    try:
+        found = manager.item_metadata(step)
+        broken = [name for name in abstract if found.get(name) is None]
+        stored = {name: found[name].tree for name in abstract if name not in broken}
+    except Exception as error:
+        raise _Damaged(_line(error)) from error
     if broken:
-        raise UserError(
-            f"checkpoint {where} lacks {', '.join(broken)}: it is damaged or half copied; copy it again, "
-            "or remove that folder to go on from the step before it"
-        )
+        raise _Damaged(f"it lacks {', '.join(broken)}")
 
-    stored = {name: found[name].tree for name in abstract}
     wrong = differences(stored, abstract)
     if wrong:
         raise UserError(
@@ -241,5 +281,8 @@ def _restore(manager: Any, step: int, abstract: dict[str, Any]) -> dict[str, Any
         )
 
     items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
-    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+        raise _Damaged(_line(error)) from error
     return {name: restored[name] for name in abstract}

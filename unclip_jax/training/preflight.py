@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 import unclip_jax
+from unclip_jax.config import PLACES
 from unclip_jax.errors import UserError
 
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # --platform → JAX's name for it
@@ -117,12 +118,13 @@ def check_platform(wanted: str) -> None:
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Collects what all processes of a run must agree on: code, versions, devices and each key of the config."""
+    """Collects what all processes of a run must agree on: code, versions, devices, and each key of the config but for
+    names of places, which may differ from host to host."""
     return {"code": _code(), **versions()} | {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "local devices": jax.local_device_count(),
-        **{f"config.{key}": value for key, value in _flat(config)},
+        **{f"config.{key}": value for key, value in _flat(config) if key not in PLACES},
     }
 
 
@@ -140,7 +142,7 @@ def agree(values: Mapping[str, Any]) -> None:
         return
 
     own = {"host": socket.gethostname(), "values": dict(values)}
-    everyone = [json.loads(data) for data in _gathered(json.dumps(own, sort_keys=True, default=str).encode())]
+    everyone = [json.loads(data) for data in gathered(json.dumps(own, sort_keys=True, default=str).encode())]
     first = everyone[0]["values"]
     wrong = []
     for process, other in enumerate(everyone):
@@ -155,9 +157,19 @@ def agree(values: Mapping[str, Any]) -> None:
 
 def from_first(data: bytes) -> bytes:
     """Returns the bytes that process 0 gives, on every process. Takes no time in a run of one process."""
+    return gathered(data)[0]
+
+
+def gathered(data: bytes) -> list[bytes]:
+    """Gathers the bytes of all processes, in their order. Takes no time in a run of one process."""
     if jax.process_count() == 1:
-        return data
-    return _gathered(data)[0]
+        return [data]
+    from jax.experimental.multihost_utils import process_allgather
+
+    values = np.frombuffer(data, np.uint8)
+    sizes = process_allgather(np.int32(values.size))
+    rows = process_allgather(np.pad(values, (0, int(sizes.max()) - values.size)))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 def end_all(error: BaseException) -> None:
@@ -211,16 +223,6 @@ def _leave(line: str, status: int = 1) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)
-
-
-def _gathered(data: bytes) -> list[bytes]:
-    """Gathers the bytes of all processes, in their order."""
-    from jax.experimental.multihost_utils import process_allgather
-
-    values = np.frombuffer(data, np.uint8)
-    sizes = process_allgather(np.int32(values.size))
-    rows = process_allgather(np.pad(values, (0, int(sizes.max()) - values.size)))
-    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 def _code() -> str:
