@@ -1,12 +1,12 @@
 """Makes the arrays of a training example from a record. Pictures stay uint8 until they are on the device."""
 
-import io
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from unclip_jax.data.bsr import degrade
+from unclip_jax.data.decoding import decode
 from unclip_jax.data.resampling import apply_separable, resize_matrix
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UnreadableRecord, UserError
@@ -103,29 +103,6 @@ def _draw_caption(captions: str | list[str], rng: np.random.Generator) -> int:
     if not captions:
         raise UnreadableRecord("it has no caption")
     return int(rng.integers(len(captions)))
-
-
-def decode(data: bytes) -> np.ndarray:
-    """Decodes a picture file to uint8 RGB (H, W, 3), turned upright, on white where it is transparent.
-
-    Raises UnreadableRecord for a damaged file.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        if picture.mode.startswith("I;16"):
-            # Pillow would clip 16-bit values at 255 instead of scaling them.
-            return np.stack([np.asarray(picture) >> 8] * 3, axis=-1).astype(np.uint8)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        return np.asarray(picture.convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise UnreadableRecord("it is no picture of a known kind") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
-        raise UnreadableRecord(f"{type(error).__name__}: {error}") from error
 
 
 def square_crop(image: np.ndarray, size: int, crop: str, rng: np.random.Generator) -> np.ndarray:
