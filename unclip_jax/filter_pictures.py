@@ -21,7 +21,7 @@ import numpy as np
 
 from unclip_jax import cli
 from unclip_jax.data import filtering
-from unclip_jax.data.sources import PICTURES, pictures_among
+from unclip_jax.data.folders import PICTURES, pictures_among
 from unclip_jax.data.transforms import decode
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.evaluation import features

@@ -117,7 +117,7 @@ def test_a_record_that_fails_for_a_moment_is_read_again(monkeypatch):
     waits = []
     monkeypatch.setattr(sources.time, "sleep", waits.append)
     source = Failing({1: 2, 2: 3})
-    steady = sources._Retrying(source)
+    steady = sources.Retrying(source)
     assert steady[1]["key"] == "1" and source.tries == [1, 1, 1] and waits == list(sources.RETRY_SECONDS)
     with pytest.raises(UnreadableRecord, match="it cannot be read: RuntimeError: 503 Service Unavailable"):
         steady[2]
@@ -130,7 +130,7 @@ def test_waiting_in_vain_ends(monkeypatch):
     waits = []
     monkeypatch.setattr(sources.time, "sleep", waits.append)
     source = Failing({0: 3 * sources.MAX_IN_A_ROW + 1})
-    steady = sources._Retrying(source)
+    steady = sources.Retrying(source)
     for _ in range(sources.MAX_IN_A_ROW + 1):
         with pytest.raises(UnreadableRecord):
             steady[0]

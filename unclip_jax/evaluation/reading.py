@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from unclip_jax.data.sources import PICTURES, captions_in, pictures_among
+from unclip_jax.data.folders import PICTURES, captions_in, pictures_among
 from unclip_jax.data.transforms import center_square, decode
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import files_below, to_path
