@@ -36,7 +36,7 @@ setup(
         "absl-py>=2.1",
         "etils[epath]>=1.12",
         "numpy>=2.0",
-        "pillow>=10.1",
+        "pillow>=10.3",
         "sentencepiece>=0.2",
         "safetensors>=0.5",
         "tensorboardX>=2.6.4",

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from unclip_jax import cli
-from unclip_jax.data.pipeline import batches
 from unclip_jax.data.folders import FolderSource
+from unclip_jax.data.pipeline import batches
 from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.data.transforms import ToExample
 
