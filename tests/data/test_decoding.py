@@ -50,6 +50,16 @@ def test_damaged_exif_leaves_the_pixels_alone(odd):
     np.testing.assert_array_equal(decode(data)[..., 0], np.asarray(Image.open(io.BytesIO(data)).convert("L")))
 
 
+def test_exif_that_pillow_cannot_read(monkeypatch):
+    """Older versions raise nearly anything."""
+
+    def fail(_):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    np.testing.assert_array_equal(decode(encoded(RAMP, "BMP"))[..., 0], RAMP)
+
+
 @pytest.mark.parametrize("way", range(2, 9))
 def test_all_ways_of_holding_a_camera(way):
     """Against Pillow's own turning."""

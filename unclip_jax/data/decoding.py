@@ -89,11 +89,6 @@ def _to_rgb(picture: "Image.Image") -> np.ndarray:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
-    if picture.mode == "LAB":
-        from PIL import ImageCms
-
-        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        picture = ImageCms.profileToProfile(picture, lab, rgb, outputMode="RGB")
     return np.asarray(picture.convert("RGB"))
 
 
