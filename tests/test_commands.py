@@ -58,7 +58,7 @@ REFUSED = [
     (train, [*TRAIN, "--config.data.source=folder:{root}/nowhere"], "no folder"),
     (train, [*TRAIN, "--config.data.source=folder:{empty}"], "has no pictures"),
     (train, [*TRAIN, "--config.data.source=folder:{uncaptioned}"], "1 pictures but no captions"),
-    (train, [*TRAIN, "--config.data.source=zip:{pictures}"], "expected tfds:NAME or folder:PATH"),
+    (train, [*TRAIN, "--config.data.source=zip:{pictures}"], "expected tfds:NAME, folder:PATH, tars:PATTERN"),
     (train, [*TRAIN, "--config.data.source=tfds:emoji_scenes/single_65"], "no config 'single_65': it has"),
     (train, [*TRAIN, "--config.data.source=tfds:emoji_scene", "--config.data.data_dir={empty}"], "emoji_scenes"),
     (train, ["--config=configs/decoder.py:tiny", "--workdir={new}", "--config.clip.bundle={empty}"], "not a bundle"),

@@ -78,7 +78,7 @@ OWN = """
 from unclip_jax import config
 
 PAPER = dict(stage="mine", data=dict(**config.data(
-    source="", data_dir="", split="", eval_split="", image_feature="", caption_feature="", min_side=0,
+    source="", weights=(), data_dir="", split="", eval_split="", image_feature="", caption_feature="", min_side=0,
     max_aspect=0.0, crop="center", threads=2,
 ), own=(1, 2)))
 

@@ -25,7 +25,7 @@ from shrink import (
 
 from unclip_jax import cli, train
 from unclip_jax.bundle import load_bundle, save_bundle
-from unclip_jax.data import sources
+from unclip_jax.data import splits
 from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.embed import embed_dataset
 from unclip_jax.errors import UserError
@@ -263,7 +263,7 @@ def test_a_run_that_is_judged_by_few_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "HeldOut", lambda *_: pytest.fail("ends here"))
     for few, held_out in ((True, 7), (False, 8)):
         config = config_of("clip", save_pictures(tmp_path / str(held_out) / "pictures"))
-        monkeypatch.setattr(sources, "_held_out", lambda names, held_out=held_out: set(names[:held_out]))
+        monkeypatch.setattr(splits, "held_out", lambda draws, held_out=held_out: np.arange(held_out))
         with pytest.raises(pytest.fail.Exception, match="ends here"):
             train.run(config, str(tmp_path / str(held_out) / "run"))
         said = capsys.readouterr().err

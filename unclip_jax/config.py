@@ -51,7 +51,7 @@ def flat_keys(config: ConfigDict | dict, prefix: str = "") -> Iterator[str]:
 
 # What models were before a key existed: stage ("" for all) → key → value.
 BEFORE = {
-    "": {"data.min_side": 0, "data.max_aspect": 0.0},
+    "": {"data.min_side": 0, "data.max_aspect": 0.0, "data.weights": ()},
     "decoder": {"model.embedding": "image"},
     "upsampler": {
         "model.caption": "none",
@@ -289,12 +289,13 @@ def init(
 
 def data(
     *,
-    source: str,  # Dataset: "tfds:NAME", or "folder:PATH" of pictures with captions.
+    source: str,  # Dataset: "tfds:NAME", "folder:PATH", "tars:PATTERN", "parquet:…", "arrow:…"; "A + B": both, mixed.
+    weights: tuple[float, ...],  # Shares of mixed datasets in a batch; (): in proportion to their numbers of records.
     data_dir: str,  # Folder of TFDS datasets; emoji scenes are drawn into it.
     split: str,  # Split that is trained on.
     eval_split: str,  # Split that is evaluated and never trained on.
-    image_feature: str,  # Name of the picture in a TFDS record.
-    caption_feature: str,  # Name of the caption or captions in a TFDS record; "a/b" for b within a.
+    image_feature: str,  # Name of the picture in a TFDS dataset or a table.
+    caption_feature: str,  # Name of the captions in a TFDS dataset, table or JSON file; "a/b" for b within a.
     min_side: int,  # Shorter side in pixels below which a picture is skipped; 0: none is, and small ones are enlarged.
     max_aspect: float,  # Longer side over shorter above which a picture is skipped; 0: none is.
     crop: str,  # Square cut of a picture: "dalle", of random place and scale (arXiv 2102.12092); "center", the middle.

@@ -1,5 +1,7 @@
 """Finds mistakes in configs that can be found before anything is loaded or compiled."""
 
+import math
+
 from ml_collections import ConfigDict
 
 from unclip_jax.data.transforms import CROPS, RESIZES
@@ -81,6 +83,8 @@ def _check_clip(config: ConfigDict) -> None:
 def _check_data(config: ConfigDict, workdir: str) -> None:
     if not config.data.source:
         raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
+    if any(not 0 < weight < math.inf for weight in config.data.weights):
+        raise UserError(f"data.weights is {config.data.weights}: expected positive numbers, such as (1, 1), or ()")
     if config.data.crop not in CROPS:
         raise UserError(f"data.crop is {config.data.crop!r}: expected one of {', '.join(CROPS)}")
     if config.data.min_side < 0:

@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 
 from unclip_jax.data import embeddings
 from unclip_jax.data.pipeline import Skipped
-from unclip_jax.data.sources import Source, open_source
+from unclip_jax.data.sources import Source, open_sources
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import ToExample, captions_of
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.model import Model
 from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.stages import Stage
+from unclip_jax.training import preflight
 from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated
 
@@ -49,10 +50,11 @@ def embed_dataset(config: ConfigDict, folder: Path, process_index: int, process_
     clip = Model.load(config.clip.bundle, ("clip",))
     if not clip.stage.images:
         raise UserError(f"clip.bundle {config.clip.bundle} reads captions alone: expected a CLIP that sees pictures")
-    sources = {
-        split: open_source(d.source, split, d.data_dir, d.image_feature, d.caption_feature)
-        for split in (d.split, d.eval_split)
-    }
+    splits = (d.split, d.eval_split)
+    opened = open_sources(
+        d.source, d.weights, splits, d.data_dir, d.image_feature, d.caption_feature, preflight.made_by_first
+    )
+    sources = dict(zip(splits, opened, strict=True))
 
     # This process's files, and those of them that an earlier run has left to do.
     provenance = embeddings.Provenance(clip.identity, d.source, d.image_feature, d.caption_feature)

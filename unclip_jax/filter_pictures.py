@@ -21,7 +21,7 @@ import numpy as np
 
 from unclip_jax import cli
 from unclip_jax.data import filtering
-from unclip_jax.data.folders import PICTURES, pictures_among
+from unclip_jax.data.folders import pictures_among
 from unclip_jax.data.transforms import decode
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.evaluation import features
@@ -156,7 +156,7 @@ def _pictures(place: str) -> tuple[Path, list[str]]:
         raise UserError(f"{place} is no folder: expected one of pictures")
     names = pictures_among(files_below(folder))
     if not names:
-        raise UserError(f"{place} has no pictures: expected files ending in {', '.join(PICTURES)}")
+        raise UserError(f"{place} has no pictures: expected files such as NAME.png or NAME.jpg")
     return folder, names
 
 

@@ -15,7 +15,7 @@ from unclip_jax.bundle import Bundle
 from unclip_jax.config_checks import embedded
 from unclip_jax.data.embeddings import EmbeddedSource, Provenance
 from unclip_jax.data.pipeline import batches, captions, evaluation_batch
-from unclip_jax.data.sources import open_source
+from unclip_jax.data.sources import open_sources
 from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unclip_jax.data.transforms import ToExample
 from unclip_jax.errors import UserError
@@ -71,8 +71,7 @@ class Inputs:
         captions are read, which may take long. Raises UserError where the data cannot be read, and where a tokenizer
         does not belong to the model or to the earlier run in WORKDIR.
         """
-        source = _open_source(config, config.data.split, upstream.identity)
-        unseen = _open_source(config, config.data.eval_split, upstream.identity)
+        source, unseen = _open_sources(config, upstream.identity)
         plain = (split.plain if embedded(config) else split for split in (source, unseen))
         fingerprints = dict(zip(("examples", "held out"), map(fingerprint, plain), strict=True))
         if len(unseen) < FEW_HELD_OUT and jax.process_index() == 0:
@@ -114,13 +113,19 @@ class Inputs:
             yield global_batch(rows, mesh)
 
 
-def _open_source(config: ConfigDict, split: str, clip_identity: str) -> Any:
-    d = config.data
-    source = open_source(d.source, split, d.data_dir, d.image_feature, d.caption_feature)
+def _open_sources(config: ConfigDict, clip_identity: str) -> list[Any]:
+    """Opens the split that is trained on and the one that is held out."""
+    d, splits = config.data, (config.data.split, config.data.eval_split)
+    sources = open_sources(
+        d.source, d.weights, splits, d.data_dir, d.image_feature, d.caption_feature, preflight.made_by_first
+    )
     if not embedded(config):
-        return source
+        return sources
     provenance = Provenance(clip_identity, d.source, d.image_feature, d.caption_feature)
-    return EmbeddedSource(source, to_path(d.embeddings), provenance, split)
+    return [
+        EmbeddedSource(source, to_path(d.embeddings), provenance, split)
+        for source, split in zip(sources, splits, strict=True)
+    ]
 
 
 def _own_tokenizer(

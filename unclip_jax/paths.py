@@ -7,6 +7,7 @@ Every path that a user names goes through `to_path`, and is from then on a `path
 
 import contextlib
 import functools
+import glob
 import hashlib
 import logging
 import os
@@ -93,12 +94,87 @@ def write_bytes(path: Path, content: bytes, alone: bool = False) -> None:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Lists all files below a folder by name, as "sub/folder/name", sorted folder by folder."""
+    """Lists all files below a folder by name, as "sub/folder/name", sorted folder by folder.
+
+    Linked folders are entered too, each folder once; of several ways to one, the way without links counts.
+    """
     if is_remote(folder):
-        names = list(_listed(folder))
+        return sorted(_listed(folder), key=_by_folder)
+    names, entered, waiting, links = [], set(), [(str(folder), "")], []
+    while waiting or links:
+        path, prefix = waiting.pop() if waiting else links.pop(0)
+        try:
+            found = os.stat(path)
+            if (found.st_dev, found.st_ino) in entered:
+                continue
+            entered.add((found.st_dev, found.st_ino))
+            with os.scandir(path) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if entry.is_dir():
+                        (links if entry.is_symlink() else waiting).append((entry.path, f"{prefix}{entry.name}/"))
+                    elif entry.is_file():
+                        names.append(f"{prefix}{entry.name}")
+        except OSError as error:
+            print(f"left out, as it cannot be read: {error}", file=sys.stderr, flush=True)
+    return sorted(names, key=_by_folder)
+
+
+def files_matching(pattern: str, ending: str) -> tuple[Path, dict[str, tuple[int, str]]]:
+    """Finds files by a pattern with * and ?, or ** for any folders; or all of a folder that end in `ending`.
+
+    Returns the last folder before any wildcard, and for each file, by its name from there on and in this order, its
+    size in bytes and the version of its content. Raises UserError where there are none.
+    """
+    start = re.match(r"([^*?[]*/)?", pattern)[0] or "."
+    folder, wild = to_path(start), pattern[len(start) if start != "." else 0 :]
+    if not re.search(r"[*?[]", wild) and to_path(pattern).is_dir():
+        folder, wild = to_path(pattern), f"**/*{ending}"
+    if is_remote(folder):
+        import fsspec
+
+        start = f"{str(folder).removeprefix('gs://').rstrip('/')}/"
+        listed = fsspec.filesystem("gcs").glob(start + wild, detail=True)
+        found = {name.removeprefix(start): (int(info["size"]), str(info["generation"]))
+                 for name, info in listed.items() if info["type"] == "file"}  # fmt: skip
     else:
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return sorted(names, key=lambda name: name.split("/"))
+        places = [(name, folder / name) for name in glob.glob(wild, root_dir=folder, recursive=True)]
+        stats = {name: place.stat() for name, place in places if place.is_file()}
+        found = {name: (stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats.items()}
+    if not found:
+        raise UserError(f"no files {pattern}: expected a folder of {ending} files, or such as {start}*{ending}")
+    return folder, {name: found[name] for name in sorted(found, key=_by_folder)}
+
+
+def read_part(path: Path, start: int, length: int) -> bytes:
+    """Reads bytes from the middle of a file, in one request where it is in a bucket. Raises OSError past its end."""
+    if is_remote(path):
+        import fsspec
+
+        data = fsspec.filesystem("gcs").cat_file(str(path), start, start + length)
+    else:
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, start)
+    if len(data) != length:
+        raise OSError(f"{path} ends before byte {start + length}")
+    return data
+
+
+def kept_file(path: Path) -> Path:
+    """Returns where a file lies that `keep_file` wrote: at `path`, or in the cache; `path` where there is none."""
+    return _in_cache(path) if _in_cache(path).exists() and not path.exists() else path
+
+
+def keep_file(path: Path, content: bytes) -> Path:
+    """Writes a file that can be made again, or where that place cannot be written, the same in the cache.
+
+    The cache is the folder of `on_disk`. Returns where the file lies.
+    """
+    try:
+        write_bytes(path, content)
+        return path
+    except Exception:  # of a disk or of a bucket, for want of permission or of room
+        write_bytes(_in_cache(path), content)
+        return _in_cache(path)
 
 
 def copy_files(files: Sequence[tuple[Path, Path]], label: str) -> None:
@@ -146,7 +222,7 @@ def on_disk(files: Sequence[Path], label: str) -> list[Path]:
     """
     if not files or not is_remote(files[0]):
         return list(files)
-    cache = to_path(os.environ.get("UNCLIP_CACHE") or "~/.cache/unclip_jax/files")
+    cache = _cache()
     listed, copies, missing, size = _listed(files[0].parent), [], [], 0
     for file in files:
         info = listed[file.name]
@@ -163,6 +239,19 @@ def on_disk(files: Sequence[Path], label: str) -> list[Path]:
                             f"{max(free, 0) / GIB:.1f}: set UNCLIP_CACHE to a folder on a larger one")  # fmt: skip
         copy_files(missing, label)
     return copies
+
+
+def _cache() -> Path:
+    """Returns the folder of this machine for files that may be deleted whenever nothing runs."""
+    return to_path(os.environ.get("UNCLIP_CACHE") or "~/.cache/unclip_jax/files")
+
+
+def _in_cache(path: Path) -> Path:
+    return _cache() / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}-{path.name}"
+
+
+def _by_folder(name: str) -> list[str]:
+    return name.split("/")
 
 
 @contextlib.contextmanager

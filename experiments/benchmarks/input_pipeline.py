@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from unclip_jax import cli
-from unclip_jax.data.folders import FolderSource
 from unclip_jax.data.pipeline import batches
+from unclip_jax.data.sources import open_source
 from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.data.transforms import ToExample
 
@@ -92,7 +92,7 @@ def main() -> None:
     progress = measure.Progress(len(sides) * len(threads) * len(CASES), "input pipeline")
     for side in sides:
         captions = write_pictures(Path(folder) / str(side), side, flags.seed)
-        source = FolderSource(Path(folder) / str(side), "train")
+        source = open_source(f"folder:{folder}/{side}", "train", "", "image", "caption")
         tokenizer = train_tokenizer(captions, 320)
         for name, case in CASES.items():
             texts = {"tokens": (tokenizer, 256, False)} if case.get("captions") else {}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from unclip_jax import cli
 from unclip_jax.cascade import Cascade
-from unclip_jax.data import emoji_scenes, folders
+from unclip_jax.data import emoji_scenes, sources
 from unclip_jax.data.emoji_scenes import Scene
 from unclip_jax.evaluation import alignment
 from unclip_jax.model import Model
@@ -96,7 +96,7 @@ def write(folder: Path, pairs: list[tuple[Scene, str]]) -> int:
     for i, (scene, caption) in enumerate(pairs):
         Image.fromarray(emoji_scenes.render(scene, 64)).save(folder / f"{i:04}.png")
         (folder / f"{i:04}.txt").write_text(caption)
-    return len(folders.FolderSource(folder, "train"))
+    return len(sources.open_source(f"folder:{folder}", "train", "", "image", "caption"))
 
 
 def measure(cascade: Cascade) -> tuple[np.ndarray, dict]:

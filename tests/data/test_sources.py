@@ -72,7 +72,7 @@ def test_captions_of_odd_encodings(tmp_path):
     spec = folder_of(tmp_path, ["a.png", "b.png", "c.png"])
     for name in "abc":
         (tmp_path / f"{name}.txt").write_bytes("caf\xe9 \n".encode("latin-1"))
-    assert opened(spec)[0]["caption"] == "caf\ufffd"
+    assert opened(spec)[0]["caption"] == "café"
 
 
 def test_each_line_is_a_caption(tmp_path):
@@ -110,7 +110,7 @@ class Failing:
         if self.failures.get(index, 0):
             self.failures[index] -= 1
             raise RuntimeError("503\nService Unavailable")
-        return {"key": str(index)}
+        return {"key": str(index), "caption": "a"}
 
 
 def test_a_record_that_fails_for_a_moment_is_read_again(monkeypatch):
@@ -142,7 +142,7 @@ def test_pictures_without_a_caption_are_left_out(tmp_path, capsys):
     spec = folder_of(tmp_path, ["a.png", "b.png", "c.png"])
     (tmp_path / "b.txt").unlink()
     assert sorted(names(opened(spec)) + names(opened(spec, "test"))) == ["a.png", "c.png"]
-    assert "1 of 3" in capsys.readouterr().err
+    assert "2 pictures with captions; left out: without a caption 1" in capsys.readouterr().err
 
 
 def test_folder_errors(tmp_path):
@@ -158,7 +158,7 @@ def test_folder_errors(tmp_path):
         opened(spec)
     with pytest.raises(UserError, match=r"'validation'.*train or test"):
         opened(spec, "validation")
-    with pytest.raises(UserError, match="expected tfds:NAME or folder:PATH"):
+    with pytest.raises(UserError, match="expected tfds:NAME, folder:PATH, tars:PATTERN"):
         opened(str(tmp_path))
 
 

@@ -120,6 +120,7 @@ class EmbeddedSource:
                 f"are {len(source)}: make it anew with {COMMAND}"
             )
         self.plain, self._folder, self._size = source, folder, description["shard"]
+        self.mixed = getattr(source, "mixed", ())
         self._shards = _all_opened(folder, description, split)
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from absl import logging
 
+from unclip_jax.data import mixture
 from unclip_jax.data.sources import Source
 from unclip_jax.errors import UnreadableRecord, UserError
 
@@ -46,7 +47,7 @@ def batches(
     own = np.arange(batch_size) if rows is None else np.asarray(rows)
     readable = _Readable(source, transform, seed)
     readable.check()
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    order = mixture.order(source, seed)
 
     def example(k: int) -> dict[str, np.ndarray]:
         step, row = divmod(k, len(own))
@@ -62,8 +63,7 @@ def batches(
 def evaluation_batch(source: Source, transform: Transform, n: int, seed: int) -> dict[str, np.ndarray]:
     """Stacks the examples of n records, drawn by the seed, or of all if there are fewer: in order, always the same."""
     readable = _Readable(source, transform, seed)
-    chosen = sorted(np.random.default_rng(seed).choice(len(source), min(n, len(source)), replace=False))
-    examples = [readable.example(int(k), int(k))[0] for k in chosen]
+    examples = [readable.example(k, k)[0] for k in mixture.sample(source, n, seed)]
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
 

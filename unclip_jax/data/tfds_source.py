@@ -5,11 +5,12 @@ import difflib
 import functools
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from unclip_jax.data.captions import texts_in, value_at
 from unclip_jax.errors import UserError
 from unclip_jax.paths import copy_folder, is_remote, to_path
 
@@ -56,8 +57,8 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict:
         record = self._records[index]
         return {
-            "image": bytes(_at(record, self._image)),
-            "caption": _text(_at(record, self._caption)),
+            "image": bytes(value_at(record, self._image)),
+            "caption": _text(value_at(record, self._caption)),
             "key": f"{self._name}/{self._split}/{index}",
         }
 
@@ -77,18 +78,9 @@ def _is_text(feature: Any) -> bool:
     return not hasattr(feature, "items") and feature.np_dtype == np.object_ and len(feature.shape) <= 1
 
 
-def _at(record: Any, names: Sequence[str]) -> Any:
-    """Value of a feature within others; of each, where they are a sequence."""
-    for name in names:
-        record = record[name] if isinstance(record, Mapping) else [item[name] for item in record]
-    return record
-
-
 def _text(value: Any) -> str | list[str]:
     """Decodes a caption that TFDS returns as bytes, or several in a sequence."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
-    return value if isinstance(value, str) else [_text(v) for v in value]
+    return texts_in(value)[0] if isinstance(value, bytes | str) else texts_in(value)
 
 
 def _builder(name: str, data_dir: str) -> "tfds.core.DatasetBuilder":

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from unclip_jax.data.folders import PICTURES, captions_in, pictures_among
+from unclip_jax.data.captions import captions_in
+from unclip_jax.data.folders import pictures_among
 from unclip_jax.data.transforms import center_square, decode
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import files_below, to_path
@@ -79,4 +80,4 @@ def picture_files(place: str) -> Iterator[PictureFile]:
             text = folder / f"{name.rpartition('.')[0]}.txt"
             yield PictureFile(name, (folder / name).read_bytes(), text.read_bytes() if text.exists() else b"")
     if not found:
-        raise UserError(f"no pictures in {place}: expected files that end in {', '.join(PICTURES)}, or tars of them")
+        raise UserError(f"no pictures in {place}: expected files such as NAME.png or NAME.jpg, or tars of them")
