@@ -70,6 +70,9 @@ def is_picture(name: str, first: bytes) -> bool:
     """Tells whether a file is a picture, by its first SNIFFED_BYTES, and by its name where its format has no mark."""
     from PIL import Image
 
+    if not first:
+        return False
+    first = first.ljust(SNIFFED_BYTES, b"\0")  # Pillow takes it for granted that a file has some bytes
     accepts = [(known, Image.OPEN[known][1]) for known in formats()]
     if any(accept and accept(first) is True for _, accept in accepts):
         return True

@@ -137,7 +137,7 @@ def _sniffed(folder: Path, files: list[str], left_out: Counter[str]) -> list[str
     others = [name for name in files if _ending(name) not in endings() and not name.lower().endswith(captions.TEXTS)]
     others = [name for name in others if name.lower().rpartition("/")[2] not in captions.METADATA]
     kinds = mimetypes.MimeTypes().types_map[True]
-    unknown = [name for name in others if _ending(name) not in kinds and _ending(name) not in ELSEWHERE]
+    unknown = [name for name in others if _ending(name) not in (*kinds, *ELSEWHERE, ".jsonl")]
 
     def sniff(name: str) -> bool:
         try:

@@ -47,8 +47,8 @@ def check_names(splits: Iterable[str]) -> None:
     """Raises UserError for splits that are not in SPLITS."""
     for split in splits:
         if split not in SPLITS:
-            raise UserError(f"data.source has no split {split!r}: expected train or test, or {{split}} in its path, for "
-                            "which the split's name is put")  # fmt: skip
+            raise UserError(f"data.source has no split {split!r}: expected train or test, or {{split}} in its path, "
+                            "for which the split's name is put")  # fmt: skip
 
 
 def split_up(records: Records, place: str, splits: Iterable[str]) -> list[Part]:

@@ -135,24 +135,28 @@ def _make_index(folder: Path, tars: Tars, place: Path) -> None:
             parts[name], done, now = future.result(), done + tars[name][0], time.monotonic()
             if now - said > SECONDS_BETWEEN_LINES:
                 said, left = now, timedelta(seconds=round((total - done) * (now - began) / max(done, 1)))
-                print(f"{place}: {done / GIB:.2f} of {total / GIB:.2f} GiB of tars read, left {left}", file=sys.stderr)
+                _say(f"{place}: {done / GIB:.2f} of {total / GIB:.2f} GiB of tars read, left {left}")
             if now - saved > SECONDS_BETWEEN_SAVES:
                 saved = now
                 keep_file(place, _encoded(parts, tars))
     if missing:
         where = keep_file(place, _encoded(parts, tars))
-        print(f"{where}: made, the index of {len(parts):,} tars", file=sys.stderr, flush=True)
+        _say(f"{where}: made, the index of {len(parts):,} tars")
 
     left_out: Counter[str] = sum((Counter(part.left_out) for part in parts.values()), Counter())
     damaged = [f"{name} {parts[name].damage}" for name in tars if parts[name].damage]
     if damaged:
         more = f"; and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-        print(f"{folder}: damaged, the rest is used: {'; '.join(damaged[:5])}{more}", file=sys.stderr, flush=True)
+        _say(f"{folder}: damaged, the rest is used: {'; '.join(damaged[:5])}{more}")
     taken = sum(len(part.spans) for part in parts.values())
     say_left_out(folder, taken, left_out)
     if not taken:
         raise UserError(f"the tars of {folder} have no pictures with captions: expected such as 1.jpg with 1.txt or "
                         "1.json")  # fmt: skip
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def read_tar(path: Path, size: int) -> TarPart:
@@ -189,6 +193,7 @@ def read_tar(path: Path, size: int) -> TarPart:
 def _members(file: Any, size: int) -> tuple[dict[str, tuple[int, int, bool]], str]:
     """Lists the files in an opened tar: name → first byte, length, whether it is a picture; and what is damaged."""
     found, damage, end = {}, "", 0
+    file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:  # which also skips what is no header
             while member := tar.next():
