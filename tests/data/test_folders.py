@@ -121,7 +121,7 @@ def test_every_picture_is_read_right_or_named(tmp_path, capsys):
         like = grey if name in ("scan.tif", "depth.tiff", "grey.png") else expected
         assert np.abs(image - like)[2:-2, 2:-2].mean() < 8, name
     assert len(why) == 4 and sorted(reason.partition(":")[0] for reason in why.values()) == [
-        "OSError", "it is no picture of a known kind", "it is no picture of a known kind", "its caption is empty",
+        "OSError", "it has no caption", "it is no picture of a known kind", "it is no picture of a known kind",
     ]  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_hugging_face_s_metadata(tmp_path, ending):
     assert captions(*both(f"folder:{tmp_path}")) == said
     assert captions(*both(f"folder:{tmp_path}", caption="text")) == said | {"e.png": "E"}
     (tmp_path / "e.txt").unlink()
-    with pytest.raises(UserError, match=r"no captions: .*; of metadata\..*: it has no 'title' .*: it has file_name, text"):
+    with pytest.raises(UserError, match=r"no captions: .*; of metadata\..*: it has no 'title' .* file_name, text"):
         opened(f"folder:{tmp_path}", caption="title")
 
 
@@ -200,10 +200,10 @@ def test_linked_folders_are_followed_once(tmp_path):
 def test_files_of_other_sources_are_named_with_the_source(tmp_path, name, words):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n")  # not looked at
-    with pytest.raises(UserError, match=f"has no pictures.*; {words}"):
+    with pytest.raises(UserError, match=f"has no pictures.*; .*{words}"):
         opened(f"folder:{tmp_path}")
     (tmp_path / "a.png").write_bytes(picture(1))
-    with pytest.raises(UserError, match=f"1 pictures but no captions.*; {words}"):
+    with pytest.raises(UserError, match=f"1 pictures but no captions.*; .*{words}"):
         opened(f"folder:{tmp_path}")
 
 

@@ -88,11 +88,11 @@ def cleaned(captions: str | list[str]) -> str | list[str]:
     if isinstance(captions, str):
         kept = CONTROLS.sub("", captions)
         if not kept.strip():
-            raise UnreadableRecord("its caption is empty")
+            raise UnreadableRecord("it has no caption")
         return kept
     several = [text for text in (CONTROLS.sub("", caption) for caption in captions) if text.strip()]
     if not several:
-        raise UnreadableRecord("its caption is empty" if captions else "it has no caption")
+        raise UnreadableRecord("it has no caption")
     return several
 
 
