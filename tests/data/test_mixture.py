@@ -6,9 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 from records import both, captions, save_shards
+from records import sample as sample_files
 
+from unclip_jax.data import tars
 from unclip_jax.data.mixture import Mixture, order, sample
 from unclip_jax.data.pipeline import batches, evaluation_batch
+from unclip_jax.data.splits import without_picture
 from unclip_jax.errors import UserError
 
 
@@ -121,3 +124,30 @@ def test_features_and_splits_of_each_part(tmp_path):
     source, _ = both(spec, caption="url + caption", splits=["00001 + test", "00000 + train"])
     found = captions(source)
     assert found["00001.tar/000010003.jpg"] == "https://x/10003.jpg" and "caption" in source[len(source) - 1]["caption"]
+
+
+@pytest.mark.parametrize("kind", ["tars", "folder", "parquet", "arrow", "mixture"])
+def test_captions_are_read_without_the_pictures(tmp_path, kind, monkeypatch):
+    """What is read of a record without its picture is what its whole has."""
+    from test_tables import save_arrow, save_parquet
+
+    {"tars": save_shards, "folder": save_files, "parquet": save_parquet, "arrow": save_arrow, "mixture": save_shards}[
+        kind
+    ](tmp_path)
+    place = {"tars": f"tars:{tmp_path}", "mixture": f"tars:{tmp_path} + tars:{tmp_path}/*.tar"}.get(kind)
+    for source in both(place or f"{kind}:{tmp_path}"):
+        whole = [source[k] for k in range(len(source))]
+        assert [without_picture(source, k) for k in range(len(source))] == [
+            {"caption": record["caption"], "key": record["key"]} for record in whole
+        ]
+    # And it is read without them.
+    read = []
+    monkeypatch.setattr(tars, "read_part", lambda path, start, length: read.append(length) or b"caption 3")
+    if kind == "tars":
+        assert without_picture(source, 0)["caption"] == "caption 3" and max(read) < 20
+
+
+def save_files(folder):
+    for k in range(5):
+        for name, data in sample_files(k):
+            (folder / name).write_bytes(data)

@@ -39,15 +39,18 @@ class FolderRecords:
         return len(self._pictures)
 
     def __getitem__(self, index: int) -> dict:
-        name, source = self._pictures[index], self._captions[index]
+        record = self.without_picture(index)
+        return {"image": (self._folder / record["key"]).read_bytes()} | record
+
+    def without_picture(self, index: int) -> dict:
+        source = self._captions[index]
         if source.startswith(INLINE):
             found = json.loads(source.removeprefix(INLINE))
         else:
             data = (self._folder / source).read_bytes()
             is_json = source.lower().endswith(".json")
             found = captions.captions_in_json(data, self._feature) if is_json else captions.captions_in(data)
-        image = (self._folder / name).read_bytes()
-        return {"image": image, "caption": found[0] if len(found) == 1 else found, "key": name}
+        return {"caption": found[0] if len(found) == 1 else found, "key": self._pictures[index]}
 
     def draws(self) -> np.ndarray:
         return splits.draws_of_names(self._pictures)

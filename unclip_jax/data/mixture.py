@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from unclip_jax.data.splits import without_picture
 from unclip_jax.errors import UserError
 
 AND = " + "  # between the parts of a mixture
@@ -29,10 +30,17 @@ class Mixture:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict:
+        source, index = self._within(index)
+        return source[index]
+
+    def without_picture(self, index: int) -> dict:
+        return without_picture(*self._within(index))
+
+    def _within(self, index: int) -> tuple[Any, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         part = int(np.searchsorted(self._ends, index, side="right"))
-        return self._sources[part][int(index - (self._ends[part - 1] if part else 0))]
+        return self._sources[part], int(index - (self._ends[part - 1] if part else 0))
 
 
 def several(key: str, text: str, count: int = 0) -> list[str]:

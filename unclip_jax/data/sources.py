@@ -14,7 +14,7 @@ from typing import Protocol
 from unclip_jax.data.captions import cleaned
 from unclip_jax.data.folders import open_folder
 from unclip_jax.data.mixture import Mixture, several
-from unclip_jax.data.splits import Records, check_names, split_up
+from unclip_jax.data.splits import Records, check_names, split_up, without_picture
 from unclip_jax.data.tables import open_tables
 from unclip_jax.data.tars import open_tars
 from unclip_jax.data.tfds_source import TfdsSource
@@ -121,12 +121,18 @@ class Retrying:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
+        return self._tried(lambda: self._source[index], index)
+
+    def without_picture(self, index: int) -> dict:
+        return self._tried(lambda: without_picture(self._source, index), index)
+
+    def _tried(self, read: Callable[[], dict], index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         waits = list(RETRY_SECONDS) if self._lost_in_a_row < MAX_IN_A_ROW else []
         while True:
             try:
-                record = self._source[index]
+                record = read()
                 record["caption"] = cleaned(record["caption"])
                 break
             except UnreadableRecord:  # for good

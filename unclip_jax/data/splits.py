@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,6 +25,17 @@ class Records(Protocol):
         ...
 
 
+def without_picture(source: Any, index: int) -> dict:
+    """Reads a record without its picture: "caption" and "key" alone.
+
+    A source that can do so without reading the picture's bytes has a method `without_picture`, which takes the index.
+    """
+    if hasattr(source, "without_picture"):
+        return source.without_picture(index)
+    record = source[index]
+    return {name: record[name] for name in ("caption", "key")}
+
+
 class Part:
     """The records of one split, in order. held_out: rising indices of those that are held out."""
 
@@ -38,9 +49,15 @@ class Part:
         return self._length
 
     def __getitem__(self, index: int) -> dict:
+        return self._records[self._index(index)]
+
+    def without_picture(self, index: int) -> dict:
+        return without_picture(self._records, self._index(index))
+
+    def _index(self, index: int) -> int:
         if self._split == "test":
-            return self._records[int(self._indices[index])]
-        return self._records[int(index + np.searchsorted(self._indices, index, side="right"))]
+            return int(self._indices[index])
+        return int(index + np.searchsorted(self._indices, index, side="right"))
 
 
 def check_names(splits: Iterable[str]) -> None:

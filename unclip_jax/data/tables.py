@@ -54,23 +54,26 @@ class TableRecords:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict:
+        (image, caption), file, key = self._row(index, [self._image, self._caption])
+        return {"image": _picture(image, file.parent), "caption": _captions(caption), "key": key}
+
+    def without_picture(self, index: int) -> dict:
+        (caption,), _, key = self._row(index, [self._caption])
+        return {"caption": _captions(caption), "key": key}
+
+    def _row(self, index: int, wanted: list[list[str]]) -> tuple[list[Any], Path, str]:
+        """Reads values of a row, by the names of columns and what is within them; gives its file and its key too."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         file, group = self._places[number]
         row = index - int(self._ends[number - 1] if number else 0)
-        if getattr(self._local, "number", None) != number:
-            columns = list(dict.fromkeys([self._image[0], self._caption[0]]))
-            self._local.group, self._local.number = self._read(self._files[file], group, columns), number
+        columns = list(dict.fromkeys(names[0] for names in wanted))
+        if getattr(self._local, "read", None) != (number, columns):
+            self._local.group, self._local.read = self._read(self._files[file], group, columns), (number, columns)
         try:
-            image, caption = (
-                captions.value_at(self._local.group.column(names[0])[row].as_py(), names[1:])
-                for names in (self._image, self._caption)
-            )
+            values = [captions.value_at(self._local.group.column(n[0])[row].as_py(), n[1:]) for n in wanted]
         except TypeError as error:  # something within nothing
             raise UnreadableRecord("it has no picture or no caption") from error
-        key = f"{self._names[file]}/{index - int(self._file_ends[file - 1] if file else 0)}"
-        found = captions.texts_in(caption)
-        image = _picture(image, self._files[file].parent)
-        return {"image": image, "caption": found[0] if len(found) == 1 else found, "key": key}
+        return values, self._files[file], f"{self._names[file]}/{index - int(self._file_ends[file - 1] if file else 0)}"
 
     def draws(self) -> np.ndarray:
         counts = np.diff(self._file_ends, prepend=0).tolist()
@@ -210,6 +213,11 @@ def _columns(fields: Any, prefix: str = "") -> dict[str, Any]:
         if pa.types.is_struct(kind):
             found |= _columns(kind, f"{prefix}{field.name}/")
     return found
+
+
+def _captions(value: Any) -> str | list[str]:
+    found = captions.texts_in(value)
+    return found[0] if len(found) == 1 else found
 
 
 def _picture(value: Any, folder: Path) -> bytes:

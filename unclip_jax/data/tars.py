@@ -72,13 +72,25 @@ class TarRecords:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict:
-        opened = self._opened()
-        picture, text, record = opened.get_slice("spans")[index : index + 1][0].reshape(3, 2).tolist()
+        tar, picture, caption, is_json = self._place(index)
+        image, text = _read_both(self._folder / tar, picture, caption)
+        return {"image": image, "caption": self._captions(text, is_json), "key": f"{tar}/{self._name(index)}"}
+
+    def without_picture(self, index: int) -> dict:
+        tar, _, caption, is_json = self._place(index)
+        text = read_part(self._folder / tar, *caption)
+        return {"caption": self._captions(text, is_json), "key": f"{tar}/{self._name(index)}"}
+
+    def _place(self, index: int) -> tuple[str, list[int], list[int], bool]:
+        """Returns the tar that a record is in, where in it picture and caption lie, and whether the latter is JSON."""
+        picture, text, record = self._opened().get_slice("spans")[index : index + 1][0].reshape(3, 2).tolist()
+        is_json = not text[1] if self._feature == captions.USUAL else bool(record[1])
         tar = self._tars[np.searchsorted(self._ends, index, side="right")]
-        use_json = not text[1] if self._feature == captions.USUAL else bool(record[1])
-        image, caption = _read_both(self._folder / tar, picture, record if use_json else text)
-        found = captions.captions_in_json(caption, self._feature) if use_json else captions.captions_in(caption)
-        return {"image": image, "caption": found[0] if len(found) == 1 else found, "key": f"{tar}/{self._name(index)}"}
+        return tar, picture, record if is_json else text, is_json
+
+    def _captions(self, text: bytes, is_json: bool) -> str | list[str]:
+        found = captions.captions_in_json(text, self._feature) if is_json else captions.captions_in(text)
+        return found[0] if len(found) == 1 else found
 
     def draws(self) -> np.ndarray:
         return self._opened().get_tensor("draws")
