@@ -1,5 +1,6 @@
 """What a run checks before it compiles anything, alone and with real processes; and what ends a run that hangs."""
 
+import hashlib
 import json
 import os
 import socket
@@ -65,11 +66,26 @@ def test_a_process_that_waits_in_vain_says_so(tmp_path):
     assert run.returncode == 1 and line.startswith("error: not all processes of this run came within 3 seconds")
 
 
-def test_all_processes_take_the_bytes_of_the_first(monkeypatch):
-    assert preflight.from_first(b"alone") == b"alone"
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(preflight, "gathered", lambda data: [b"first", data, b"third"])
-    assert preflight.from_first(b"second") == b"first"
+SHARES = """
+import hashlib, sys, jax
+from unclip_jax.training import preflight
+preflight.join(sys.argv[1], 3, int(sys.argv[2]), 60)
+made = lambda: print("made") or bytes(range(256)) * 20_000
+for got in (preflight.from_first(b"process %d" % jax.process_index()), preflight.from_first(b""),
+            preflight.made_by_first(made)):
+    print(len(got), got[:9], hashlib.sha256(got).hexdigest())
+"""
+
+
+def test_all_processes_take_the_bytes_of_the_first(tmp_path):
+    assert preflight.from_first(b"alone") == preflight.made_by_first(lambda: b"alone") == b"alone"
+    (tmp_path / "shares.py").write_text(SHARES)
+    address = f"localhost:{free_port()}"
+    runs = [start(tmp_path / "shares.py", address, str(process)) for process in range(3)]
+    said = [run.communicate(timeout=60)[0].splitlines() for run in runs]
+    made = bytes(range(256)) * 20_000
+    expected = [f"{len(data)} {data[:9]!r} {hashlib.sha256(data).hexdigest()}" for data in (b"process 0", b"", made)]
+    assert said == [[*expected[:2], "made", expected[2]], expected, expected]
 
 
 def test_differences_are_named_by_process_and_value(monkeypatch):
