@@ -82,10 +82,10 @@ def test_all_processes_take_the_bytes_of_the_first(tmp_path):
     (tmp_path / "shares.py").write_text(SHARES)
     address = f"localhost:{free_port()}"
     runs = [start(tmp_path / "shares.py", address, str(process)) for process in range(3)]
-    said = [run.communicate(timeout=60)[0].splitlines() for run in runs]
+    said = [[line for line in run.communicate(timeout=60)[0].splitlines() if "[Gloo]" not in line] for run in runs]
     made = bytes(range(256)) * 20_000
     expected = [f"{len(data)} {data[:9]!r} {hashlib.sha256(data).hexdigest()}" for data in (b"process 0", b"", made)]
-    assert said == [[*expected[:2], "made", expected[2]], expected, expected]
+    assert said == [["made", *expected], expected, expected]
 
 
 def test_differences_are_named_by_process_and_value(monkeypatch):
