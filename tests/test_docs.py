@@ -107,7 +107,7 @@ def check_script(name, arguments):
         assert set(arguments) <= {"--dry-run"}
 
 
-FOREIGN = ("mkdir", "cp", "gcloud", "ssh-add", "git", "pre-commit")
+FOREIGN = ("mkdir", "cp", "gcloud", "ssh-add", "git", "pre-commit", "hf", "img2dataset", "tfds")
 
 
 def check_command(words):
