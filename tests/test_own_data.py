@@ -62,23 +62,25 @@ def save_coco(data_dir, numbers):
     """A dataset of the name and the features that TFDS's coco_captions has."""
     import tensorflow_datasets as tfds
 
-    class CocoCaptions(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.1.0")
-        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2014", version="1.1.0", description="COCO")]  # noqa: RUF012
-        url_infos = {}  # noqa: RUF012
+    with tfds.core.registered.skip_registration():  # where TFDS has its own
 
-        def _info(self):
-            captions = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
-            features = {"image": tfds.features.Image(encoding_format="jpeg"), "captions": captions}
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+        class CocoCaptions(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.1.0")
+            BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2014", version="1.1.0", description="COCO")]  # noqa: RUF012
+            url_infos = {}  # noqa: RUF012
 
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(), "val": self._generate_examples()}
+            def _info(self):
+                captions = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
+                features = {"image": tfds.features.Image(encoding_format="jpeg"), "captions": captions}
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-        def _generate_examples(self):
-            for k in numbers:
-                captions = [{"id": i, "text": f"caption {k}"} for i in range(5)]
-                yield k, {"image": io.BytesIO(picture(k)), "captions": captions}
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples(), "val": self._generate_examples()}
+
+            def _generate_examples(self):
+                for k in numbers:
+                    captions = [{"id": i, "text": f"caption {k}"} for i in range(5)]
+                    yield k, {"image": io.BytesIO(picture(k)), "captions": captions}
 
     CocoCaptions(data_dir=data_dir, config="2014", file_format="array_record").download_and_prepare()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.data import sources
+from unclip_jax.data import sources, splits
 from unclip_jax.data.emoji_scenes import encode_png, scenes
 from unclip_jax.data.sources import open_source
 from unclip_jax.errors import UnreadableRecord, UserError
@@ -124,6 +124,20 @@ def test_a_record_that_fails_for_a_moment_is_read_again(monkeypatch):
     assert steady[2]["key"] == "2"
     with pytest.raises(IndexError):
         steady[5]
+
+
+def test_what_is_no_use_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.time, "sleep", lambda _: pytest.fail("waits"))
+    spec = folder_of(tmp_path, ["a.png", "b.png"])
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes(b"\x89PNG\x01\xff")
+    with pytest.raises(UnreadableRecord, match="its caption is no text"):
+        opened(spec)[0]
+
+
+def test_never_all_are_held_out():
+    assert splits.held_out(np.array([3, 1, 2], np.uint64)).tolist() == [1, 2]
+    assert splits.held_out(np.array([2**63, 2**62, 2**63], np.uint64)).tolist() == [1]
 
 
 def test_waiting_in_vain_ends(monkeypatch):

@@ -191,6 +191,18 @@ def test_a_tar_that_shrinks_later(tmp_path, monkeypatch):
         source[3]
 
 
+def test_what_is_near_is_read_at_once(tmp_path, monkeypatch):
+    filler = ("filler.bin", bytes(2**17))
+    save_tar(tmp_path / "near.tar", sample(1, "near"))
+    save_tar(tmp_path / "far.tar", [sample(1)[0], filler, ("000000001.txt", b"far")])
+    reads, read_part = [], tars.read_part
+    monkeypatch.setattr(tars, "read_part", lambda path, *part: reads.append(part) or read_part(path, *part))
+    for name, count in (("near", 1), ("far", 2)):
+        reads.clear()
+        assert captions(opened(f"tars:{tmp_path}/{{split}}.tar", name)) == {f"{name}.tar/000000001.jpg": name}
+        assert len(reads) == count and sum(length for _, length in reads) < 2**13
+
+
 def test_in_a_bucket(bucket, tmp_path):
     said = save_shards(tmp_path)
     copy_folder(tmp_path, to_path(bucket), "")
