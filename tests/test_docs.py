@@ -196,7 +196,8 @@ def keys():
     return found
 
 
-OTHERS_OPTIONS = {"--dry-run": "tpu_scripts/common.sh", "--file_format": "", "--config": ""}  # TFDS's; ours, of absl
+OTHERS_OPTIONS = {"--dry-run": "tpu_scripts/common.sh", "--config": ""}  # ours, of absl
+OTHERS_OPTIONS |= dict.fromkeys(("--file_format", "--output_format"), "")  # TFDS's and img2dataset's
 
 
 def check_key(key, value):
