@@ -89,7 +89,8 @@ def grown_folder(path):
     litter = [".DS_Store", "._cat.jpg", ".hidden/a.jpg", "__MACOSX/b.jpg", "@eaDir/c.jpg", "cat.jpg~", "notes.md"]
     for name in [*litter, "film.mp4", "phone.heic", "lonely.png"]:
         (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_bytes(b"\0\0\0\x18ftypheic" if name == "phone.heic" else pictures["old.BMP"])
+        no_pictures = {"phone.heic": b"\0\0\0\x18ftypheic", "notes.md": b"# Notes"}
+        (path / name).write_bytes(no_pictures.get(name, pictures["old.BMP"]))
     bad = {"empty.jpg": b"", "page.jpg": b"<html>404</html>", "half.jpg": pictures["cat.jpg"][:200], "mute.png": b""}
     for name, data in bad.items():
         (path / name).write_bytes(data or (pictures["no ending"] if name == "mute.png" else b""))
