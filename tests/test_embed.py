@@ -59,7 +59,7 @@ def data(monkeypatch):
     """In place of every dataset; a shard holds four records."""
     sources = {"train": Records(RECORDS, 0), "test": Records(HELD_OUT, 1)}
     for module in (embedding, inputs):
-        monkeypatch.setattr(module, "open_source", lambda spec, split, *_: sources[split])
+        monkeypatch.setattr(module, "open_sources", lambda spec, weights, splits, *_: [sources[s] for s in splits])
     monkeypatch.setattr(embeddings, "SHARD_RECORDS", PER_SHARD)
     with compilation_cache():
         yield sources
@@ -130,10 +130,10 @@ def test_loss_is_that_of_clip_in_the_step(name, reader, clip, folder):
         to_example = ToExample(
             stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor, stage.vectors
         )
-        rows = batches(inputs._open_source(config, "train", clip.identity), to_example, 2 * RECORDS, 0)
+        rows = batches(inputs._open_sources(config, clip.identity)[0], to_example, 2 * RECORDS, 0)
         batch = next(rows)
         skipped = batch.pop("records_skipped").sum()
-        held_out = evaluation_batch(inputs._open_source(config, "test", clip.identity), to_example, HELD_OUT, 0)
+        held_out = evaluation_batch(inputs._open_sources(config, clip.identity)[1], to_example, HELD_OUT, 0)
         found.append((stage, batch, held_out, skipped))
     (plain, batch, held_out, skipped), (embedded, *others, again) = found
     for one, other in zip((batch, held_out), others, strict=True):
@@ -302,7 +302,7 @@ def test_damaged_and_foreign_files_are_refused(clip, folder, data):
 
 
 def test_a_folder_begun_for_other_data_is_not_gone_on_with(clip, folder, monkeypatch, data):
-    monkeypatch.setattr(embedding, "open_source", lambda *_: data["test"])
+    monkeypatch.setattr(embedding, "open_sources", lambda *_: [data["test"]] * 2)
     refused("was begun for records 11 of train, 3 of test, now there are 3 of train", embed, clip, folder)
 
 
