@@ -91,8 +91,11 @@ def main(argv: list[str]) -> int:
             preflight.end_all(error)
         raise
     if isinstance(report, signal.Signals):
+        preflight.leave_soon(exit_status(report))
         return exit_status(report)
     print(f"state sha256 {report['sha256']}")
+    if jax.process_count() == 1:  # else others may still be writing, and need this process to say that they live
+        preflight.leave_soon(0)
     return 0
 
 
@@ -177,7 +180,10 @@ def _run(
         waiting = None
         for k in range(start + 1, steps + 1):
             with log.waiting():
-                rows = next(data)
+                rows = stop.unless_asked(lambda: next(data))
+            if rows is None:
+                checkpointer.save(state, {"run": run_identity})
+                break
             batch = global_batch(rows, mesh)
             if k == start + 1:
                 with log.pause():  # compilation
@@ -203,8 +209,9 @@ def _run(
                 clock.restart()
             checkpointer.check()
             if stopping:
-                log_step(*waiting)
                 break
+        if waiting:
+            log_step(*waiting)
 
         # The end: the stage completes its averaged parameters, which become the bundle.
         checkpointer.close()
@@ -282,6 +289,10 @@ def _write_config(config: ConfigDict, workdir: str) -> None:
         write_bytes(to_path(workdir) / "config.json", text.encode() + b"\n", alone=True)
 
 
+class _Asked(BaseException):
+    """A stop was asked while the loop waited for data. No Exception, which libraries of storage catch."""
+
+
 class _Stop:
     """Notes a first Ctrl-C or SIGTERM, so that the loop can save and leave; a second one acts at once.
 
@@ -289,16 +300,29 @@ class _Stop:
     """
 
     asked: signal.Signals | None = None
+    _waiting = False
 
     def __enter__(self) -> "_Stop":
         names = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
         self._handlers = {name: signal.signal(name, self._note) for name in names}
         return self
 
+    def unless_asked(self, wait: Callable[[], Batch]) -> Batch | None:
+        """Returns what `wait` returns, which may hang, or None as soon as a stop is asked."""
+        try:
+            self._waiting = True
+            return None if self.asked else wait()
+        except _Asked:
+            return None
+        finally:
+            self._waiting = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number)
         self._restore()
         _say("stopping after this step, to save it (once more: at once, without saving)")
+        if self._waiting:
+            raise _Asked
 
     def _restore(self) -> None:
         for name, handler in self._handlers.items():

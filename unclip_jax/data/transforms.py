@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 CROPS = ("center", "dalle")
-RESIZES = ("area", "bicubic")
 WHOLE = (slice(None), slice(None))  # window of all rows and columns
 ALIGNMENT = 4  # pixels; corners of patches are multiples of it, so that no low-resolution pixel is cut
 

@@ -33,6 +33,7 @@ from unclip_jax.errors import UserError
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # --platform → JAX's name for it
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages: who has one wants an accelerator
 HEARTBEAT_SECONDS = 15  # after which the others notice that a process has died
+LEAVE_SECONDS = 20  # in which a process that is done ends by itself
 OTHERS = (
     "another process of this run has died, or this one has: look for the first error in the logs of all hosts; the "
     "same command on all of them goes on from the last checkpoint"
@@ -170,6 +171,14 @@ def gathered(data: bytes) -> list[bytes]:
     sizes = process_allgather(np.int32(values.size))
     rows = process_allgather(np.pad(values, (0, int(sizes.max()) - values.size)))
     return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
+def leave_soon(status: int) -> None:
+    """Ends the process with `status` if it has not ended by itself in LEAVE_SECONDS: a thread that hangs in storage
+    would keep it alive. To be called when nothing is left to do."""
+    timer = threading.Timer(LEAVE_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
 
 
 def end_all(error: BaseException) -> None:
