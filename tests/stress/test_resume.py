@@ -89,8 +89,8 @@ def test_sigterm_while_reading_hangs_saves_and_ends(runs, straight):
     os.mkfifo(picture)
     try:
         logged = -1
-        while logged != (logged := len(runs.losses("hung"))) or not logged:  # until nothing moves any more
-            time.sleep(5)
+        while logged != (logged := len(runs.losses("hung"))):  # until nothing moves any more
+            time.sleep(15)
         assert run.poll() is None and logged < 30
         told = time.monotonic()
         run.terminate()
