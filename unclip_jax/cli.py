@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.config import completed, flat_keys
 from unclip_jax.errors import UserError
-from unclip_jax.paths import is_remote, to_path
+from unclip_jax.paths import is_remote, storage_errors, to_path
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -71,13 +71,14 @@ def command(name: str) -> str:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command's `main` on the command line and exits with its status, or with 2 after one line on an error.
 
-    Errors are UserError and packages of this library's extras that are not installed.
+    Errors are UserError, a full disk and its like, and packages of this library's extras that are not installed.
     """
     if GPU_SHARE_VARIABLE not in os.environ:
         os.environ[GPU_SHARE_VARIABLE] = str(GPU_SHARE)  # JAX reads it when it first looks for devices
         SET_BY_US.add(GPU_SHARE_VARIABLE)
     try:
-        sys.exit(main(sys.argv))
+        with storage_errors("a file", "mend that and run the same command again"):
+            sys.exit(main(sys.argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,12 +6,15 @@ Every path that a user names goes through `to_path`, and is from then on a `path
 """
 
 import contextlib
+import errno
+import fcntl
 import functools
 import hashlib
 import logging
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -20,12 +23,14 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import StorageError, UserError
 
 SECONDS_BETWEEN_LINES = 10.0
 CHUNK_BYTES = 2**24  # copied at once
 SPARE_BYTES = 2**30  # of a disk, which copies leave free
 GIB = 2**30
+STORAGE_ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE]
+STORAGE_ERRORS += [errno.EFBIG, errno.EMFILE, errno.ENAMETOOLONG]
 
 
 def to_path(text: str | os.PathLike[str]) -> Path:
@@ -90,6 +95,58 @@ def write_bytes(path: Path, content: bytes, alone: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path, alone) as beside:
         beside.write_bytes(content)
+
+
+@contextlib.contextmanager
+def storage_errors(folder: str, advice: str) -> Iterator[None]:
+    """Turns errors of storage within the context, such as a full disk, into a StorageError of one line. Others pass.
+
+    folder: that is written to, named where the error names no file. advice: ends the line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        found: BaseException | None = error
+        while found:
+            if isinstance(found, OSError) and found.errno in STORAGE_ERRORS:
+                raise StorageError(f"{found.filename or folder}: {os.strerror(found.errno)}; {advice}") from error
+            # Libraries in C++ give the system's text alone.
+            said = next((text for text in map(os.strerror, STORAGE_ERRORS) if text in str(found)), "")
+            if said:
+                raise StorageError(f"{folder}: {said}; {advice}") from error
+            found = found.__cause__ or found.__context__
+        raise
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Keeps a folder on a disk for this process alone; other processes get a UserError. A process that has died owns
+    nothing. A folder in a bucket is not kept."""
+    if is_remote(folder):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".owner"
+    while True:
+        with lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise UserError(f"{folder} is in use by {owner}: wait for its end, or give another folder") from error
+            if not (lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())):
+                continue  # an owner that just ended has deleted it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def files_below(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import FrameType
 from typing import TypedDict
 
@@ -29,11 +30,11 @@ from unclip_jax.arrays import Batch, Params
 from unclip_jax.bundle import check_params, load_bundle, save_bundle
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.errors import UserError
+from unclip_jax.errors import StorageError, UserError
 from unclip_jax.held_out import HeldOut
 from unclip_jax.inputs import Inputs, Upstream
 from unclip_jax.origin import load_origin
-from unclip_jax.paths import output_folder, to_path, write_bytes
+from unclip_jax.paths import output_folder, owned, storage_errors, to_path, write_bytes
 from unclip_jax.run_identity import changes, identity
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import ClipTowers, Metrics, trained
@@ -87,7 +88,8 @@ def main(argv: list[str]) -> int:
     try:
         report = run(flags.config, flags.workdir)
     except BaseException as error:
-        if jax.process_count() > 1:
+        # On a full disk, what is still open would print its own errors while an orderly exit closes it.
+        if jax.process_count() > 1 or isinstance(error, StorageError):
             preflight.end_all(error)
         raise
     if isinstance(report, signal.Signals):
@@ -112,8 +114,9 @@ def run(config: ConfigDict, workdir: str) -> Report | signal.Signals:
     work, where the config, the data or WORKDIR cannot work.
     """
     check_config(config, workdir)
-    output_folder(workdir, "workdir")
-    with _Stop() as stop:
+    folder = output_folder(workdir, "workdir")
+    kept = "the checkpoints there are kept: mend that and run the same command again"
+    with storage_errors(workdir, kept), owned(folder) if jax.process_index() == 0 else nullcontext(), _Stop() as stop:
         mesh = make_mesh(config.mesh)
         preflight.agree(preflight.facts(config.to_dict()))
         upstream = _upstream(config, workdir, mesh)
