@@ -25,6 +25,7 @@ from unclip_jax.paths import (
     storage_errors,
     to_path,
     write_bytes,
+    written_by_others,
 )
 
 
@@ -206,7 +207,7 @@ def test_errors_of_storage_are_one_line_that_names_the_place(error, behind):
         raise error
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "x"), ValueError("y"), UserError("Permission denied")])
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "x"), ValueError("y"), UserError("Is a directory")])
 def test_other_errors_pass(error):
     with pytest.raises(type(error)) as caught, storage_errors("/a", "do this"):
         raise error
@@ -242,3 +243,21 @@ def test_a_folder_has_one_owner_until_that_ends_or_dies(tmp_path):
     with owned(folder):
         assert [path.name for path in folder.iterdir()] == [".owner"]
     assert list(folder.iterdir()) == []
+
+
+def test_folders_that_others_may_write_to_are_known(tmp_path, monkeypatch):
+    folder = tmp_path / "a" / "cache"
+    assert not written_by_others(folder) and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o775)
+    assert not written_by_others(folder), "a group of one's own"
+    group = os.getgid()
+    monkeypatch.setattr(os, "getgid", lambda: group + 1)
+    assert written_by_others(folder)
+    folder.chmod(0o755)
+    assert not written_by_others(folder)
+    folder.chmod(0o777)
+    assert written_by_others(folder)
+    folder.chmod(0o755)
+    if folder.stat().st_uid:
+        monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+        assert written_by_others(folder)

@@ -139,8 +139,9 @@ def test_unknown_arguments_are_refused(script):
 
 @pytest.mark.parametrize(("name", "values"), [
     ("NAME", ["a b", "Big", "-a", "a;reboot", "$(reboot)", "a\nb", "x" * 64]),
-    ("ZONE", ["us", "us-east5", "us-east5-b;"]), ("TYPE", ["v6e", "v9-8", "v4-0"]), ("VERSION", ["--help", "a b"]), ("QUEUED", ["0", "yes"]), ("SPOT", ["false"]),
-    ("HOST", ["all", "-1"]), ("PYTHON", ["3.12; reboot", "2.7"]), ("LOOK_EVERY", ["1m"]), ("STOP_MINUTES", ["x"]),
+    ("ZONE", ["us", "us-east5", "us-east5-b;"]), ("TYPE", ["v6e", "v9-8", "v4-0"]), ("VERSION", ["--help", "a b"]),
+    ("QUEUED", ["0", "yes"]), ("SPOT", ["false"]), ("HOST", ["all", "-1"]), ("PYTHON", ["3.12; reboot", "2.7"]),
+    ("LOOK_EVERY", ["1m"]), ("STOP_MINUTES", ["x"]),
 ])  # fmt: skip
 def test_odd_values_of_variables_are_refused(name, values):
     for value in values:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.config import completed, flat_keys
 from unclip_jax.errors import UserError
-from unclip_jax.paths import is_remote, storage_errors, to_path
+from unclip_jax.paths import is_remote, storage_errors, to_path, written_by_others
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -91,11 +91,18 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs for later processes, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache/unclip_jax."""
+    """Keeps compiled programs for later processes, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache/unclip_jax.
+
+    Raises UserError for a folder on a disk that others may write to: what they put there would be run.
+    """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(to_path(CACHE)))
+    folder = jax.config.jax_compilation_cache_dir
+    if not is_remote(folder) and written_by_others(to_path(folder)):
+        raise UserError(f"others may write to the compilation cache {folder}, and what they put there would be run: "
+                        f"chmod go-w {folder}, or set JAX_COMPILATION_CACHE_DIR to a folder of your own")  # fmt: skip
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

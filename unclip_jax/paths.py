@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -82,6 +83,14 @@ def output_folder(name: str, option: str = "--out") -> Path:
     if there and not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{option} {name} cannot be written: no permission to write in {there}; give another folder")
     return folder
+
+
+def written_by_others(folder: Path) -> bool:
+    """Makes a folder on a disk for this user alone, where there is none; tells whether others may write to it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    theirs = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != os.getgid())
+    return bool(theirs) or found.st_uid not in (os.getuid(), 0)
 
 
 def write_bytes(path: Path, content: bytes, alone: bool = False) -> None:

@@ -216,6 +216,34 @@ def test_openai_form(kind, tmp_path, seen):
     compare(seen, "OpenAI's form", states, text.last_hidden_state)
 
 
+class Evil(torch.nn.Module):
+    """Loading it by torch.jit.load runs its `__setstate__`, which fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.arange(6.0).reshape(2, 3))
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.weight, True)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        assert False, "it was run"  # noqa: B011, PT015
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_code_of_an_archive_is_not_run(tmp_path):
+    torch.jit.script(Evil()).save(str(tmp_path / "evil.pt"))
+    with pytest.raises(RuntimeError, match="it was run"):
+        torch.jit.load(str(tmp_path / "evil.pt"))
+    with pytest.raises(UserError, match="is not a state dict"):
+        read_tensors(tmp_path / "evil.pt")
+
+
 def test_half_precision_files(tmp_path):
     """Weights of 16 bits, as most are published, are the same numbers in float32."""
     model = reference("B/32")
