@@ -15,6 +15,7 @@ from PIL import Image
 from unclip_jax.bundle import load_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import center_square
+from unclip_jax.errors import UserError
 from unclip_jax.pretrained import __main__ as command
 from unclip_jax.pretrained import openai_clip
 from unclip_jax.pretrained.state_dict import StateDict, read_tensors
