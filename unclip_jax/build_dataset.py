@@ -27,6 +27,7 @@ from typing import Any
 from unclip_jax import cli
 from unclip_jax.clip_steps import ClipSteps
 from unclip_jax.data import build, cleaning, duplicates
+from unclip_jax.data.build_ranges import Job
 from unclip_jax.data.sources import open_source
 from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder, to_path, write_bytes
@@ -112,32 +113,47 @@ def main(argv: list[str]) -> int:
         build.forget(job)
     else:
         if not known:
-            _store(folder, {"format": FORMAT, "settings": settings})
-        found = build.run(job, options, runner)
+            _begin(folder, args.out, settings)
+        found = _run(job, options, runner)
         known = _finish(job, settings, found)
     print(_table(known))
     return 0
 
 
+def _run(job: Job, options: Any, runner: Any) -> dict[str, Any]:
+    """Runs the pipeline. Raises UserError where it ends early, whose line is the last of Beam's many."""
+    try:
+        return build.run(job, options, runner)
+    except UserError:
+        raise
+    except Exception as error:  # of a worker, which Beam makes an error of its own
+        line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise UserError(f"the build ended early ({line}); what is done is kept: the same command goes on") from error
+
+
 def _beam(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Makes Beam's options and its runner; None: the one that the options name. Raises UserError without Beam."""
+    """Makes Beam's options, and its runner, None for the one that the options name.
+
+    Raises UserError where they name none that there is, and ModuleNotFoundError without Beam.
+    """
+    logging.disable(logging.WARNING)  # that some of Google's packages are missing, which nothing here needs
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
-        from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-    except ImportError as error:
-        raise UserError("data build needs apache-beam: pip install 'unclip_jax[build]'") from error
+        from apache_beam.runners import create_runner
+    finally:
+        logging.disable(logging.NOTSET)
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
-    if args.beam:
-        return PipelineOptions(args.beam), None
-    # DirectRunner would first try to download another runner.
-    options = PipelineOptions(
-        direct_num_workers=args.workers,
-        direct_running_mode="in_memory" if args.workers == 1 else "multi_processing",
-    )
-    return options, FnApiRunner()
+    if not args.beam:
+        return build.on_this_machine(args.workers)
+    options = PipelineOptions(args.beam)
+    try:
+        create_runner(options.get_all_options()["runner"] or "DirectRunner")
+    except (ValueError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return options, None
 
 
-def _prepare(args: argparse.Namespace) -> tuple[build.Job, dict[str, Any]]:
+def _prepare(args: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
     """Opens all that is named; returns the job, and the settings by which it is known again.
 
     Raises UserError for whatever cannot be opened.
@@ -156,7 +172,7 @@ def _prepare(args: argparse.Namespace) -> tuple[build.Job, dict[str, Any]]:
             source = open_source(spec, split, args.data_dir, args.image_feature, args.caption_feature)
             sources.append((spec, split, len(source)))
     folder = output_folder(args.out) / args.name / build.VERSION
-    job = build.Job(
+    job = Job(
         sources=tuple(sources),
         data_dir=args.data_dir,
         image_feature=args.image_feature,
@@ -199,7 +215,7 @@ def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _finish(job: build.Job, settings: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def _finish(job: Job, settings: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Makes a dataset of what the workers wrote; returns what build.json says of it.
 
     Raises UserError where nothing was kept.
@@ -217,6 +233,14 @@ def _finish(job: build.Job, settings: dict[str, Any], found: dict[str, Any]) -> 
     if job.held_out and not kept.get("test"):
         print("build: no record is in the split test: there are so few; give a larger --held-out", file=sys.stderr)
     return known
+
+
+def _begin(folder: Path, out: str, settings: dict[str, Any]) -> None:
+    """Writes the first file. Raises UserError where that fails."""
+    try:
+        _store(folder, {"format": FORMAT, "settings": settings})
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): give another folder") from error
 
 
 def _store(folder: Path, known: dict[str, Any]) -> None:

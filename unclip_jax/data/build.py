@@ -13,132 +13,64 @@ Where duplicates are left out, ranges are examined first, and their records' has
 then read once more.
 """
 
-import contextlib
-import functools
-import hashlib
-import itertools
 import json
-import os
+import shlex
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from unclip_jax.data import duplicates
-from unclip_jax.data.cleaning import UNREADABLE, Candidate, Limits, smaller
-from unclip_jax.data.sources import Source, open_source
-from unclip_jax.data.transforms import captions_of, decode
-from unclip_jax.errors import UnreadableRecord
-from unclip_jax.paths import copy_files, is_remote, to_path, write_bytes
+from unclip_jax.data.build_ranges import NAMED, Job, examine, features, write
+from unclip_jax.errors import UserError
+from unclip_jax.paths import is_remote, to_path, write_bytes
 
 if TYPE_CHECKING:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 VERSION = "1.0.0"
 SPLITS = ("train", "test")
-MOST_RECORDS, FEWEST_RECORDS, RANGES = 8192, 64, 100  # of a range; ranges, unless these say otherwise
-THREADS = 8  # that read and decode, in each worker
-AT_ONCE = 128  # records that a worker holds, and that a network sees at once
 SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_LISTS = 10.0, 60.0  # of progress; in a bucket, where a list takes requests
-NAMED = 100  # records that could not be read, of which build.json says why
+# Program of a worker on this machine. Beam's own says on stderr what only Beam's authors need.
+WORKER = "import logging; logging.disable(logging.WARNING); from apache_beam.runners.worker import sdk_worker_main; "
+WORKER += "sdk_worker_main.main([])"
 
 
-class Scorer(Protocol):
-    """Steps that a network decides, on whatever the views are that it makes of a picture."""
+def on_this_machine(workers: int) -> "tuple[PipelineOptions, FnApiRunner]":
+    """Makes the options and the runner of so many processes; one is this process itself.
 
-    def load(self) -> None: ...
-
-    def views(self, picture: np.ndarray) -> Any: ...
-
-    def apply(self, candidates: list[Candidate]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker needs to know.
-
-    sources: (spec, split, number of records) of each. folder: of the dataset. shorter_side: of pictures that are made
-    smaller; 0 leaves them as they are. held_out: share of the records that make the test split. exact, bits: as in
-    `duplicates.find`.
+    The runner is what Beam's DirectRunner comes to, after it has tried to download another.
     """
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+    from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
-    sources: tuple[tuple[str, str, int], ...]
-    data_dir: str
-    image_feature: str
-    caption_feature: str
-    folder: str
-    limits: Limits
-    scorer: Scorer | None
-    exact: bool
-    bits: int | None
-    shorter_side: int
-    held_out: float
-
-    @property
-    def records(self) -> int:
-        return sum(count for *_, count in self.sources)
-
-    @property
-    def range_size(self) -> int:
-        """Records of a range. It follows from their number alone, so that shards are the same for any workers."""
-        return min(MOST_RECORDS, max(FEWEST_RECORDS, -(-self.records // RANGES)))
-
-    @property
-    def ranges(self) -> int:
-        return -(-self.records // self.range_size)
-
-    @property
-    def finds_duplicates(self) -> bool:
-        return self.exact or self.bits is not None
-
-    def rows(self, number: int) -> range:
-        """Numbers of the records of a range."""
-        return range(number * self.range_size, min((number + 1) * self.range_size, self.records))
-
-    def part(self, name: str, number: int) -> Path:
-        """File that says what is known of a range: "examined" or "done"."""
-        return to_path(self.folder) / "parts" / f"{name}-{number:05}.json"
-
-    def read(self, index: int) -> dict:
-        """Reads a record of all sources. Raises UnreadableRecord where that fails."""
-        for number, (_, _, count) in enumerate(self.sources):
-            if index < count:
-                return _opened(self.sources[number], self.data_dir, self.image_feature, self.caption_feature)[index]
-            index -= count
-        raise IndexError(index)
-
-
-@functools.cache
-def _opened(source: tuple[str, str, int], *features: str) -> Source:
-    """Opens a source once in each worker. Raises RuntimeError where it has other records than when the build began."""
-    spec, split, count = source
-    opened = open_source(spec, split, *features)
-    if len(opened) != count:
-        raise RuntimeError(f"{spec} had {count} records of {split}, now {len(opened)}: build anew, and change nothing")
-    return opened
+    command = shlex.join([sys.executable, "-c", WORKER])
+    environment = SubprocessSDKEnvironment.from_command_string(command) if workers > 1 else None
+    return PipelineOptions([], direct_num_workers=workers), FnApiRunner(environment)
 
 
 def run(job: Job, options: "PipelineOptions", runner: Any) -> dict[str, Any]:
-    """Runs the pipeline, with a line on stderr now and then; returns what `_merged` sums up."""
+    """Runs the pipeline, with a line on stderr now and then; returns what `_merged` sums up.
+
+    Raises UserError where workers wrote to a folder of their own.
+    """
     import apache_beam as beam
 
-    total = to_path(job.folder) / "parts" / "total.json"
+    total = to_path(job.folder) / "parts" / "total"
     with _Progress(job), beam.Pipeline(runner=runner, options=options) as pipeline:
-        numbers = pipeline | "ranges" >> beam.Create(range(job.ranges)) | beam.Reshuffle()
-        done = _without_duplicates(numbers, job) if job.finds_duplicates else numbers | beam.Map(write, job)
+        numbers = pipeline | "ranges" >> beam.Create(range(job.ranges)) | "over workers" >> beam.Reshuffle()
+        done = _without_duplicates(numbers, job) if job.finds_duplicates else numbers | "write" >> beam.Map(write, job)
         merged = done | "sum" >> beam.CombineGlobally(_merged)
         _ = merged | "store" >> beam.Map(lambda found, path: write_bytes(path, json.dumps(found).encode()), total)
+    if not total.exists():
+        raise UserError(f"{job.folder} is another folder for the workers: give --out in a bucket that all reach")
     return json.loads(total.read_text())
 
 
@@ -155,159 +87,15 @@ def _without_duplicates(numbers: "beam.PCollection", job: Job) -> "beam.PCollect
     return grouped | "write" >> beam.Map(lambda pair, job: write(pair[0], job, dict(pair[1]["found"])), job)
 
 
-def examine(number: int, job: Job) -> int:
-    """Writes what the steps decide about the records of a range to a file, unless it is there; returns the number."""
-    place = job.part("examined", number)
-    if not place.exists():
-        kept, summary = [], _Summary(number)
-        for candidate in _examined(job, number):
-            if candidate.dropped:
-                summary.drop(candidate)
-            else:
-                kept.append((candidate.row, candidate.chosen, candidate.digest, candidate.look))
-        write_bytes(place, json.dumps({"kept": kept, "summary": summary.found}).encode())
-    return number
-
-
-def write(number: int, job: Job, found: dict[int, str] | None = None) -> dict[str, Any]:
-    """Writes the shards of a range, unless that is done; returns its summary.
-
-    found: duplicates, index → step, of a range that was examined before; None examines it now.
-    """
-    place = job.part("done", number)
-    if place.exists():
-        return json.loads(place.read_text())
-    if found is None:
-        summary, candidates = _Summary(number), _examined(job, number)
-    else:
-        examined = json.loads(job.part("examined", number).read_text())
-        summary, candidates = _Summary(number, examined["summary"]), _again(job, examined["kept"], found)
-    with contextlib.ExitStack() as shards:
-        writers: dict[str, Callable] = {}
-        for candidate in candidates:
-            if candidate.dropped:
-                summary.drop(candidate)
-                continue
-            split = "test" if place_of(candidate.key) < job.held_out else "train"
-            if split not in writers:
-                writers[split] = shards.enter_context(_shard(job, split, number))
-            captions = [candidate.captions[k] for k in candidate.chosen]
-            example = {"image": candidate.image, "caption": captions, "key": candidate.key}
-            content = features().serialize_example(example)
-            writers[split](content)
-            summary.keep(split, len(content))
-    write_bytes(place, json.dumps(summary.found).encode())  # after the shards: what is done is there
-    return summary.found
-
-
-def place_of(key: str) -> float:
-    """Draws a number in [0, 1) by a record's key without its ending, as folders do for what they hold out."""
-    return int.from_bytes(hashlib.sha256(os.path.splitext(key)[0].encode()).digest()[:8]) / 2**64
-
-
-@functools.cache
-def features() -> Any:
-    """Features of the datasets that are built."""
-    import tensorflow_datasets as tfds
-
-    text = tfds.features.Text()
-    return tfds.features.FeaturesDict(
-        {"image": tfds.features.Image(), "caption": tfds.features.Sequence(text), "key": text}
-    )
-
-
-def _examined(job: Job, number: int) -> Iterator[Candidate]:
-    """Yields the records of a range in order, as the steps leave them."""
-    if job.scorer:
-        job.scorer.load()
-    with ThreadPoolExecutor(THREADS) as pool:
-        rows = iter(job.rows(number))
-        while part := list(itertools.islice(rows, AT_ONCE)):
-            candidates = list(pool.map(functools.partial(_candidate, job), part))
-            if job.scorer and (left := [candidate for candidate in candidates if not candidate.dropped]):
-                job.scorer.apply(left)
-            yield from candidates
-
-
-def _candidate(job: Job, row: int) -> Candidate:
-    """Reads a record, and takes the steps that need no network."""
-    found = _read(job, row)
-    picture, found.views = found.views, None
-    if found.dropped:
-        return found
-    job.limits.apply(found, picture)
-    if not found.dropped:
-        if job.scorer:
-            found.views = job.scorer.views(picture)
-        if job.finds_duplicates:
-            found.digest, found.look = duplicates.digest(picture), duplicates.look(picture)
-            found.image = b""  # it is read again
-        elif job.shorter_side:
-            found.image = smaller(found.image, picture, job.shorter_side)
-    return found
-
-
-def _read(job: Job, row: int) -> Candidate:
-    """Reads and decodes a record; its picture is in `views`."""
-    found = Candidate(row, f"record {row}")
-    try:
-        record = job.read(row)
-        found.key, found.image, found.captions = record["key"], record["image"], captions_of(record)
-        found.views, found.chosen = decode(found.image), list(range(len(found.captions)))
-        if not found.captions:
-            raise UnreadableRecord("it has no caption")
-    except UnreadableRecord as error:
-        found.dropped, found.why = UNREADABLE, str(error)
-    return found
-
-
-def _again(job: Job, kept: list, found: dict[int, str]) -> Iterator[Candidate]:
-    """Yields those records of an examined range that were kept; those among them that are duplicates as dropped."""
-
-    def read(row: int, chosen: list[int]) -> Candidate:
-        candidate = _read(job, row)
-        if not candidate.dropped and job.shorter_side:
-            candidate.image = smaller(candidate.image, candidate.views, job.shorter_side)
-        candidate.chosen, candidate.views = chosen, None
-        return candidate
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        rest = iter(kept)
-        while part := list(itertools.islice(rest, AT_ONCE)):
-            yield from (Candidate(row, "", dropped=found[row]) for row, *_ in part if row in found)
-            yield from pool.map(lambda record: read(*record[:2]), [record for record in part if record[0] not in found])
-
-
-def _hashes(number: int, job: Job) -> Iterator[tuple[int, str, int]]:
+def _hashes(number: int, job: Job) -> Iterator[tuple[int, str, str]]:
     """Yields (index, digest, look) of the records of an examined range."""
     for row, _, digest, look in json.loads(job.part("examined", number).read_text())["kept"]:
         yield row, digest, look
 
 
-class _Summary:
-    """What became of a range's records: counts, and bytes, and names of those that cannot be read."""
-
-    def __init__(self, number: int, found: dict[str, Any] | None = None):
-        self._number = str(number)
-        self.found = found or {"dropped": {}, "unreadable": [], "shards": {}, "bytes": {}}
-
-    def drop(self, candidate: Candidate) -> None:
-        self._add("dropped", candidate.dropped, 1)
-        if candidate.dropped == UNREADABLE and len(self.found["unreadable"]) < NAMED:
-            self.found["unreadable"].append((candidate.row, candidate.key, candidate.why))
-
-    def keep(self, split: str, size: int) -> None:
-        shards = self.found["shards"].setdefault(split, {})
-        shards[self._number] = shards.get(self._number, 0) + 1
-        self._add("bytes", split, size)
-
-    def _add(self, name: str, key: str, count: int) -> None:
-        self.found[name][key] = self.found[name].get(key, 0) + count
-
-
 def _merged(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Sums up: dropped, step → count; unreadable, the first NAMED (index, key, why); shards, split → number of the
-    range → records; bytes, split → of all records."""
+    """Sums up ranges: dropped, step → count; unreadable, the first NAMED (index, key, why); shards, split → number of a
+    range → records; bytes, split → of all its records."""
     dropped, size, unreadable, shards = Counter(), Counter(), [], {}
     for summary in summaries:
         dropped.update(summary["dropped"])
@@ -316,31 +104,6 @@ def _merged(summaries: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for split, lengths in summary["shards"].items():
             shards.setdefault(split, {}).update(lengths)
     return {"dropped": dict(dropped), "unreadable": unreadable, "shards": shards, "bytes": dict(size)}
-
-
-@contextlib.contextmanager
-def _shard(job: Job, split: str, number: int) -> Iterator[Callable[[bytes], None]]:
-    """Yields a function that adds a record to a shard, which appears as a whole. Only local files can be written."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    final = _shard_path(job, split, number)
-    parts = None if is_remote(final) else to_path(job.folder) / "parts"
-    if parts:
-        parts.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parts) as folder:
-        written = Path(folder) / final.name
-        writer = ArrayRecordWriter(str(written), "group_size:1")  # as TFDS does: any record can be read by itself
-        yield writer.write
-        writer.close()
-        if parts:
-            os.replace(written, final)
-        else:
-            copy_files([(written, final)], f"copying {final.name}")
-
-
-def _shard_path(job: Job, split: str, number: int) -> Path:
-    folder = to_path(job.folder)
-    return folder / f"{folder.parent.name}-{split}.array_record-{number:05}-of-{job.ranges:05}"
 
 
 def describe(job: Job, found: dict[str, Any]) -> None:

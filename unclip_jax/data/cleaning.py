@@ -36,7 +36,7 @@ class Candidate:
     captions: list[str] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)
     digest: str = ""
-    look: int = 0
+    look: str = ""
     views: Any = None
     dropped: str = ""
     why: str = ""

@@ -32,14 +32,14 @@ def digest(picture: np.ndarray) -> str:
     return hashlib.sha256(repr(picture.shape).encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()[:32]
 
 
-def look(picture: np.ndarray) -> int:
-    """Computes the 64 bits of how a picture looks, uint8 (H, W, 3), the lowest frequencies first."""
+def look(picture: np.ndarray) -> str:
+    """Computes the 64 bits of how a picture looks, uint8 (H, W, 3): 16 hexadecimal digits, low frequencies first."""
     from PIL import Image
 
     grey = Image.fromarray(picture).convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     waves = _waves()
     low = np.round(waves @ np.asarray(grey, np.float64) @ waves.T, 6)  # rounding errors decide no bit
-    return int.from_bytes(np.packbits(low > np.median(low)).tobytes())
+    return np.packbits(low > np.median(low)).tobytes().hex()
 
 
 @functools.cache
@@ -64,42 +64,43 @@ def find(records: "beam.PCollection", exact: bool, bits: int | None) -> "beam.PC
         records = groups | "first of each digest" >> beam.Map(_first)
     if bits is not None:
         groups = records | "by look" >> beam.GroupBy(_look)
-        same = groups | "same look" >> beam.FlatMap(_all_but_first, NEAR)
+        found.append(groups | "same look" >> beam.FlatMap(_all_but_first, NEAR))
+    if bits:
         bands = groups | "first of each look" >> beam.Map(_first) | "bands" >> beam.FlatMap(_bands, bits + 1)
         near = bands | "by band" >> beam.GroupByKey() | "near" >> beam.FlatMap(_near, bits)
-        found += [same, near | "in several bands" >> beam.Distinct()]
+        found.append(near | "in several bands" >> beam.Distinct())
     return found | "all duplicates" >> beam.Flatten()
 
 
-def _digest(record: tuple[int, str, int]) -> str:
+def _digest(record: tuple[int, str, str]) -> str:
     return record[1]
 
 
-def _look(record: tuple[int, str, int]) -> int:
+def _look(record: tuple[int, str, str]) -> str:
     return record[2]
 
 
-def _first(group: tuple[Any, Iterable[tuple[int, str, int]]]) -> tuple[int, str, int]:
+def _first(group: tuple[Any, Iterable[tuple[int, str, str]]]) -> tuple[int, str, str]:
     return min(group[1])
 
 
-def _all_but_first(group: tuple[Any, Iterable[tuple[int, str, int]]], step: str) -> Iterator[tuple[int, str]]:
+def _all_but_first(group: tuple[Any, Iterable[tuple[int, str, str]]], step: str) -> Iterator[tuple[int, str]]:
     first = _first(group)[0]
     return ((record[0], step) for record in group[1] if record[0] != first)
 
 
-def _bands(record: tuple[int, str, int], count: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+def _bands(record: tuple[int, str, str], count: int) -> Iterator[tuple[tuple[int, int], tuple[int, str]]]:
     """Cuts a look into bands: yields ((band, its bits), (index, look))."""
-    index, _, bits = record
+    index, _, digits = record
     edges = [BITS * k // count for k in range(count + 1)]
     for band, (low, high) in enumerate(itertools.pairwise(edges)):
-        yield (band, bits >> low & ((1 << high - low) - 1)), (index, bits)
+        yield (band, int(digits, 16) >> low & ((1 << high - low) - 1)), (index, digits)
 
 
-def _near(group: tuple[tuple[int, int], Iterable[tuple[int, int]]], bits: int) -> Iterator[tuple[int, str]]:
+def _near(group: tuple[tuple[int, int], Iterable[tuple[int, str]]], bits: int) -> Iterator[tuple[int, str]]:
     """Yields (index, NEAR) for each of a group's looks, all different, that is near an earlier one's."""
     records = sorted(group[1])
-    looks = np.array([bits for _, bits in records], np.uint64)
+    looks = np.array([int(digits, 16) for _, digits in records], np.uint64)
     rows = max(1, AT_ONCE // len(looks))
     for start in range(0, len(looks), rows):
         part = looks[start : start + rows]
