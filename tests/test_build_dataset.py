@@ -1,4 +1,4 @@
-"""The command `data build`: what it keeps, counts and refuses, with any number of workers, after a stop, in a bucket."""
+"""The command `data build`: what it keeps, counts and refuses, by any number of workers, after a stop, in a bucket."""
 
 import io
 import json

@@ -59,7 +59,9 @@ def test_scripts_are_those_of_nearly_all_letters():
         check_scripts(("latin", "latim"))
 
 
-@pytest.mark.parametrize(("size", "expected"), [((300, 200), (96, 64)), ((200, 301), (64, 96)), ((65, 1000), (64, 985))])
+@pytest.mark.parametrize(
+    ("size", "expected"), [((300, 200), (96, 64)), ((200, 301), (64, 96)), ((65, 1000), (64, 985))]
+)
 def test_larger_pictures_are_made_smaller(size, expected):
     ramp = np.broadcast_to(np.linspace(0, 255, size[0], dtype=np.uint8)[None, :, None], (size[1], size[0], 3))
     out = io.BytesIO()

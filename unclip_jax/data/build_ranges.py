@@ -44,7 +44,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to know.
+    """Sources, settings and folder of a build, as workers are sent them.
 
     sources: (spec, split, number of records) of each. folder: of the dataset. shorter_side: of pictures that are made
     smaller; 0 leaves them as they are. held_out: share of the records that make the test split. exact, bits: as in
@@ -261,7 +261,7 @@ def _shard(job: Job, split: str, number: int) -> Iterator[Callable[[bytes], None
     if parts:
         parts.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parts) as folder:
-        written = Path(folder) / final.name
+        written = to_path(folder) / final.name
         writer = ArrayRecordWriter(str(written), "group_size:1")  # as TFDS does: any record can be read by itself
         yield writer.write
         writer.close()
