@@ -45,9 +45,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", action="append", required=True, help="as data.source; may be given several times")
     parser.add_argument("--split", default="", help="of the sources, such as train or train,test; default: train of "
                         "TFDS datasets, and all of the others")  # fmt: skip
-    parser.add_argument("--data-dir", default="~/tensorflow_datasets", help="of tfds: sources")
-    parser.add_argument("--image-feature", default="image", help="of tfds: sources; default image")
-    parser.add_argument("--caption-feature", default="caption", help="of tfds: sources; default caption")
+    parser.add_argument("--data-dir", default="~/tensorflow_datasets", help="as data.data_dir")
+    parser.add_argument("--image-feature", default="image", help="as data.image_feature; default image")
+    parser.add_argument("--caption-feature", default="caption", help="as data.caption_feature; default caption")
     parser.add_argument("--out", required=True, help="folder of TFDS datasets, on a disk or gs://…")
     parser.add_argument("--name", required=True, help="of the dataset, such as my_pictures")
     text = "share of the records that make the split test, by a hash of their keys; default 0.02"

@@ -88,13 +88,21 @@ class Job:
         """File that says what is known of a range: "examined" or "done"."""
         return to_path(self.folder) / "parts" / f"{name}-{number:05}.json"
 
+    def open(self) -> None:
+        """Opens the sources in this process, before threads read from them. Raises UserError where one has changed."""
+        for source in self.sources:
+            self._opened(source)
+
     def read(self, index: int) -> dict:
         """Reads a record of all sources. Raises UnreadableRecord where that fails."""
-        for number, (_, _, count) in enumerate(self.sources):
-            if index < count:
-                return _opened(self.sources[number], self.data_dir, self.image_feature, self.caption_feature)[index]
-            index -= count
+        for source in self.sources:
+            if index < source[-1]:
+                return self._opened(source)[index]
+            index -= source[-1]
         raise IndexError(index)
+
+    def _opened(self, source: tuple[str, str, int]) -> Source:
+        return _opened(source, self.data_dir, self.image_feature, self.caption_feature)
 
 
 @functools.cache
@@ -144,7 +152,8 @@ def write(number: int, job: Job, found: dict[int, str] | None = None) -> dict[st
             if split not in writers:
                 writers[split] = shards.enter_context(_shard(job, split, number))
             captions = [candidate.captions[k] for k in candidate.chosen]
-            example = {"image": candidate.image, "caption": captions, "key": candidate.key}
+            key = os.fsencode(candidate.key).decode(errors="replace")  # a file's name need not be UTF-8
+            example = {"image": candidate.image, "caption": captions, "key": key}
             content = features().serialize_example(example)
             writers[split](content)
             summary.keep(split, len(content))
@@ -154,7 +163,7 @@ def write(number: int, job: Job, found: dict[int, str] | None = None) -> dict[st
 
 def place_of(key: str) -> float:
     """Draws a number in [0, 1) by a record's key without its ending, as folders do for what they hold out."""
-    return int.from_bytes(hashlib.sha256(os.path.splitext(key)[0].encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(os.fsencode(os.path.splitext(key)[0])).digest()[:8]) / 2**64
 
 
 @functools.cache
@@ -170,6 +179,7 @@ def features() -> Any:
 
 def _examined(job: Job, number: int) -> Iterator[Candidate]:
     """Yields the records of a range in order, as the steps leave them."""
+    job.open()
     if job.scorer:
         job.scorer.load()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -223,6 +233,7 @@ def _again(job: Job, kept: list, found: dict[int, str]) -> Iterator[Candidate]:
         candidate.chosen, candidate.views = chosen, None
         return candidate
 
+    job.open()
     with ThreadPoolExecutor(THREADS) as pool:
         rest = iter(kept)
         while part := list(itertools.islice(rest, AT_ONCE)):
@@ -231,7 +242,7 @@ def _again(job: Job, kept: list, found: dict[int, str]) -> Iterator[Candidate]:
 
 
 class _Summary:
-    """What became of a range's records: counts, and bytes, and names of those that cannot be read."""
+    """Counts of a range's records, with their bytes, and names of those that cannot be read."""
 
     def __init__(self, number: int, found: dict[str, Any] | None = None):
         self._number = str(number)
