@@ -26,6 +26,8 @@ def after(limits, height=100, width=100, captions=("a cat",)):
         (Limits(max_aspect=2.0), 100, 200, ""),
         (Limits(max_aspect=2.0), 201, 100, "max-aspect"),
         (Limits(min_side=64, max_aspect=2.0), 10, 200, "min-side"),
+        (Limits(min_side=64, min_words=2), 10, 10, "min-side"),
+        (Limits(min_side=64, min_words=3, letters=("greek",)), 64, 64, "min-words"),
     ],
 )
 def test_pictures(limits, height, width, dropped):

@@ -43,7 +43,7 @@ class Builder:
         command = [sys.executable, "-m", "unclip_jax.data", "build", f"--source=folder:{pictures}", f"--out={out}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, "--name=mine", *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                [*command, "--name=mine", "--held-out=0.1", *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
             )  # fmt: skip
 
