@@ -22,7 +22,9 @@ def place(tmp_path_factory):
     root, config = tmp_path_factory.mktemp("steps"), small_config("clip")
     for name, seed in (("clip", 0), ("other", 1)):
         save_bundle(root / name, "clip", config, random_params(make_stage(config), seed), tokenizer_bytes(), "", {})
-    (root / "prior").mkdir()
+    (root / "empty").mkdir()
+    noised = small_config("clip_noised")
+    save_bundle(root / "noised", "clip", noised, random_params(make_stage(noised)), tokenizer_bytes(), "", {})
     clip, rng = features.clip(root / "clip"), np.random.default_rng(0)
     width = clip.captions(["a"]).shape[1]
     Probe(rng.normal(size=width), 0.5, clip.pictures.card).save(root / "probe.npz")
@@ -98,7 +100,9 @@ def test_what_was_made_by_another_clip_is_refused(place):
     with pytest.raises(UserError, match="no filter at"):
         ClipSteps(str(place / "clip"), filters=("nowhere.npz",)).check()
     with pytest.raises(UserError, match="is not a bundle"):
-        ClipSteps(str(place / "prior"), 0.1).check()
+        ClipSteps(str(place / "empty"), 0.1).check()
+    with pytest.raises(UserError, match="noised is no CLIP that embeds pictures"):
+        ClipSteps(str(place / "noised"), 0.1).check()
 
 
 def test_a_build_leaves_out_what_the_clip_does(place, tmp_path):

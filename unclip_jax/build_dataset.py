@@ -13,7 +13,7 @@ It runs on this machine, by --workers processes, or wherever Apache Beam does. W
 
     python -m unclip_jax.data build --source folder:gs://bucket/mine --out gs://bucket/tfds --name mine -- \\
         --runner=DataflowRunner --project=PROJECT --region=REGION --temp_location=gs://bucket/tmp \\
-        --setup_file=./setup.py
+        --sdk_container_image=IMAGE
 """
 
 import argparse

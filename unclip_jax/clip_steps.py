@@ -35,8 +35,9 @@ class ClipSteps:
     def check(self) -> dict[str, Any]:
         """Says what the steps are made of, as their identities. Raises UserError where they do not belong together."""
         description = load_description(to_path(self.clip))
-        if description["stage"] != "clip":
-            raise UserError(f"--clip {self.clip} holds a model of stage {description['stage']!r}: expected a CLIP")
+        image = description["config"]["model"].get("image") or {"timesteps": True}
+        if description["stage"] != "clip" or image.get("timesteps"):
+            raise UserError(f"--clip {self.clip} is no CLIP that embeds pictures: expected one without noise")
         identity = description["identity"]
         steps = [*map(filtering.Filter.load, self.filters), *([Probe.load(self.probe)] if self.probe else [])]
         for path, step in zip([*self.filters, self.probe], steps, strict=False):

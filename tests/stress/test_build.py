@@ -41,11 +41,12 @@ class Builder:
     def __init__(self, pictures, out, *words):
         self.parts, self.log = out / "mine/1.0.0/parts", out.parent / f"{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "unclip_jax.data", "build", f"--source=folder:{pictures}", f"--out={out}"]
+        command += ["--name=mine", "--held-out=0.1", *words]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, "--name=mine", "--held-out=0.1", *words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-            )  # fmt: skip
+                command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=environment
+            )
 
     def wait_for(self, name, count):
         """Waits until so many files of a name are there, or the build is over."""
