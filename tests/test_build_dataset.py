@@ -183,8 +183,10 @@ def test_sources_come_one_after_another_and_pictures_are_made_smaller(pictures, 
     folder, dataset = (len(open_source(spec, "train", str(built), "image", "caption")) for spec in specs)
     assert known["records"] == folder + dataset and known["dropped"] == {"unreadable": folder - dataset}
     assert 0.4 < known["kept"]["test"] / (2 * dataset) < 0.6
-    sides = {min(Image.open(io.BytesIO(image)).size) for image, _ in records(tmp_path, "train")}
-    assert sides == {20, 22, 30}
+    run(pictures, tmp_path, "--shorter-side=30", "--exact-duplicates", name="twice_read")
+    for name in ("mine", "twice_read"):
+        sides = {min(Image.open(io.BytesIO(image)).size) for image, _ in records(tmp_path, "train", name)}
+        assert sides == {20, 22, 30}
 
 
 def test_into_a_bucket(pictures, bucket, built):

@@ -66,7 +66,10 @@ def run(job: Job, options: "PipelineOptions", runner: Any) -> dict[str, Any]:
     total = to_path(job.folder) / "parts" / "total"
     with _Progress(job), beam.Pipeline(runner=runner, options=options) as pipeline:
         numbers = pipeline | "ranges" >> beam.Create(range(job.ranges)) | "over workers" >> beam.Reshuffle()
-        done = _without_duplicates(numbers, job) if job.finds_duplicates else numbers | "write" >> beam.Map(write, job)
+        if job.finds_duplicates:
+            done = _without_duplicates(numbers, job)
+        else:  # a lambda, since Beam 2.69 cannot check the type of the third argument
+            done = numbers | "write" >> beam.Map(lambda number, job: write(number, job), job)
         merged = done | "sum" >> beam.CombineGlobally(_merged)
         _ = merged | "store" >> beam.Map(lambda found, path: write_bytes(path, json.dumps(found).encode()), total)
     if not total.exists():
