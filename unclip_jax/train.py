@@ -61,14 +61,7 @@ class Report(TypedDict):
     sha256: str  # of the final state
     metrics: dict[str, float]  # of the last evaluation
 
-FLAGS = {
-    "workdir": (str, None, "folder of the run, local or gs://"),
-    "platform": (str, "", "tpu, gpu or cpu: run on nothing else; empty: on what is there"),
-    "coordinator": (str, "", "HOST:PORT of process 0, where no cluster tells it"),
-    "processes": (int, -1, "their number"),
-    "process": (int, -1, "which of them this is, from 0"),
-    "wait": (int, 300, "seconds in which all processes must have come"),
-}
+FLAGS = {"workdir": (str, None, "folder of the run, local or gs://")} | preflight.FLAGS
 
 
 def parse(argv: list[str]) -> "cli.FlagValues":
@@ -81,15 +74,9 @@ def parse(argv: list[str]) -> "cli.FlagValues":
 
 def main(argv: list[str]) -> int:
     flags = parse(argv)
-    preflight.join(flags.coordinator, flags.processes, flags.process, flags.wait)
-    preflight.check_platform(flags.platform)
-    cli.enable_compilation_cache()
-    try:
+    with preflight.joined(flags):
+        cli.enable_compilation_cache()
         report = run(flags.config, flags.workdir)
-    except BaseException as error:
-        if jax.process_count() > 1:
-            preflight.end_all(error)
-        raise
     if isinstance(report, signal.Signals):
         return exit_status(report)
     print(f"state sha256 {report['sha256']}")
