@@ -65,8 +65,6 @@ def _check_data(config: ConfigDict, workdir: str) -> None:
         raise UserError("data.source is empty: name a dataset, such as --config.data.source=folder:/my/pictures")
     if config.data.max_aspect and not config.data.max_aspect >= 1:
         raise UserError(f"data.max_aspect is {config.data.max_aspect}: expected at least 1, or 0 for any")
-    if embedded(config) and config.data.crop != "center":
-        raise UserError(f"data.crop is {config.data.crop!r}, but embeddings are of a picture's middle: expected center")
     if embedded(config) and not config.clip.bundle:
         raise UserError("data.embeddings is set, but not the CLIP that made them: name it in clip.bundle")
     named = config.data.tokenizer if "tokenizer" in config.data else ""

@@ -30,7 +30,7 @@ from unclip_jax.arrays import Batch, Params
 from unclip_jax.bundle import check_params, load_bundle, save_bundle
 from unclip_jax.config_checks import check_config, embedded
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.errors import StorageError, UserError
+from unclip_jax.errors import UserError
 from unclip_jax.held_out import HeldOut
 from unclip_jax.inputs import Inputs, Upstream
 from unclip_jax.origin import load_origin
@@ -62,14 +62,7 @@ class Report(TypedDict):
     sha256: str  # of the final state
     metrics: dict[str, float]  # of the last evaluation
 
-FLAGS = {
-    "workdir": (str, None, "folder of the run, local or gs://"),
-    "platform": (str, "", "tpu, gpu or cpu: run on nothing else; empty: on what is there"),
-    "coordinator": (str, "", "HOST:PORT of process 0, where no cluster tells it"),
-    "processes": (int, -1, "their number"),
-    "process": (int, -1, "which of them this is, from 0"),
-    "wait": (int, 300, "seconds in which all processes must have come"),
-}
+FLAGS = {"workdir": (str, None, "folder of the run, local or gs://")} | preflight.FLAGS
 
 
 def parse(argv: list[str]) -> "cli.FlagValues":
@@ -82,16 +75,9 @@ def parse(argv: list[str]) -> "cli.FlagValues":
 
 def main(argv: list[str]) -> int:
     flags = parse(argv)
-    preflight.join(flags.coordinator, flags.processes, flags.process, flags.wait)
-    preflight.check_platform(flags.platform)
-    cli.enable_compilation_cache()
-    try:
+    with preflight.joined(flags):
+        cli.enable_compilation_cache()
         report = run(flags.config, flags.workdir)
-    except BaseException as error:
-        # On a full disk, what is still open would print its own errors while an orderly exit closes it.
-        if jax.process_count() > 1 or isinstance(error, StorageError):
-            preflight.end_all(error)
-        raise
     if isinstance(report, signal.Signals):
         preflight.leave_soon(exit_status(report))
         return exit_status(report)

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,6 +38,17 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict: ...
+
+
+def without_picture(source: Source, index: int) -> dict:
+    """Reads a record without its picture: "caption" and "key" alone.
+
+    A source that can do so without reading the picture's bytes has a method `without_picture`, which takes the index.
+    """
+    if hasattr(source, "without_picture"):
+        return source.without_picture(index)
+    record = source[index]
+    return {name: record[name] for name in ("caption", "key")}
 
 
 def open_source(spec: str, split: str, data_dir: str, image_feature: str, caption_feature: str) -> Source:
@@ -70,12 +81,18 @@ class _Retrying:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
+        return self._tried(lambda: self._source[index], index)
+
+    def without_picture(self, index: int) -> dict:
+        return self._tried(lambda: without_picture(self._source, index), index)
+
+    def _tried(self, read: Callable[[], dict], index: int) -> dict:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         waits = list(RETRY_SECONDS) if self._lost_in_a_row < MAX_IN_A_ROW else []
         while True:
             try:
-                record = self._source[index]
+                record = read()
                 break
             except Exception as error:  # libraries of storage and of file formats raise nearly anything
                 if not waits:
@@ -129,10 +146,13 @@ class FolderSource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> dict:
+        image = (self._folder / self._names[index]).read_bytes()
+        return {"image": image} | self.without_picture(index)
+
+    def without_picture(self, index: int) -> dict:
         name = self._names[index]
         captions = captions_in((self._folder / self._captions[name]).read_bytes()) or [""]
-        image = (self._folder / name).read_bytes()
-        return {"image": image, "caption": captions[0] if len(captions) == 1 else captions, "key": name}
+        return {"caption": captions[0] if len(captions) == 1 else captions, "key": name}
 
 
 def pictures_among(files: Iterable[str]) -> list[str]:
