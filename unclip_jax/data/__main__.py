@@ -1,4 +1,4 @@
-"""Prepares data: builds a dataset, embeds it with CLIP once, makes a tokenizer of its captions, filters pictures.
+"""Prepares data: builds datasets, embeds them with CLIP once, makes tokenizers, filters pictures.
 
     python -m unclip_jax.data build --source folder:mine --out /data/tfds --name mine
     python -m unclip_jax.data embed --config=configs/prior_diffusion.py:tiny --config.clip.bundle=runs/clip/bundle \\
