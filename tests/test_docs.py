@@ -176,7 +176,8 @@ def options():
     """Every option of every command, as its --help has it."""
     found = set()
     for name, module in zip(unclip.COMMANDS, ENTRIES, strict=True):
-        actions = [["embed"], *(["filter", action] for action in filter_pictures.ACTIONS)] if name == "data" else [[]]
+        of_data = [["embed"], ["tokenizer"], ["build"], *(["filter", action] for action in filter_pictures.ACTIONS)]
+        actions = of_data if name == "data" else [[]]
         for action in actions:
             with contextlib.redirect_stdout(io.StringIO()) as words, contextlib.suppress(SystemExit):
                 module.parse([name, *action, "--help"])

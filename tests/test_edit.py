@@ -14,7 +14,7 @@ from unclip_jax import __version__, edit, sample
 from unclip_jax.bundle import save_bundle
 from unclip_jax.cascade import Cascade, ddim_to_and_fro, slerp
 from unclip_jax.data import embeddings
-from unclip_jax.data.embeddings import Provenance
+from unclip_jax.data.embeddings import Form, Provenance, Row
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
@@ -328,16 +328,15 @@ def test_a_model_that_inpaints_is_told_of_the_known_pixels_or_not():
 def test_components_of_stored_embeddings_are_those_of_an_autoregressive_prior(folder, cascade, files, tmp_path):
     """Against NumPy's singular values; records that could not be read are left out."""
     z = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32) * np.arange(1, 9, dtype=np.float32)
-    place = Provenance(cascade.clip.identity, "some:data", "image", "caption")
+    place = Provenance(cascade.clip.identity, "some:data", "image", "caption", "center")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embeddings, "SHARD_RECORDS", 20)
-        shards = embeddings.begin(tmp_path / "stored", place, {"train": 50, "test": 3})
+        shards = embeddings.begin(tmp_path / "stored", place, Form("float32"), {"train": 50, "test": 3})
     for shard in shards[:-1]:  # the held-out one is not needed
-        rows = z[shard.start : shard.stop]
-        records = np.stack([np.arange(len(rows)), np.ones(len(rows)), np.zeros(len(rows))], 1).astype(np.int64)
+        found = z[shard.start : shard.stop]
+        rows = [Row(i, int(i < len(found) - 1), 0, 0, 8, 8) for i in range(len(found))]
         broken = np.full((1, 8), 1000, np.float32)
-        records[-1, 1], rows = 0, np.concatenate([rows[:-1], broken])
-        embeddings.write(shard, rows, rows, records)
+        embeddings.write(shard, np.concatenate([found[:-1], broken])[:, None], found, rows)
     kept = z[[i for i in range(50) if i not in (19, 39, 49)]].astype(np.float64)
     found = edit._components(cascade, str(tmp_path / "stored"))
     np.testing.assert_allclose(found["mean"], kept.mean(axis=0), atol=1e-9)

@@ -1,5 +1,6 @@
 """Places on a disk and in a bucket: one is used like the other, and what cannot be used is one line."""
 
+import errno
 import importlib
 import os
 import subprocess
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from unclip_jax import paths
-from unclip_jax.errors import UserError
+from unclip_jax.errors import StorageError, UserError
 from unclip_jax.paths import (
     copy_files,
     copy_folder,
@@ -19,9 +20,12 @@ from unclip_jax.paths import (
     local_copy,
     on_disk,
     output_folder,
+    owned,
     same_place,
+    storage_errors,
     to_path,
     write_bytes,
+    written_by_others,
 )
 
 
@@ -189,3 +193,71 @@ def test_importing_the_package_needs_no_bucket():
     """gcsfs takes a second to import."""
     code = "import sys, unclip_jax.train, unclip_jax.sample; sys.exit('gcsfs' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+
+
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b"), PermissionError(errno.EACCES, "x", "/a/b"),
+    OSError(errno.EIO, os.strerror(errno.EIO)), ValueError('RESOURCE_EXHAUSTED: "/a/b": No space left on device'),
+])  # fmt: skip
+@pytest.mark.parametrize("behind", [False, True])
+def test_errors_of_storage_are_one_line_that_names_the_place(error, behind):
+    with pytest.raises(StorageError, match=r"^/a(/b)?: [A-Z][a-z/ ]+; do this$"), storage_errors("/a", "do this"):
+        if behind:
+            raise RuntimeError("a thread failed") from error
+        raise error
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "x"), ValueError("y"), UserError("Is a directory")])
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as caught, storage_errors("/a", "do this"):
+        raise error
+    assert caught.value is error
+
+
+OWNER = """
+import sys
+from unclip_jax.paths import owned, to_path
+with owned(to_path(sys.argv[1])):
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_owner_until_that_ends_or_dies(tmp_path):
+    folder = tmp_path / "run"
+
+    def another():
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(folder)], env=environment, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout.readline() == "mine\n"
+        return process
+
+    for end in (lambda process: process.communicate(""), lambda process: (process.kill(), process.communicate())):
+        process = another()
+        with pytest.raises(UserError, match=f"is in use by process {process.pid} of "), owned(folder):
+            pass
+        end(process)
+    with owned(folder):
+        assert [path.name for path in folder.iterdir()] == [".owner"]
+    assert list(folder.iterdir()) == []
+
+
+def test_folders_that_others_may_write_to_are_known(tmp_path, monkeypatch):
+    folder = tmp_path / "a" / "cache"
+    assert not written_by_others(folder) and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o775)
+    assert not written_by_others(folder), "a group of one's own"
+    group = os.getgid()
+    monkeypatch.setattr(os, "getgid", lambda: group + 1)
+    assert written_by_others(folder)
+    folder.chmod(0o755)
+    assert not written_by_others(folder)
+    folder.chmod(0o777)
+    assert written_by_others(folder)
+    folder.chmod(0o755)
+    if folder.stat().st_uid:
+        monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+        assert written_by_others(folder)

@@ -19,8 +19,9 @@ AWKWARD = ["--workdir=gs://bucket/my runs/a", '--config.data.source=folder:it\'s
 
 
 def environment(**variables):
-    ours = ("NAME", "TYPE", "VERSION", "ZONE", "QUEUED", "SPOT", "HOST", "PYTHON", "LOOK_EVERY")
-    return {name: value for name, value in os.environ.items() if name not in ours} | variables
+    """This process's environment with the scripts' variables set; names that are not theirs are given as they are."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("UNCLIP_")}
+    return kept | {name if name in ("PATH", "HOME") else f"UNCLIP_{name}": value for name, value in variables.items()}
 
 
 def execute(script, *arguments, **variables):
@@ -112,6 +113,49 @@ def test_resume_takes_a_workdir_that_outlives_the_slice():
     assert printed("resume", "--workdir", "gs://bucket/a")[-1] == printed("launch", "--workdir", "gs://bucket/a")[0]
 
 
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.stem != "common"], ids=lambda path: path.name)
+def test_help_is_shown_and_nothing_is_run(path):
+    for flag in ("--help", "-h"):
+        done = subprocess.run([str(path), flag], env=environment(PATH="/usr/bin:/bin"), capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == "" and f"tpu_scripts/{path.name} [--dry-run]" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["create", "delete", "follow", "launch", "resume", "setup", "stop"])
+@pytest.mark.parametrize("late", ["--dry-run", "--help", "-h"])
+def test_late_flags_are_refused(script, late):
+    """They would run for real what was only to be shown."""
+    first = {"launch": "--config=a", "resume": "--workdir=gs://b/a"}.get(script, "--quiet")
+    done = execute(script, first, late, PATH="/usr/bin:/bin")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr == f"error: {late} must come first\n"
+
+
+@pytest.mark.parametrize("script", ["create", "delete", "follow", "setup", "stop"])
+def test_unknown_arguments_are_refused(script):
+    for arguments in (["--dryrun"], ["--dry-run", "now"], [""]):
+        done = execute(script, *arguments, PATH="/usr/bin:/bin")
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"error: {script}.sh does not take '")
+
+
+@pytest.mark.parametrize(("name", "values"), [
+    ("NAME", ["a b", "Big", "-a", "a;reboot", "$(reboot)", "a\nb", "x" * 64]),
+    ("ZONE", ["us", "us-east5", "us-east5-b;"]), ("TYPE", ["v6e", "v9-8", "v4-0"]), ("VERSION", ["--help", "a b"]),
+    ("QUEUED", ["0", "yes"]), ("SPOT", ["false"]), ("HOST", ["all", "-1"]), ("PYTHON", ["3.12; reboot", "2.7"]),
+    ("LOOK_EVERY", ["1m"]), ("STOP_MINUTES", ["x"]),
+])  # fmt: skip
+def test_odd_values_of_variables_are_refused(name, values):
+    for value in values:
+        done = execute("create", "--dry-run", **{name: value})
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith(f"error: UNCLIP_{name} is '")
+
+
+def test_names_of_other_programs_are_not_taken():
+    """HOST, NAME and others stand in people's environments for other reasons."""
+    others = environment() | {"NAME": "A PC", "HOST": "pc", "TYPE": "x", "ZONE": "home", "VERSION": "1", "SPOT": "dog"}
+    done = subprocess.run([str(FOLDER / "create.sh"), "--dry-run"], env=others, capture_output=True, text=True)
+    assert done.returncode == 0 and "unclip" in done.stdout and "dog" not in done.stdout
+
+
 @pytest.fixture
 def home(tmp_path):
     """A host's home folder, in which python notes its arguments and then works until it is told to stop."""
@@ -146,6 +190,14 @@ def test_launch_keeps_arguments_whole_and_one_training_runs_at_a_time(home):
     finally:
         stopped = on_host(stop, home)
     assert stopped.stdout.splitlines()[-1] == "saved"
+    first = (home / "train.log").read_text()
+    (home / "argv").unlink()
+    assert on_host(launch, home).returncode == 0
+    try:
+        kept = [path.read_text() for path in home.glob("train.2*.log")]
+        assert kept == [first], "a relaunch keeps the log of the launch before"
+    finally:
+        on_host(stop, home)
     assert on_host(stop, home).returncode == 0, "nothing to stop"
 
 

@@ -1,22 +1,71 @@
 # Sourced by every script here: which slice, and how to reach it. Variables of the environment win:
-#   NAME=big TYPE=v5p-128 VERSION=v2-alpha-tpuv5 ZONE=us-east5-a tpu_scripts/create.sh
+#   UNCLIP_NAME=big UNCLIP_TYPE=v5p-128 UNCLIP_VERSION=v2-alpha-tpuv5 UNCLIP_ZONE=us-east5-a tpu_scripts/create.sh
 # Export them once for a terminal: every script needs the same. `--dry-run` as the first argument prints what would be
-# run, and runs nothing.
+# run, and runs nothing; `--help` prints what a script does.
 # shellcheck shell=bash disable=SC2034  # the scripts use these variables
-NAME=${NAME:-unclip} # of the slice
-ZONE=${ZONE:-us-east5-b} # where it is
-TYPE=${TYPE:-v6e-8} # accelerator type: v4-N, v5litepod-N, v5p-N or v6e-N
+NAME=${UNCLIP_NAME:-unclip} # of the slice
+ZONE=${UNCLIP_ZONE:-us-east5-b} # where it is
+TYPE=${UNCLIP_TYPE:-v6e-8} # accelerator type: v4-N, v5litepod-N, v5p-N or v6e-N
 # Runtime. v4: tpu-ubuntu2204-base, v5litepod: v2-alpha-tpuv5-lite, v5p: v2-alpha-tpuv5, v6e: v2-alpha-tpuv6e
-VERSION=${VERSION:-v2-alpha-tpuv6e}
-QUEUED=${QUEUED:-} # 1: a queued resource, which waits until there is room for it
-SPOT=${SPOT:-} # 1: cheaper, and may be taken away
+VERSION=${UNCLIP_VERSION:-v2-alpha-tpuv6e}
+QUEUED=${UNCLIP_QUEUED:-} # 1: a queued resource, which waits until there is room for it
+SPOT=${UNCLIP_SPOT:-} # 1: cheaper, and may be taken away
+HOST=${UNCLIP_HOST:-0} # whose log follow.sh shows
+PYTHON=${UNCLIP_PYTHON:-3.12} # on the hosts; uv installs it, since their own may be too old
+LOOK_EVERY=${UNCLIP_LOOK_EVERY:-30} # seconds between looks of resume.sh at a slice that is being made
+WAIT_HOURS=${UNCLIP_WAIT_HOURS:-168} # after which resume.sh no longer waits for a slice
+STOP_MINUTES=${UNCLIP_STOP_MINUTES:-60} # after which stop.sh no longer waits for a checkpoint
 FOLDER=unclip_jax # of the code, in the home folder of every host
 
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+check() { # check VARIABLE PATTERN EXPECTED
+  local value=${!1}
+  [[ $value =~ ^($2)$ ]] || fail "UNCLIP_$1 is '$value': expected $3"
+}
+check NAME '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' 'small letters, digits and hyphens'
+check ZONE '[a-z]+-[a-z]+[0-9]+-[a-z]' 'a zone such as us-east5-b'
+check TYPE '(v4|v5litepod|v5p|v6e)-[1-9][0-9]*' 'an accelerator type: v4-N, v5litepod-N, v5p-N or v6e-N'
+check VERSION '[a-z0-9][-a-z0-9.]*' 'a runtime such as v2-alpha-tpuv6e'
+check QUEUED '1?' '1 or nothing'
+check SPOT '1?' '1 or nothing'
+check HOST '[0-9]+' 'the number of a host'
+check PYTHON '3\.[0-9]+' 'a version of Python such as 3.12'
+check LOOK_EVERY '[0-9]+' 'seconds'
+check WAIT_HOURS '[0-9]+' 'hours'
+check STOP_MINUTES '[0-9]+' 'minutes'
+
 dry_run=
-if [[ ${1:-} == --dry-run ]]; then
-  dry_run=--dry-run
+case ${1:-} in
+  --help | -h)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+    ;;
+  --dry-run)
+    dry_run=--dry-run
+    shift
+    ;;
+esac
+for argument; do
+  if [[ $argument == --dry-run || $argument == --help || $argument == -h ]]; then fail "$argument must come first"; fi
+done
+
+takes_only() { # takes_only OPTION... -- ARGUMENT...: the arguments must be some of the options
+  local options=()
+  while [[ $1 != -- ]]; do
+    options+=("$1")
+    shift
+  done
   shift
-fi
+  local argument option known=("${options[@]}" --dry-run --help)
+  for argument; do
+    for option in "${options[@]}"; do if [[ $argument == "$option" ]]; then continue 2; fi; done
+    fail "$(basename "$0") does not take '$argument', only ${known[*]}"
+  done
+}
 
 run() {
   if [[ $dry_run ]]; then echo "${@@Q}"; else "$@"; fi

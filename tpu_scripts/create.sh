@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Makes a slice. It costs money from now on: delete.sh ends that.
-#   [SPOT=1] [QUEUED=1] tpu_scripts/create.sh [--dry-run]
-# A queued one costs from when it is there, and the command that tells is printed. NAME, TYPE, VERSION, ZONE, SPOT and
-# QUEUED are explained in common.sh; the project is gcloud's current one.
+#   [UNCLIP_SPOT=1] [UNCLIP_QUEUED=1] tpu_scripts/create.sh [--dry-run]
+# A queued one costs from when it is there, and the command that tells is printed. UNCLIP_NAME, UNCLIP_TYPE,
+# UNCLIP_VERSION, UNCLIP_ZONE, UNCLIP_SPOT and UNCLIP_QUEUED are explained in common.sh; the project is gcloud's current
+# one.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
+takes_only -- "$@"
 
 options=(--accelerator-type="$TYPE")
 if [[ $SPOT ]]; then options+=(--spot); fi

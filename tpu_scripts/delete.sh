@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Deletes the slice and the disks of its hosts, after asking; copy what you want to keep first:
 #   gcloud compute tpus tpu-vm scp --recurse --zone=ZONE NAME:runs/clip/bundle .
-#   [QUEUED=1] tpu_scripts/delete.sh [--dry-run] [--quiet]       (--quiet: does not ask)
-# QUEUED as it was for create.sh: the request is deleted too, or it would keep the name.
+#   [UNCLIP_QUEUED=1] tpu_scripts/delete.sh [--dry-run] [--quiet]       (--quiet: does not ask)
+# UNCLIP_QUEUED as it was for create.sh: the request is deleted too, or it would keep the name.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
+takes_only --quiet -- "$@"
 
 if [[ $QUEUED ]]; then
   queue delete "$NAME" --force "$@"

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # After a preemption: makes the slice again where it is gone, waits until it is READY, sets it up, and launches the same
 # command, which goes on from the last checkpoint.
-#   [SPOT=1] [QUEUED=1] tpu_scripts/resume.sh [--dry-run] ARGUMENTS-OF-LAUNCH
+#   [UNCLIP_SPOT=1] [UNCLIP_QUEUED=1] tpu_scripts/resume.sh [--dry-run] ARGUMENTS-OF-LAUNCH
 # A slice that is there stays; `--dry-run` prints what a preempted one takes. All that the arguments name must be in a
 # bucket: the hosts' disks are lost with them.
 set -euo pipefail
 shopt -s inherit_errexit # a state that could not be asked for is not taken for a slice that is gone
 source "$(dirname "$0")/common.sh"
 here=$(dirname "$0")
-LOOK_EVERY=${LOOK_EVERY:-30} # seconds, while it is being made
 
 workdir=
 for ((i = 1; i <= $#; i++)); do
@@ -18,8 +17,7 @@ for ((i = 1; i <= $#; i++)); do
   esac
 done
 if [[ $workdir != gs://* ]]; then
-  echo "error: --workdir is '$workdir', which is lost with the slice: give one like gs://BUCKET/clip" >&2
-  exit 2
+  fail "--workdir is '$workdir', which is lost with the slice: give one like gs://BUCKET/clip"
 fi
 
 ask() { # ask GROUP ATTRIBUTE: of the slice or its request; nothing where there is none
@@ -57,13 +55,15 @@ else
       READY) break ;;
       GONE | PREEMPTED | TERMINATED | SUSPENDED | FAILED)
         if [[ $made ]]; then
-          echo "error: the new slice is $found as well: run this again, or look for room in another zone" >&2
-          exit 1
+          fail "the new slice is $found as well: run this again, or look for room in another zone"
         fi
         make "$found"
         made=1
         ;;
-      *) sleep "$LOOK_EVERY" ;;
+      *)
+        if ((SECONDS > 3600 * WAIT_HOURS)); then fail "$NAME is still $found after $WAIT_HOURS hours"; fi
+        sleep "$LOOK_EVERY"
+        ;;
     esac
   done
 fi

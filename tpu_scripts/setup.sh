@@ -4,7 +4,7 @@
 # Run again after a commit, it replaces the code. The files themselves are copied, so no host needs access to git.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
-PYTHON=${PYTHON:-3.12} # uv installs it: the hosts' own may be too old
+takes_only -- "$@"
 
 code=$(mktemp -d)
 trap 'rm -rf "$code"' EXIT
@@ -13,7 +13,7 @@ tpu scp "$code/$FOLDER.tar.gz" "$NAME:" --worker=all
 on_all_hosts "set -e
 $STOP_IF_RUNNING
 rm -rf ~/$FOLDER && mkdir ~/$FOLDER && tar -xzf ~/$FOLDER.tar.gz -C ~/$FOLDER
-[ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh
+[ -x ~/.local/bin/uv ] || curl --max-time 300 -LsSf https://astral.sh/uv/install.sh | sh
 [ -d ~/venv ] || ~/.local/bin/uv venv --python $PYTHON ~/venv
 cd ~/$FOLDER && ~/.local/bin/uv pip install --python ~/venv/bin/python -e '.[data,tpu]'
 ~/venv/bin/python -c 'import jax; print(jax.__version__)'"

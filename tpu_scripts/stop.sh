@@ -3,8 +3,13 @@
 #   tpu_scripts/stop.sh [--dry-run]
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
+takes_only -- "$@"
 
 on_all_hosts "cd ~
 $RUNNING && kill -TERM \$(cat train.pid)
-while $RUNNING; do sleep 1; done
+end=\$((SECONDS + 60 * $STOP_MINUTES))
+while $RUNNING; do
+  if [ \$SECONDS -gt \$end ]; then echo 'error: it has not stopped in $STOP_MINUTES minutes' >&2; exit 1; fi
+  sleep 1
+done
 tail -n 3 train.log"

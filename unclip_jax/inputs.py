@@ -14,12 +14,12 @@ from unclip_jax.arrays import Batch, Params
 from unclip_jax.bundle import Bundle
 from unclip_jax.config_checks import embedded
 from unclip_jax.data.embeddings import EmbeddedSource, Provenance
-from unclip_jax.data.pipeline import batches, captions, evaluation_batch
+from unclip_jax.data.pipeline import batches, evaluation_batch
 from unclip_jax.data.sources import open_sources
-from unclip_jax.data.tokenizer import Tokenizer, train_tokenizer
+from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import ToExample
-from unclip_jax.errors import UserError
-from unclip_jax.paths import to_path, write_bytes
+from unclip_jax.own_tokenizer import own_tokenizer
+from unclip_jax.paths import to_path
 from unclip_jax.run_identity import fingerprint
 from unclip_jax.stages import Stage
 from unclip_jax.stages.base import ClipTowers
@@ -28,7 +28,6 @@ from unclip_jax.training.metrics import SECONDS_BETWEEN_LINES
 from unclip_jax.training.sharding import global_batch, own_rows
 
 FEW_HELD_OUT = 8  # examples, below which a run says so
-TOKENIZER_CAPTIONS = 200_000  # more captions would not change a tokenizer's pieces
 
 
 class Upstream(NamedTuple):
@@ -45,7 +44,8 @@ class Inputs:
     """The data of one run, as its stage reads it.
 
     tokenizer: the stage's own; None where it has none. held_out: numpy arrays of `train.eval_size` examples that are
-    never trained on, the same on every process. fingerprints: "examples" and "held out" → digest of its records.
+    never trained on, the same on every process. fingerprints: "examples" and "held out" → digest of its records;
+    "embeddings" → the form that they are stored in.
     """
 
     config: ConfigDict
@@ -71,13 +71,15 @@ class Inputs:
         captions are read, which may take long. Raises UserError where the data cannot be read, and where a tokenizer
         does not belong to the model or to the earlier run in WORKDIR.
         """
-        source, unseen = _open_sources(config, upstream.identity)
+        source, unseen = _open_sources(config, upstream.identity, bool(stage.images))
         plain = (split.plain if embedded(config) else split for split in (source, unseen))
         fingerprints = dict(zip(("examples", "held out"), map(fingerprint, plain), strict=True))
+        if embedded(config):
+            fingerprints["embeddings"] = ", ".join(f"{name} {value}" for name, value in source.form._asdict().items())
         if len(unseen) < FEW_HELD_OUT and jax.process_index() == 0:
             few = f"only {len(unseen)} example(s) are held out, too few for their numbers to say much"
             print(f"{config.stage}: {few}", file=sys.stderr, flush=True)
-        own = _own_tokenizer(config, stage, source, workdir, origin, beat)
+        own = own_tokenizer(config, stage, source, workdir, origin, beat)
         tokenizers = {"own": own, "clip": upstream.tokenizer}
         texts = {name: (tokenizers[owner], context, ends) for name, (owner, context, ends) in stage.texts.items()}
         kernels = {"image": config.model.resize} if "resize" in config.model else {}
@@ -113,56 +115,16 @@ class Inputs:
             yield global_batch(rows, mesh)
 
 
-def _open_sources(config: ConfigDict, clip_identity: str) -> list[Any]:
-    """Opens the split that is trained on and the one that is held out."""
+def _open_sources(config: ConfigDict, clip_identity: str, pictures: bool) -> list[Any]:
+    """Opens the split that is trained on and the one that is held out. pictures: of embedded records are read too."""
     d, splits = config.data, (config.data.split, config.data.eval_split)
     sources = open_sources(
         d.source, d.weights, splits, d.data_dir, d.image_feature, d.caption_feature, preflight.made_by_first
     )
     if not embedded(config):
         return sources
-    provenance = Provenance(clip_identity, d.source, d.image_feature, d.caption_feature)
+    provenance = Provenance(clip_identity, d.source, d.image_feature, d.caption_feature, d.crop)
     return [
-        EmbeddedSource(source, to_path(d.embeddings), provenance, split)
+        EmbeddedSource(source, to_path(d.embeddings), provenance, split, pictures)
         for source, split in zip(sources, splits, strict=True)
     ]
-
-
-def _own_tokenizer(
-    config: ConfigDict, stage: Stage, source: Any, workdir: str, origin: Bundle | None, beat: Callable[[], None]
-) -> Tokenizer | None:
-    """Finds the stage's own tokenizer: that of the model it starts from, the file named, the one that an earlier run
-    left in WORKDIR, or a new one."""
-    if "own" not in {owner for owner, _, _ in stage.texts.values()}:
-        return None
-    vocab_size = (config.model if "vocab_size" in config.model else config.model.text).vocab_size
-    stored = to_path(workdir) / "tokenizer.model"
-    named = to_path(config.data.tokenizer) if config.data.tokenizer else stored
-    # Process 0 decides and the others take its bytes: reading captions again could give them another tokenizer.
-    found = b""
-    if jax.process_index() == 0:
-        if origin:
-            found = origin.tokenizer_bytes
-            if stored.exists() and stored.read_bytes() != found:
-                raise UserError(f"{workdir} holds a run with another tokenizer than init.bundle's: give a new one")
-        elif named.exists():
-            found = named.read_bytes()
-        else:
-            found = train_tokenizer(_captions(config, source, beat), vocab_size).model_bytes
-        if not named.exists():
-            write_bytes(stored, found, alone=True)
-    tokenizer = Tokenizer(preflight.from_first(found))
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"{named} has {tokenizer.vocab_size} pieces, more than the model's vocab_size={vocab_size}")
-    return tokenizer
-
-
-def _captions(config: ConfigDict, source: Any, beat: Callable[[], None]) -> Iterator[str | list[str]]:
-    """Yields the captions that a tokenizer is trained on; reports progress."""
-    count, said = min(len(source), TOKENIZER_CAPTIONS), time.monotonic()
-    for k, caption in enumerate(captions(source, count, config.data.threads)):
-        beat()
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            print(f"{config.stage}: {k:,} of {count:,} captions read for the tokenizer", file=sys.stderr, flush=True)
-        yield caption

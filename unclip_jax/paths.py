@@ -6,13 +6,16 @@ Every path that a user names goes through `to_path`, and is from then on a `path
 """
 
 import contextlib
+import errno
+import fcntl
 import functools
-import glob
 import hashlib
 import logging
 import os
 import re
 import shutil
+import socket
+import stat
 import sys
 import tempfile
 import time
@@ -21,12 +24,14 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from unclip_jax.errors import UserError
+from unclip_jax.errors import StorageError, UserError
 
 SECONDS_BETWEEN_LINES = 10.0
 CHUNK_BYTES = 2**24  # copied at once
 SPARE_BYTES = 2**30  # of a disk, which copies leave free
 GIB = 2**30
+STORAGE_ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE]
+STORAGE_ERRORS += [errno.EFBIG, errno.EMFILE, errno.ENAMETOOLONG]
 
 
 def to_path(text: str | os.PathLike[str]) -> Path:
@@ -80,6 +85,14 @@ def output_folder(name: str, option: str = "--out") -> Path:
     return folder
 
 
+def written_by_others(folder: Path) -> bool:
+    """Makes a folder on a disk for this user alone, where there is none; tells whether others may write to it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    theirs = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != os.getgid())
+    return bool(theirs) or found.st_uid not in (os.getuid(), 0)
+
+
 def write_bytes(path: Path, content: bytes, alone: bool = False) -> None:
     """Writes a file and the folders above it. The file appears as a whole, whoever reads it or is killed meanwhile.
 
@@ -91,6 +104,58 @@ def write_bytes(path: Path, content: bytes, alone: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path, alone) as beside:
         beside.write_bytes(content)
+
+
+@contextlib.contextmanager
+def storage_errors(folder: str, advice: str) -> Iterator[None]:
+    """Turns errors of storage within the context, such as a full disk, into a StorageError of one line. Others pass.
+
+    folder: that is written to, named where the error names no file. advice: ends the line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        found: BaseException | None = error
+        while found:
+            if isinstance(found, OSError) and found.errno in STORAGE_ERRORS:
+                raise StorageError(f"{found.filename or folder}: {os.strerror(found.errno)}; {advice}") from error
+            # Libraries in C++ give the system's text alone.
+            said = next((text for text in map(os.strerror, STORAGE_ERRORS) if text in str(found)), "")
+            if said:
+                raise StorageError(f"{folder}: {said}; {advice}") from error
+            found = found.__cause__ or found.__context__
+        raise
+
+
+@contextlib.contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Keeps a folder on a disk for this process alone; other processes get a UserError. A process that has died owns
+    nothing. A folder in a bucket is not kept."""
+    if is_remote(folder):
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".owner"
+    while True:
+        with lock.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise UserError(f"{folder} is in use by {owner}: wait for its end, or give another folder") from error
+            if not (lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())):
+                continue  # an owner that just ended has deleted it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
 
 
 def files_below(folder: Path) -> list[str]:
@@ -117,46 +182,6 @@ def files_below(folder: Path) -> list[str]:
         except OSError as error:
             print(f"left out, as it cannot be read: {error}", file=sys.stderr, flush=True)
     return sorted(names, key=_by_folder)
-
-
-def files_matching(pattern: str, ending: str) -> tuple[Path, dict[str, tuple[int, str]]]:
-    """Finds files by a pattern with * and ?, or ** for any folders; or all of a folder that end in `ending`.
-
-    Returns the last folder before any wildcard, and for each file, by its name from there on and in this order, its
-    size in bytes and the version of its content. Raises UserError where there are none.
-    """
-    start = re.match(r"([^*?[]*/)?", pattern)[0] or "."
-    folder, wild = to_path(start), pattern[len(start) if start != "." else 0 :]
-    if not re.search(r"[*?[]", wild) and to_path(pattern).is_dir():
-        folder, wild = to_path(pattern), f"**/*{ending}"
-    if is_remote(folder):
-        import fsspec
-
-        start = f"{str(folder).removeprefix('gs://').rstrip('/')}/"
-        listed = fsspec.filesystem("gcs").glob(start + wild, detail=True)
-        found = {name.removeprefix(start): (int(info["size"]), str(info["generation"]))
-                 for name, info in listed.items() if info["type"] == "file"}  # fmt: skip
-    else:
-        places = [(name, folder / name) for name in glob.glob(wild, root_dir=folder, recursive=True)]
-        stats = {name: place.stat() for name, place in places if place.is_file()}
-        found = {name: (stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats.items()}
-    if not found:
-        raise UserError(f"no files {pattern}: expected a folder of {ending} files, or such as {start}*{ending}")
-    return folder, {name: found[name] for name in sorted(found, key=_by_folder)}
-
-
-def read_part(path: Path, start: int, length: int) -> bytes:
-    """Reads bytes from the middle of a file, in one request where it is in a bucket. Raises OSError past its end."""
-    if is_remote(path):
-        import fsspec
-
-        data = fsspec.filesystem("gcs").cat_file(str(path), start, start + length)
-    else:
-        with path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), length, start)
-    if len(data) != length:
-        raise OSError(f"{path} ends before byte {start + length}")
-    return data
 
 
 def kept_file(path: Path) -> Path:

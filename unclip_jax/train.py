@@ -16,6 +16,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import FrameType
 from typing import TypedDict
 
@@ -33,7 +34,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.held_out import HeldOut
 from unclip_jax.inputs import Inputs, Upstream
 from unclip_jax.origin import load_origin
-from unclip_jax.paths import output_folder, to_path, write_bytes
+from unclip_jax.paths import output_folder, owned, storage_errors, to_path, write_bytes
 from unclip_jax.run_identity import changes, identity
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import ClipTowers, Metrics, trained
@@ -61,14 +62,7 @@ class Report(TypedDict):
     sha256: str  # of the final state
     metrics: dict[str, float]  # of the last evaluation
 
-FLAGS = {
-    "workdir": (str, None, "folder of the run, local or gs://"),
-    "platform": (str, "", "tpu, gpu or cpu: run on nothing else; empty: on what is there"),
-    "coordinator": (str, "", "HOST:PORT of process 0, where no cluster tells it"),
-    "processes": (int, -1, "their number"),
-    "process": (int, -1, "which of them this is, from 0"),
-    "wait": (int, 300, "seconds in which all processes must have come"),
-}
+FLAGS = {"workdir": (str, None, "folder of the run, local or gs://")} | preflight.FLAGS
 
 
 def parse(argv: list[str]) -> "cli.FlagValues":
@@ -81,18 +75,15 @@ def parse(argv: list[str]) -> "cli.FlagValues":
 
 def main(argv: list[str]) -> int:
     flags = parse(argv)
-    preflight.join(flags.coordinator, flags.processes, flags.process, flags.wait)
-    preflight.check_platform(flags.platform)
-    cli.enable_compilation_cache()
-    try:
+    with preflight.joined(flags):
+        cli.enable_compilation_cache()
         report = run(flags.config, flags.workdir)
-    except BaseException as error:
-        if jax.process_count() > 1:
-            preflight.end_all(error)
-        raise
     if isinstance(report, signal.Signals):
+        preflight.leave_soon(exit_status(report))
         return exit_status(report)
     print(f"state sha256 {report['sha256']}")
+    if jax.process_count() == 1:  # else others may still be writing, and need this process to say that they live
+        preflight.leave_soon(0)
     return 0
 
 
@@ -109,8 +100,9 @@ def run(config: ConfigDict, workdir: str) -> Report | signal.Signals:
     work, where the config, the data or WORKDIR cannot work.
     """
     check_config(config, workdir)
-    output_folder(workdir, "workdir")
-    with _Stop() as stop:
+    folder = output_folder(workdir, "workdir")
+    kept = "the checkpoints there are kept: mend that and run the same command again"
+    with storage_errors(workdir, kept), owned(folder) if jax.process_index() == 0 else nullcontext(), _Stop() as stop:
         mesh = make_mesh(config.mesh)
         preflight.agree(preflight.facts(config.to_dict()))
         upstream = _upstream(config, workdir, mesh)
@@ -177,7 +169,10 @@ def _run(
         waiting = None
         for k in range(start + 1, steps + 1):
             with log.waiting():
-                rows = next(data)
+                rows = stop.unless_asked(lambda: next(data))
+            if rows is None:
+                checkpointer.save(state, {"run": run_identity})
+                break
             batch = global_batch(rows, mesh)
             if k == start + 1:
                 with log.pause():  # compilation
@@ -203,8 +198,9 @@ def _run(
                 clock.restart()
             checkpointer.check()
             if stopping:
-                log_step(*waiting)
                 break
+        if waiting:
+            log_step(*waiting)
 
         # The end: the stage completes its averaged parameters, which become the bundle.
         checkpointer.close()
@@ -282,6 +278,10 @@ def _write_config(config: ConfigDict, workdir: str) -> None:
         write_bytes(to_path(workdir) / "config.json", text.encode() + b"\n", alone=True)
 
 
+class _Asked(BaseException):
+    """A stop was asked while the loop waited for data. No Exception, which libraries of storage catch."""
+
+
 class _Stop:
     """Notes a first Ctrl-C or SIGTERM, so that the loop can save and leave; a second one acts at once.
 
@@ -289,16 +289,29 @@ class _Stop:
     """
 
     asked: signal.Signals | None = None
+    _waiting = False
 
     def __enter__(self) -> "_Stop":
         names = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
         self._handlers = {name: signal.signal(name, self._note) for name in names}
         return self
 
+    def unless_asked(self, wait: Callable[[], Batch]) -> Batch | None:
+        """Returns what `wait` returns, which may hang, or None as soon as a stop is asked."""
+        try:
+            self._waiting = True
+            return None if self.asked else wait()
+        except _Asked:
+            return None
+        finally:
+            self._waiting = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number)
         self._restore()
         _say("stopping after this step, to save it (once more: at once, without saving)")
+        if self._waiting:
+            raise _Asked
 
     def _restore(self) -> None:
         for name, handler in self._handlers.items():

@@ -143,9 +143,10 @@ def test_captions_of_readable_records_in_order(caplog):
         def __getitem__(self, index):
             return super().__getitem__(index) | {"caption": f"number {index}"}
 
-    said = list(captions(Said(lost=[2, 5]), 8, threads=3))
+    said = list(captions(Said(8, lost=[2, 5]), 8, threads=3))
     assert said == [f"number {k}" for k in (0, 1, 3, 4, 6, 7)]
     assert "skipped unreadable record number 5: 5 is gone" in caplog.text
+    assert list(captions(Said(8), 3, threads=3)) == ["number 0", "number 2", "number 5"]
 
 
 def test_mistakes_of_a_transform_are_not_taken_for_bad_records():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unclip_jax.data import sources, splits
 from unclip_jax.data.emoji_scenes import encode_png, scenes
-from unclip_jax.data.sources import open_source
+from unclip_jax.data.sources import open_source, without_picture
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import copy_folder, to_path
 
@@ -138,6 +138,28 @@ def test_what_is_no_use_is_not_tried_again(tmp_path, monkeypatch):
 def test_never_all_are_held_out():
     assert splits.held_out(np.array([3, 1, 2], np.uint64)).tolist() == [1, 2]
     assert splits.held_out(np.array([2**63, 2**62, 2**63], np.uint64)).tolist() == [1]
+
+
+def test_captions_are_read_without_the_picture(tmp_path, monkeypatch):
+    """By a source that can; from the whole record where it cannot."""
+    monkeypatch.setattr(sources, "RETRY_SECONDS", (0, 0))
+    (tmp_path / "cat.txt").write_text("a cat")
+    (tmp_path / "dog.txt").write_text("a dog\nanother")
+    for name in ("cat", "dog"):
+        (tmp_path / f"{name}.png").symlink_to(__file__)
+    both = [open_source(f"folder:{tmp_path}", split, "", "", "") for split in ("train", "test")]
+    expected = [{name: split[0][name] for name in ("caption", "key")} for split in both]
+    assert sorted(record["key"] for record in expected) == ["cat.png", "dog.png"]
+    assert [without_picture([{"image": b"", **record}], 0) for record in expected] == expected
+    for name in ("cat", "dog"):
+        (tmp_path / f"{name}.png").unlink()
+    assert [without_picture(split, 0) for split in both] == expected
+    for name in ("cat", "dog"):
+        (tmp_path / f"{name}.txt").unlink()
+    with pytest.raises(UnreadableRecord, match="cannot be read: FileNotFoundError"):
+        without_picture(both[0], 0)
+    with pytest.raises(IndexError):
+        without_picture(both[0], 1)
 
 
 def test_waiting_in_vain_ends(monkeypatch):

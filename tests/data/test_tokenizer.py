@@ -1,11 +1,12 @@
 """Text to ids: nothing is lost, and the two conventions of cutting."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
 
-from unclip_jax.data.tokenizer import END, PAD, START, Tokenizer, train_tokenizer
+from unclip_jax.data.tokenizer import END, PAD, START, UNKNOWN, Tokenizer, train_tokenizer
 from unclip_jax.errors import UserError
 
 CAPTIONS = [f"a {thing} on a {colour} background" for thing in ("pizza", "red apple") for colour in ("blue", "green")]
@@ -67,6 +68,14 @@ def test_several_captions_a_record():
     assert train_tokenizer([CAPTIONS] * 20, 300).model_bytes == train_tokenizer(CAPTIONS * 20, 300).model_bytes
 
 
+def test_long_captions_are_learned_from():
+    """sentencepiece itself leaves out lines of more than 4,192 bytes."""
+    tokenizer = train_tokenizer(["pizza " * 2000, "ü" * 5000], 400)
+    assert tokenizer.count("pizza pizza") == 2
+    assert UNKNOWN not in tokenizer.encode(["ü"], 5, ends=False)[0]
+    assert tokenizer.encode(["ü"], 5, ends=False)[1] < 1 + len("ü".encode())
+
+
 def test_pickles(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.model_bytes == tokenizer.model_bytes
@@ -76,7 +85,12 @@ def test_pickles(tokenizer):
 def test_errors():
     with pytest.raises(UserError, match="no captions"):
         train_tokenizer(["", " "], 300)
-    with pytest.raises(UserError, match=r"vocab_size=100.*100 vs"):
+    with pytest.raises(UserError, match=r"vocab_size=100 has no room .* set it to ([0-9]+) at least") as caught:
         train_tokenizer(CAPTIONS, 100)
+    least = int(re.search("to ([0-9]+) at", str(caught.value))[1])
+    assert least == 4 + 256 + len(set("".join(CAPTIONS).replace(" ", "▁")))
+    assert train_tokenizer(CAPTIONS, least).vocab_size == least
+    with pytest.raises(UserError, match="no room"):
+        train_tokenizer(CAPTIONS, least - 1)
     with pytest.raises(UserError, match="not a sentencepiece model"):
         Tokenizer(b"what is this")

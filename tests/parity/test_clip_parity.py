@@ -15,6 +15,7 @@ from PIL import Image
 from unclip_jax.bundle import load_bundle
 from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.data.transforms import center_square
+from unclip_jax.errors import UserError
 from unclip_jax.pretrained import __main__ as command
 from unclip_jax.pretrained import openai_clip
 from unclip_jax.pretrained.state_dict import StateDict, read_tensors
@@ -214,6 +215,34 @@ def test_openai_form(kind, tmp_path, seen):
     compare(seen, "OpenAI's form", z_i, model.get_image_features(pixel_values=pixels(images)).pooler_output)
     compare(seen, "OpenAI's form", z_t, model.text_projection(text.pooler_output))
     compare(seen, "OpenAI's form", states, text.last_hidden_state)
+
+
+class Evil(torch.nn.Module):
+    """Loading it by torch.jit.load runs its `__setstate__`, which fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.arange(6.0).reshape(2, 3))
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def __getstate__(self):
+        return (self.weight, True)
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        assert False, "it was run"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_code_of_an_archive_is_not_run(tmp_path):
+    torch.jit.script(Evil()).save(str(tmp_path / "evil.pt"))
+    with pytest.raises(RuntimeError, match="it was run"):
+        torch.jit.load(str(tmp_path / "evil.pt"))
+    with pytest.raises(UserError, match="is not a state dict"):
+        read_tensors(tmp_path / "evil.pt")
 
 
 def test_half_precision_files(tmp_path):

@@ -1,5 +1,6 @@
 """However a run is ended and started again, it is the run that nothing disturbed."""
 
+import os
 import random
 import signal
 import time
@@ -76,3 +77,27 @@ def test_sigterm_at_any_time_saves_and_exits_0(runs, straight, seed):
         assert runs.saved(workdir)[-1] == step and not runs.saving(workdir)
     assert took < 20
     assert runs.finish(workdir) == straight[0] and runs.losses(workdir) == straight[1]
+
+
+def test_sigterm_while_reading_hangs_saves_and_ends(runs, straight):
+    """A picture becomes a pipe that nobody writes to: whoever reads it waits for ever."""
+    run = runs.start("hung", "--config.train.watchdog_minutes=60")
+    wait_until((runs.folder / "hung" / "metrics.jsonl").exists, run)
+    picture = next((runs.folder / "pictures").glob("*.png"))
+    content = picture.read_bytes()
+    picture.unlink()
+    os.mkfifo(picture)
+    try:
+        logged = -1
+        while logged != (logged := len(runs.losses("hung"))):  # until nothing moves any more
+            time.sleep(15)
+        assert run.poll() is None and logged < 30
+        told = time.monotonic()
+        run.terminate()
+        assert run.wait(60) == 0, run.log.read_text()[-3000:]
+        assert time.monotonic() - told < 40
+        assert "stopped at step" in run.log.read_text()
+    finally:
+        picture.unlink()
+        picture.write_bytes(content)
+    assert runs.finish("hung") == straight[0] and runs.losses("hung") == straight[1]

@@ -71,7 +71,7 @@ def states(tmp_path_factory):
 
 def newest(folder, abstract):
     checkpointer = Checkpointer(str(folder), 2)
-    state = checkpointer.restore_latest(abstract)
+    state, _ = checkpointer.restore_latest(abstract)
     checkpointer.close()
     return int(state.step), digest(state)
 
@@ -131,3 +131,24 @@ def test_files_cut_short(states, tmp_path, size):
     step, found = newest(folder, abstract)
     assert (step, found) == ((2, digest(two)) if run.returncode == 0 else (1, digest(one))), run.stderr[-2000:]
     assert (run.returncode != 0 and "Error" in run.stderr) if size <= 1000 else (run.returncode == 0 or size < 200_000)
+
+
+FULL = """
+import resource, signal, sys
+from unclip_jax import cli, train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
+cli.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("size", [100, 3000, 20_000])
+def test_training_on_a_full_disk_ends_in_one_line(runs, size):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", FULL, str(size), f"--config={runs.folder / 'small.json'}"]
+    command += [f"--workdir={runs.folder / f'full_{size}'}"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    said = run.stderr.splitlines()
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr[-3000:]
+    assert said[-1].startswith("error: ") and "File too large; the checkpoints there are kept" in said[-1], said[-5:]
+    assert sum(line.startswith("error") for line in said) == 1 and len(said) < 20

@@ -123,6 +123,20 @@ def test_line_cut_short_by_a_kill_is_dropped(tmp_path):
     assert [r["step"] for r in records(tmp_path)] == [10]
 
 
+@pytest.mark.parametrize("damage", [b"\x00\xff{", b"[1, 2]", b'{"loss": 1.0}', b'{"step": null}', b"9"])
+def test_damaged_log_is_read_up_to_where_it_is_good(tmp_path, damage, capsys):
+    with logger(tmp_path) as log:
+        for step in (10, 20, 30):
+            log.log(step, {"loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines[1] = damage
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    logger(tmp_path, start_step=30).close()
+    assert [r["step"] for r in records(tmp_path)] == [10]
+    assert "metrics.jsonl is damaged from line 2 on, which is dropped\n" in capsys.readouterr().err
+
+
 def test_foreign_file_is_not_overwritten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("step,loss\n")
     with pytest.raises(UserError, match=r"metrics.jsonl is not a log of metrics"):

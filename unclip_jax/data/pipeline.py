@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from unclip_jax.data import mixture
-from unclip_jax.data.sources import Source
+from unclip_jax.data.sources import Source, without_picture
 from unclip_jax.errors import UnreadableRecord, UserError
 
 Transform = Callable[[dict, np.random.Generator], dict[str, np.ndarray]]  # (record, rng) → arrays of an example
@@ -68,14 +68,15 @@ def evaluation_batch(source: Source, transform: Transform, n: int, seed: int) ->
 
 
 def captions(source: Source, count: int, threads: int) -> Iterator[str | list[str]]:
-    """Yields the captions of the first `count` records, in order, without those that cannot be read."""
+    """Yields the captions of `count` records, spread evenly over all, in order, without those that cannot be read."""
     import grain
 
     skipped = Skipped()
 
-    def caption(index: int) -> str | list[str] | None:
+    def caption(k: int) -> str | list[str] | None:
+        index = k * len(source) // count
         try:
-            return source[index]["caption"]
+            return without_picture(source, index)["caption"]
         except UnreadableRecord as error:
             skipped.note(f"number {index}", error)
             return None

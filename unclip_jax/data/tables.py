@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unclip_jax.data import captions, splits
+from unclip_jax.data.places import files_matching
 from unclip_jax.errors import UnreadableRecord, UserError
-from unclip_jax.paths import files_matching, is_remote, on_disk, to_path
+from unclip_jax.paths import is_remote, on_disk, to_path
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +27,14 @@ from unclip_jax.data import captions, splits
 from unclip_jax.data.decoding import SNIFFED_BYTES, is_picture
 from unclip_jax.data.folders import beside, is_hidden, say_left_out
 from unclip_jax.data.names import Names
+from unclip_jax.data.places import files_matching, read_part
 from unclip_jax.errors import UserError
-from unclip_jax.paths import CHUNK_BYTES, GIB, files_matching, keep_file, kept_file, on_disk, read_part
+from unclip_jax.paths import CHUNK_BYTES, keep_file, kept_file, on_disk
+from unclip_jax.progress import Progress
 
 FORMAT = 1  # raised when an older reader would misread an index
 THREADS = 32
-SECONDS_BETWEEN_LINES, SECONDS_BETWEEN_SAVES = 10.0, 300.0
+SECONDS_BETWEEN_SAVES = 300.0
 BLOCK = tarfile.BLOCKSIZE
 NEAR = 2**16  # bytes between a picture and its caption, up to which both are read at once
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how such files begin
@@ -138,18 +139,15 @@ def _make_index(folder: Path, tars: Tars, place: Path) -> None:
     """
     parts = _known(kept_file(place), tars)
     missing = [name for name in tars if name not in parts]
-    began = said = saved = time.monotonic()
-    done, total = 0, sum(tars[name][0] for name in missing)
+    progress, saved = Progress(f"indexing {folder}", sum(tars[name][0] for name in missing), "bytes"), time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
         waiting = {pool.submit(read_tar, folder / name, tars[name][0]): name for name in missing}
         for future in as_completed(waiting):
             name = waiting[future]
-            parts[name], done, now = future.result(), done + tars[name][0], time.monotonic()
-            if now - said > SECONDS_BETWEEN_LINES:
-                said, left = now, timedelta(seconds=round((total - done) * (now - began) / max(done, 1)))
-                _say(f"{place}: {done / GIB:.2f} of {total / GIB:.2f} GiB of tars read, left {left}")
-            if now - saved > SECONDS_BETWEEN_SAVES:
-                saved = now
+            parts[name] = future.result()
+            progress.advance(tars[name][0])
+            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                saved = time.monotonic()
                 keep_file(place, _encoded(parts, tars))
     if missing:
         where = keep_file(place, _encoded(parts, tars))

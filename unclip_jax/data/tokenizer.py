@@ -16,6 +16,7 @@ import numpy as np
 from unclip_jax.errors import UserError
 
 PAD, UNKNOWN, START, END = 0, 1, 2, 3
+MOST_BYTES = 4192  # of a caption that a tokenizer is trained on; far more than any model's context
 WRITTEN_MARKS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>")
 
 
@@ -135,6 +136,11 @@ class _BytePairs:
         return text if self.start is None else text.rstrip()  # CLIP's words end in a space
 
 
+def _cut(text: str) -> str:
+    """Cuts a text to the bytes that sentencepiece takes, which would leave out longer ones as a whole."""
+    return text.encode()[:MOST_BYTES].decode(errors="ignore")
+
+
 def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int) -> Tokenizer:
     """Trains a byte-pair encoding of at most `vocab_size` pieces; the same captions give the same pieces.
 
@@ -144,7 +150,7 @@ def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int) -> Tok
     from sentencepiece import SentencePieceTrainer
 
     texts = (text for record in captions for text in ([record] if isinstance(record, str) else record))
-    captions = [line for text in texts if (line := " ".join(text.split()))]
+    captions = [line for text in texts if (line := _cut(" ".join(text.split())))]
     if not captions:
         raise UserError("no captions to train a tokenizer on: the dataset has none")
     model = io.BytesIO()
@@ -165,5 +171,9 @@ def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int) -> Tok
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"no tokenizer of vocab_size={vocab_size}: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        if too_small := re.search(r"required_chars\D*\d+ vs (\d+)", said):
+            raise UserError(f"vocab_size={vocab_size} has no room for the letters of these captions: set it to "
+                            f"{too_small[1]} at least, or to some thousands for whole words") from error  # fmt: skip
+        raise UserError(f"no tokenizer of vocab_size={vocab_size}: {said}") from error
     return Tokenizer(model.getvalue())

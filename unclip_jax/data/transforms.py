@@ -1,7 +1,7 @@
 """Makes the arrays of a training example from a record. Pictures stay uint8 until they are on the device."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
 CROPS = ("center", "dalle")
-RESIZES = ("area", "bicubic")
 WHOLE = (slice(None), slice(None))  # window of all rows and columns
 ALIGNMENT = 4  # pixels; corners of patches are multiples of it, so that no low-resolution pixel is cut
+
+
+class Crops(NamedTuple):
+    """Random crops of a record's picture, of each of which there is an embedding; training draws one of them."""
+
+    count: int
+    seed: tuple[int, int]
+    side: int  # in pixels, as `size` of `square_crop`
+
+    def rng(self, number: int) -> np.random.Generator:
+        """Returns the generator that crop `number` is drawn by."""
+        return np.random.default_rng((*self.seed, number))
 
 
 class ToExample:
@@ -30,8 +41,8 @@ class ToExample:
     patch: side in pixels of the random window that "image" is cut to; None for the whole.
     bsr_factor: adds "low_res", the picture "image" BSR-degraded to 1 / bsr_factor of its side.
     kernels: name of a picture → how it is made small, as in `center_square`; those not named by "area".
-    vectors: which of "image_embedding" and "text_embedding" (of the caption drawn) to pass on, float32 (dim,), from
-        records of an `EmbeddedSource`.
+    vectors: which of "image_embedding" (of the crop drawn) and "text_embedding" (of the caption drawn) to pass on,
+        float32 (dim,), from records of an `EmbeddedSource`. Pictures then show the crop that was embedded.
     min_side, max_aspect: pictures whose shorter side is less, or whose longer side is more times as long, are
         unreadable records; 0 for any.
 
@@ -60,9 +71,15 @@ class ToExample:
 
     def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Makes one example. Raises UnreadableRecord where picture or caption cannot be used."""
-        if self.vectors and "image_embedding" not in record:
-            raise UnreadableRecord("it could not be read when the embeddings were made")
-        example = self._pictures(record["image"], rng) if self.images else {}
+        crops = record.get("crops")
+        crop = int(rng.integers(crops.count)) if crops else 0
+        example = {}
+        if self.images:
+            picture = decode(record["image"])
+            self._check_sides(*picture.shape[:2])
+            example = self.cut(picture, rng, crops.rng(crop), crops.side) if crops else self.cut(picture, rng)
+        elif "sides" in record:
+            self._check_sides(*record["sides"])
         drawn = _draw_caption(record["caption"], rng)
         for name, (tokenizer, context, ends) in self.texts.items():
             ids, lengths = tokenizer.encode([captions_of(record)[drawn]], context, ends)
@@ -70,17 +87,28 @@ class ToExample:
         if self.bsr_factor:
             example["low_res"] = degrade(example["image"], self.bsr_factor, rng)
         for name in self.vectors:
-            example[name] = record["text_embeddings"][drawn] if name == "text_embedding" else record[name]
+            example[name] = record[f"{name}s"][drawn if name == "text_embedding" else crop]
         return example
 
-    def _pictures(self, data: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        picture = decode(data)
-        shorter, longer = sorted(picture.shape[:2])
+    def _check_sides(self, height: int, width: int) -> None:
+        shorter, longer = sorted((height, width))
         if shorter < self.min_side:
             raise UnreadableRecord(f"its shorter side has {shorter} pixels, less than data.min_side={self.min_side}")
         if self.max_aspect and longer > self.max_aspect * shorter:
             raise UnreadableRecord(f"it has {longer} by {shorter} pixels, beyond data.max_aspect={self.max_aspect}")
-        square = square_crop(picture, max(self.images.values()), self.crop, rng)
+
+    def cut(
+        self,
+        picture: np.ndarray,
+        rng: np.random.Generator,
+        crop_rng: np.random.Generator | None = None,
+        crop_side: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Cuts a picture, uint8 (H, W, 3), into those of `images`.
+
+        crop_rng, crop_side: that the square is drawn by, in place of `rng` and the largest side of `images`.
+        """
+        square = square_crop(picture, crop_side or max(self.images.values()), self.crop, crop_rng or rng)
         windows = {"image": _window(self.images["image"], self.patch, rng)} if self.patch else {}
 
         def resized(name: str, size: int) -> np.ndarray:

@@ -30,12 +30,13 @@ ROWS = 32  # pictures that each device takes at once
 class Features:
     """Pictures → {name: float32 (N, numbers)}, the same for any batches and for any number of devices.
 
-    card: which network, and its sha256.
+    card: which network, and its sha256. prepare: pictures of one size → (N, R, R, 3) as the network takes them, which
+    it makes of all that it is given; to prepared ones it does nothing.
     """
 
     def __init__(self, run: OnDevices, card: dict[str, Any], prepare: Callable[[np.ndarray], np.ndarray] = np.asarray):
         self.card = card
-        self._run, self._prepare = run, prepare
+        self._run, self.prepare = run, prepare
 
     def batches(self, pictures: np.ndarray | Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         """Features of uint8 RGB (N, H, W, 3), or of batches of such, a batch at a time and in order.
@@ -43,7 +44,7 @@ class Features:
         Raises UserError for what is no such pictures and, by Inception, for pictures of several sizes.
         """
         batches = [pictures] if isinstance(pictures, np.ndarray) else pictures
-        return self._run(self._prepare(_checked(batch)) for batch in batches)
+        return self._run(self.prepare(_checked(batch)) for batch in batches)
 
     def __call__(self, pictures: np.ndarray | Iterable[np.ndarray]) -> dict[str, np.ndarray]:
         """Features as of `batches`, all at once. Raises UserError where there is no picture, too."""

@@ -1,5 +1,6 @@
 """Reads files of PyTorch weights: tensors by name, one at a time, with an account of those missing or never read."""
 
+import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from unclip_jax.errors import UserError
 from unclip_jax.paths import to_path
+from unclip_jax.pretrained.torchscript import is_torchscript, read_torchscript
 
 MAX_LISTED = 20  # tensors that an error names
 
@@ -84,7 +86,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
     Where the file has a part "state_dict", its tensors alone are read. PyTorch files need torch; they are read with
     `weights_only`, so that none of their code runs, and mapped rather than loaded. Raises UserError for a file that is
-    missing, damaged or holds no tensors.
+    missing, damaged or holds no tensors. Archives of TorchScript need no torch.
     """
     path = to_path(path)
     if not path.is_file():
@@ -133,22 +135,18 @@ def _read_safetensors(path: Path) -> dict[str, _LazyTensor]:
 
 def read_torch(path: Path) -> Any:
     """Reads whatever a PyTorch file holds, without running its code. Raises UserError where that fails."""
+    if is_torchscript(path):
+        try:
+            return read_torchscript(path)
+        except (OSError, KeyError, ValueError, TypeError, IndexError, AttributeError, EOFError, zipfile.BadZipFile,
+                pickle.UnpicklingError) as error:  # fmt: skip
+            raise UserError(f"{path} is a damaged archive of TorchScript ({error!r}): download it again") from error
     try:
         import torch
     except ImportError as error:
         raise UserError(f"{path} is a PyTorch file: reading it needs torch (pip install torch)") from error
     try:
-        if _is_torchscript(path):
-            return torch.jit.load(path, map_location="cpu").state_dict()
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises nearly anything for a file that is not its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as a PyTorch state dict ({reason})") from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    """Tells whether a PyTorch file is an archive of TorchScript, as OpenAI publishes CLIP, instead of a pickle."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())

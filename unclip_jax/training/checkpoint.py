@@ -10,6 +10,7 @@ before saving and after restoring. A damaged checkpoint is named and deleted, an
 
 import hashlib
 import json
+import logging
 import sys
 import time
 from typing import Any
@@ -54,6 +55,7 @@ class Checkpointer:
             # In the background, a folder that cannot be made would only be noticed ten minutes later.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
+        logging.getLogger("absl").addFilter(_without_traceback)
         self._manager = _manager(workdir, options)
         self._written: int | None = None  # a step whose save was not yet checked
 
@@ -150,6 +152,11 @@ class Checkpointer:
         """Waits, then frees the background threads."""
         self.wait()
         self._manager.close()
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Keeps Orbax's threads from logging an error with its traceback, since `check` and `wait` raise it."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
 
 
 class SaveClock:

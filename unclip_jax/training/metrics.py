@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -164,6 +165,26 @@ class ExpectedLoss:
         self._outside = outside
 
 
+def read_log(path: Path) -> list[dict]:
+    """Reads a log of one JSON object a line, each with its "step", up to where it was cut or damaged; [] where there is
+    no file. Raises UserError where not even its first line can be read."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records: list[dict] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line.decode())
+            if line.endswith(b"\n") and record["step"] >= 0:
+                records.append(record)
+                continue
+        except (ValueError, KeyError, TypeError) as error:
+            if number == 1 and not line.startswith(b"{"):
+                raise UserError(f"{path} is not a log of metrics, one JSON object a line: move it away") from error
+        if number < len(lines):  # else the earlier run was killed while writing it
+            print(f"warning: {path} is damaged from line {number} on, which is dropped", file=sys.stderr, flush=True)
+        break
+    return records
+
+
 class _Lines:
     """metrics.jsonl: on a disk appended line by line, in an object store kept in memory and uploaded now and then."""
 
@@ -176,16 +197,8 @@ class _Lines:
         write_bytes(self._path, self._text.encode(), alone=True)
 
     def _read(self, start_step: int) -> list[dict]:
-        if not self._path.exists():
-            return []
-        lines = self._path.read_text().splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()  # the earlier run was killed while writing it
-        try:
-            records = [json.loads(line) for line in lines]
-            return [record for record in records if record["step"] <= start_step and record["seconds"] >= 0]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self._path} is not a log of metrics, one JSON object a line: move it away") from error
+        records = read_log(self._path)
+        return [record for record in records if record["step"] <= start_step and record.get("seconds", -1) >= 0]
 
     def append(self, record: dict) -> None:
         if not self._remote:

@@ -5,6 +5,7 @@ code, versions and config. When one process of many fails alone, the others wait
 train something else. So whatever goes wrong ends every process, with a line that says what it was.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import functools
@@ -28,18 +29,40 @@ import numpy as np
 
 import unclip_jax
 from unclip_jax.config import PLACES
-from unclip_jax.errors import UserError
+from unclip_jax.errors import StorageError, UserError
 
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # --platform → JAX's name for it
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages: who has one wants an accelerator
 HEARTBEAT_SECONDS = 15  # after which the others notice that a process has died
+LEAVE_SECONDS = 20  # in which a process that is done ends by itself
 OTHERS = (
     "another process of this run has died, or this one has: look for the first error in the logs of all hosts; the "
     "same command on all of them goes on from the last checkpoint"
 )
+FLAGS = {  # of a command that several processes run together, for `joined`
+    "platform": (str, "", "tpu, gpu or cpu: run on nothing else; empty: on what is there"),
+    "coordinator": (str, "", "HOST:PORT of process 0, where no cluster tells it"),
+    "processes": (int, -1, "their number"),
+    "process": (int, -1, "which of them this is, from 0"),
+    "wait": (int, 300, "seconds in which all processes must have come"),
+}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 _on_abort: Any = None  # a C callback, which must live as long as the process
+
+
+@contextlib.contextmanager
+def joined(flags: Any) -> Iterator[None]:
+    """Joins the processes of a run on the platform that FLAGS say; an error within the context ends all of them."""
+    join(flags.coordinator, flags.processes, flags.process, flags.wait)
+    check_platform(flags.platform)
+    try:
+        yield
+    except BaseException as error:
+        # On a full disk, what is still open would print its own errors while an orderly exit closes it.
+        if jax.process_count() > 1 or isinstance(error, StorageError):
+            end_all(error)
+        raise
 
 
 def join(coordinator: str, processes: int, process: int, wait: int) -> None:
@@ -183,6 +206,14 @@ def gathered(data: bytes) -> list[bytes]:
 def made_by_first(make: Callable[[], bytes]) -> bytes:
     """Has process 0 make bytes, and returns them on every process; the others wait."""
     return from_first(make() if jax.process_index() == 0 else b"")
+
+
+def leave_soon(status: int) -> None:
+    """Ends the process with `status` if it has not ended by itself in LEAVE_SECONDS: a thread that hangs in storage
+    would keep it alive. To be called when nothing is left to do."""
+    timer = threading.Timer(LEAVE_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
 
 
 def end_all(error: BaseException) -> None:
