@@ -222,7 +222,7 @@ def test_a_source_that_changes_while_it_is_read(pictures, tmp_path, monkeypatch)
         (["--source=mine"], "data.source 'mine': expected"),
         (["--out=s3://bucket/x"], "expected a place on a disk"),
         (["--out=/dev/null/x"], "is a file or lies below one"),
-        (["--split=validation"], "a folder has no split 'validation'"),
+        (["--split=validation"], "data.source has no split 'validation'"),
         (["--min-side=-1"], "--min-side -1: expected 0 or more"),
         (["--max-aspect=0.5"], "--max-aspect 0.5: expected 1 or more"),
         (["--min-words=9", "--max-words=3"], "no caption is kept"),
