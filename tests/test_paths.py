@@ -243,6 +243,12 @@ def test_a_folder_has_one_owner_until_that_ends_or_dies(tmp_path):
     with owned(folder):
         assert [path.name for path in folder.iterdir()] == [".owner"]
     assert list(folder.iterdir()) == []
+    with owned(tmp_path / "a" / "b"):
+        pass
+    assert not (tmp_path / "a").exists(), "folders of a run that wrote nothing"
+    with owned(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "log").write_text("")
+    assert (tmp_path / "a" / "log").exists()
 
 
 def test_folders_that_others_may_write_to_are_known(tmp_path, monkeypatch):

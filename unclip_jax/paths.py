@@ -136,6 +136,7 @@ def owned(folder: Path) -> Iterator[None]:
     if is_remote(folder):
         yield
         return
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".owner"
     while True:
@@ -155,6 +156,9 @@ def owned(folder: Path) -> Iterator[None]:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # what was written stays, with the folders that it is in
+                    for place in made:
+                        place.rmdir()
             return
 
 
