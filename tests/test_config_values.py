@@ -76,6 +76,30 @@ def test_ranges_end_where_they_say():
     assert get(config, "model.unet.channels") == 8
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_key_that_is_missing_is_named(name):
+    config = small_config(name).unlock()
+    config.data.source = "folder:pictures"
+    optional = {"clip": ("model.image.", "model.noise_schedule")}.get(config.stage, ()) or ("model.image.",)
+    for key in leaves(config):
+        *sections, last = key.split(".")
+        less = changed(config, key, None)
+        del get(less, ".".join(sections))[last]
+        if key == "stage" or key.startswith(optional):
+            continue
+        with pytest.raises(UserError, match=rf"the config has no {key}, which|^{sections[-1] if sections else ''}"):
+            check_config(less, "runs/x")
+
+
+def test_whole_numbers_are_floats_where_real_ones_are_meant(tmp_path):
+    config = small_config("decoder").unlock()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"config": changed(config, "diffusion.drop_caption", 1).to_dict()}))
+    read = cli.load_config(str(path))
+    assert read.diffusion.drop_caption == 1.0 and type(read.diffusion.drop_caption) is float
+    assert type(read.train.steps) is int and read.is_locked
+
+
 def test_unknown_key_names_the_nearest():
     config = changed(small_config("decoder"), "train.stepz", 3)
     with pytest.raises(UserError, match=r"no config has a key train\.stepz: the nearest is train\.steps"):

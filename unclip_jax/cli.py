@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ml_collections import ConfigDict
 
 from unclip_jax.config import completed, flat_keys
+from unclip_jax.config_values import with_floats
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, storage_errors, to_path, written_by_others
 
@@ -145,7 +146,7 @@ def load_config(spec: str) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     try:
-        return (module.get_config(size) if size else module.get_config()).lock()
+        return with_floats(module.get_config(size) if size else module.get_config())
     except ValueError as error:
         raise UserError(f"{spec}: {error}") from error
 
@@ -160,7 +161,7 @@ def installed_configs() -> Path:
 def _stored_config(path: Path) -> ConfigDict:
     """Reads a config from the config.json of a run or bundle."""
     try:
-        return completed(ConfigDict(lists_to_tuples(json.loads(path.read_text())["config"]))).lock()
+        return with_floats(completed(ConfigDict(lists_to_tuples(json.loads(path.read_text())["config"]))))
     except FileNotFoundError as error:
         raise UserError(f"no config file {path}: expected config.json of a run's workdir or of a bundle") from error
     except (ValueError, KeyError, TypeError) as error:

@@ -44,9 +44,10 @@ def sized(size: str, paper: dict, **sizes: dict) -> ConfigDict:
 
 
 def flat_keys(config: ConfigDict | dict, prefix: str = "") -> Iterator[str]:
-    """Yields each key that holds a value, with its sections, such as "model.unet.channels"."""
+    """Yields each key that holds a value, with its sections, such as "model.unet.channels"; also an empty section."""
     for name, value in config.items():
-        yield from flat_keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict | dict) else [f"{prefix}{name}"]
+        within = isinstance(value, ConfigDict | dict) and len(value)
+        yield from flat_keys(value, f"{prefix}{name}.") if within else [f"{prefix}{name}"]
 
 
 # What models were before a key existed: stage ("" for all) → key → value.

@@ -1,7 +1,11 @@
 """Finds mistakes in configs that can be found before anything is loaded or compiled."""
 
+import functools
+
 from ml_collections import ConfigDict
 
+from unclip_jax import cli
+from unclip_jax.config import flat_keys
 from unclip_jax.config_values import check_values
 from unclip_jax.diffusion.schedule import make_schedule, respace
 from unclip_jax.errors import UserError
@@ -17,6 +21,8 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     workdir: folder of the run, which must not be that of its init.bundle.
     """
     check_values(config)
+    if lacking := sorted(_needed(config.stage) - set(flat_keys(config))):
+        raise UserError(f"the config has no {lacking[0]}, which every config of stage {config.stage} has: add it")
     _check_measures(config)
     band = config.train.expected_loss
     if any(low > high for _, low, high in band) or list(band) != sorted(band):
@@ -41,6 +47,14 @@ def check_config(config: ConfigDict, workdir: str) -> None:
             raise UserError(f"model.caption is {m.caption!r}: an upsampler has {' or '.join(UPSAMPLER_CAPTIONS)}")
         if config.diffusion.drop_caption and m.caption == "none":
             raise UserError("diffusion.drop_caption drops captions, and this upsampler reads none: set it to 0")
+
+
+@functools.cache
+def _needed(stage: str) -> set[str]:
+    """Collects the keys that all configs of this package for a stage have; not those of sections that may be None."""
+    configs = [cli.load_config(str(path)) for path in cli.installed_configs().glob("[!_]*.py")]
+    keys = set.intersection(*(set(flat_keys(config)) for config in configs if config.stage == stage))
+    return {key for key in keys if not key.startswith("model.image.")}
 
 
 def _check_clip(config: ConfigDict) -> None:

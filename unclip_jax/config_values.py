@@ -15,10 +15,11 @@ from unclip_jax.errors import UserError
 
 
 class Rule(NamedTuple):
-    """Values of a key: whether one is allowed, and in words what is expected."""
+    """Values of a key: whether one is allowed, in words what is expected, and whether it is a real number."""
 
     allows: Callable[[Any], bool]
     expected: str
+    real: bool = False
 
 
 def _whole(low: int, high: int) -> Rule:
@@ -35,7 +36,7 @@ def _number(low: float, high: float, below: bool = False) -> Rule:
         known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         return known and low <= value <= high and not (below and value == high)
 
-    return Rule(allows, f"a number from {low:,} to {'below ' if below else ''}{high:,}")
+    return Rule(allows, f"a number from {low:,} to {'below ' if below else ''}{high:,}", real=True)
 
 
 def _one_of(*words: str) -> Rule:
@@ -128,8 +129,7 @@ def check_values(config: ConfigDict) -> None:
     """Raises UserError for the first key whose value is of another type, or outside of its range or set, and for a key
     that no config has."""
     for key in flat_keys(config):
-        rule = RULES.get(key) or RULES.get(key.rpartition(".")[2])
-        value = get(config, key)
+        rule, value = _rule(key), get(config, key)
         if rule is None:
             nearest = difflib.get_close_matches(key, RULES, 1, 0)[0]
             raise UserError(f"no config has a key {key}: the nearest is {nearest}")
@@ -137,9 +137,24 @@ def check_values(config: ConfigDict) -> None:
             raise UserError(f"{key} is {_short(value)}: expected {rule.expected}")
 
 
+def with_floats(config: ConfigDict) -> ConfigDict:
+    """Makes floats of whole numbers where a key holds a real number, as people write them and JSON; locks the config."""
+    with config.unlocked():
+        for key in flat_keys(config):
+            rule, value = _rule(key), get(config, key)
+            if rule and rule.real and type(value) is int:
+                section, _, name = key.rpartition(".")
+                get(config, section)[name] = float(value)
+    return config.lock()
+
+
+def _rule(key: str) -> Rule | None:
+    return RULES.get(key) or RULES.get(key.rpartition(".")[2])
+
+
 def get(config: ConfigDict, key: str) -> Any:
-    """Value of a key with its sections, such as "model.unet.channels"."""
-    for name in key.split("."):
+    """Value of a key with its sections, such as "model.unet.channels"; of "" the whole."""
+    for name in filter(None, key.split(".")):
         config = config[name]
     return config
 
