@@ -138,13 +138,15 @@ def check_values(config: ConfigDict) -> None:
 
 
 def with_floats(config: ConfigDict) -> ConfigDict:
-    """Makes floats of whole numbers where a key holds a real number, as people write them and JSON; locks the config."""
+    """Makes floats of the whole numbers that keys of real numbers hold, as people write them; locks the config."""
     with config.unlocked():
         for key in flat_keys(config):
             rule, value = _rule(key), get(config, key)
             if rule and rule.real and type(value) is int:
                 section, _, name = key.rpartition(".")
-                get(config, section)[name] = float(value)
+                node = get(config, section)
+                with node.ignore_type():
+                    node[name] = float(value)
     return config.lock()
 
 
