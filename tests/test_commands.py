@@ -209,3 +209,16 @@ def test_rerank_keeps_each_prompts_nearest_best_first():
     images = np.broadcast_to(brightness[:, None, None, None], (6, 2, 2, 3))
     args = argparse.Namespace(prompt=["light", "dark"], n=2, rerank=3)
     np.testing.assert_array_equal(brightness[sample._best(Likes(), images, args)], [30, 20, 40, 50])
+
+
+HANGS = """
+import threading, time
+from unclip_jax import cli
+cli.LEAVE_SECONDS = 0.5
+cli.run(lambda argv: threading.Thread(target=lambda: time.sleep(60)).start() or 3)
+"""
+
+
+def test_a_thread_that_hangs_does_not_keep_a_process_alive():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", HANGS], env=environment, timeout=30).returncode == 3

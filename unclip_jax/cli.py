@@ -8,6 +8,8 @@ import math
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -29,6 +31,7 @@ OPTIONAL |= dict.fromkeys(("scipy", "sklearn", "faiss"), "evaluate")
 OPTIONAL |= {"apache_beam": "build"}
 # Share of a GPU's memory that JAX may take. JAX's own default leaves a quarter to CUDA, which needs less.
 GPU_SHARE, GPU_SHARE_VARIABLE = 0.9, "XLA_PYTHON_CLIENT_MEM_FRACTION"
+LEAVE_SECONDS = 20  # in which a process that is done ends by itself
 CACHE = "~/.cache/unclip_jax"  # folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another
 SET_BY_US: set[str] = set()  # environment variables that `run` has set because the user had not
 
@@ -80,7 +83,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         SET_BY_US.add(GPU_SHARE_VARIABLE)
     try:
         with storage_errors("a file", "mend that and run the same command again"):
-            sys.exit(main(sys.argv))
+            status = main(sys.argv)
+        _leave_soon(status or 0)
+        sys.exit(status)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -90,6 +95,21 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         advice = f"pip install 'unclip_jax[{OPTIONAL[error.name]}]'"
         print(f"error: the package {error.name} is not installed: {advice}", file=sys.stderr)
         sys.exit(2)
+
+
+def _leave_soon(status: int) -> None:
+    """Ends the process with `status` if it has not ended in LEAVE_SECONDS once Python shuts down: a thread that hangs
+    in storage would keep it alive. One of several processes stays, since others may still write and need it."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        return
+
+    def leave() -> None:
+        threading.main_thread().join()
+        time.sleep(LEAVE_SECONDS)
+        os._exit(status)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 def enable_compilation_cache() -> None:

@@ -34,7 +34,6 @@ from unclip_jax.errors import StorageError, UserError
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # --platform → JAX's name for it
 ACCELERATORS = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")  # packages: who has one wants an accelerator
 HEARTBEAT_SECONDS = 15  # after which the others notice that a process has died
-LEAVE_SECONDS = 20  # in which a process that is done ends by itself
 OTHERS = (
     "another process of this run has died, or this one has: look for the first error in the logs of all hosts; the "
     "same command on all of them goes on from the last checkpoint"
@@ -206,14 +205,6 @@ def gathered(data: bytes) -> list[bytes]:
 def made_by_first(make: Callable[[], bytes]) -> bytes:
     """Has process 0 make bytes, and returns them on every process; the others wait."""
     return from_first(make() if jax.process_index() == 0 else b"")
-
-
-def leave_soon(status: int) -> None:
-    """Ends the process with `status` if it has not ended by itself in LEAVE_SECONDS: a thread that hangs in storage
-    would keep it alive. To be called when nothing is left to do."""
-    timer = threading.Timer(LEAVE_SECONDS, os._exit, [status])
-    timer.daemon = True
-    timer.start()
 
 
 def end_all(error: BaseException) -> None:
