@@ -72,8 +72,7 @@ def transform(name: str, config, tokenizer) -> ToExample:
 
 def timed(source, to_example, flags, workers: int) -> dict:
     """Examples a second over slices of equal length, and this process's CPU time."""
-    threads = max(1, 2 * workers)  # one sends while the other makes examples
-    rows = batches(source, to_example, flags.batch, flags.seed, threads=threads, workers=workers)
+    rows = batches(source, to_example, flags.batch, flags.seed, threads=max(1, workers), workers=workers)
     next(rows)
     wall, cpu = [], []
     for _ in range(flags.repeats):
