@@ -27,7 +27,7 @@ PAPER = config.recipe(
     init=config.init(bundle="", model=False),
     data=config.caption_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
                              weights=(), image_feature="image", caption_feature="caption", tokenizer="",
-                             min_side=0, max_aspect=0.0, crop="dalle", threads=16),
+                             min_side=0, max_aspect=0.0, crop="dalle", threads=16, workers=0),
     optim=config.sam_adam(learning_rate=4e-4, warmup_steps=2000, schedule="cosine", b1=0.9, b2=0.98, eps=1e-6,
                           weight_decay=0.0125, clip_norm=0.0, ema_decay=0.9999, accumulate=1, frozen=(), lora_rank=0,
                           sam_rho=0.0, sam_rows=64),

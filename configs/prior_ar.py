@@ -41,7 +41,7 @@ PAPER = config.recipe(
     data=config.embedding_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
                                weights=(), image_feature="image", caption_feature="caption",
                                tokenizer="", embeddings="",
-                               min_side=0, max_aspect=0.0, crop="dalle", threads=16),
+                               min_side=0, max_aspect=0.0, crop="dalle", threads=16, workers=0),
     optim=config.adam(learning_rate=1.6e-4, warmup_steps=1000, schedule="constant", b1=0.9, b2=0.91, eps=1e-10,
                       weight_decay=4e-2, clip_norm=1.0, ema_decay=0.999, accumulate=1, frozen=(), lora_rank=0),
     train=config.train(steps=1_000_000, batch_size=4096, seed=0, log_every=50,

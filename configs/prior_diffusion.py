@@ -36,7 +36,7 @@ PAPER = config.recipe(
     data=config.embedding_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
                                weights=(), image_feature="image", caption_feature="caption",
                                tokenizer="", embeddings="",
-                               min_side=0, max_aspect=0.0, crop="dalle", threads=16),
+                               min_side=0, max_aspect=0.0, crop="dalle", threads=16, workers=0),
     optim=config.adam(learning_rate=1.1e-4, warmup_steps=1000, schedule="constant", b1=0.9, b2=0.96, eps=1e-6,
                       weight_decay=6e-2, clip_norm=1.0, ema_decay=0.9999, accumulate=1, frozen=(), lora_rank=0),
     train=config.train(steps=600_000, batch_size=4096, seed=0, log_every=50,

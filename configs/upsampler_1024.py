@@ -31,7 +31,7 @@ PAPER = config.recipe(
                                     guidance_scale=1.0),
     data=config.caption_data(source="", data_dir="~/tensorflow_datasets", split="train", eval_split="test",
                              weights=(), image_feature="image", caption_feature="caption", tokenizer="",
-                             min_side=1024, max_aspect=0.0, crop="dalle", threads=16),
+                             min_side=1024, max_aspect=0.0, crop="dalle", threads=16, workers=0),
     optim=config.adam(learning_rate=1.0e-4, warmup_steps=0, schedule="constant", b1=0.9, b2=0.999, eps=1e-8,
                       weight_decay=0.0, clip_norm=0.0, ema_decay=0.9999, accumulate=1, frozen=(), lora_rank=0),
     train=config.train(steps=1_000_000, batch_size=512, seed=0, log_every=50,

@@ -79,7 +79,7 @@ from unclip_jax import config
 
 PAPER = dict(stage="mine", data=dict(**config.data(
     source="", weights=(), data_dir="", split="", eval_split="", image_feature="", caption_feature="", min_side=0,
-    max_aspect=0.0, crop="center", threads=2,
+    max_aspect=0.0, crop="center", threads=2, workers=0,
 ), own=(1, 2)))
 
 def get_config(size="paper"):

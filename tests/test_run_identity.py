@@ -32,6 +32,7 @@ FOUND = {"CLIP": "a", "tokenizer": "b", "examples": "3 records, c"}
 @pytest.mark.parametrize("values", [
     {"train.log_every": 7}, {"train.steps": 10**6}, {"optim.learning_rate": 0.5}, {"mesh.fsdp": 2},
     {"dtype": "bfloat16"}, {"model.unet.remat": True}, {"sampling.guidance_scale": 9.0}, {"data.threads": 3},
+    {"data.workers": 2},
 ])  # fmt: skip
 def test_what_may_change_is_said(config, values):
     before, now = identity(config, FOUND), identity(changed(config, values), FOUND)

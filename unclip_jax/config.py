@@ -52,7 +52,7 @@ def flat_keys(config: ConfigDict | dict, prefix: str = "") -> Iterator[str]:
 
 # What models were before a key existed: stage ("" for all) → key → value.
 BEFORE = {
-    "": {"data.min_side": 0, "data.max_aspect": 0.0, "data.weights": ()},
+    "": {"data.min_side": 0, "data.max_aspect": 0.0, "data.weights": (), "data.workers": 0},
     "decoder": {"model.embedding": "image"},
     "upsampler": {
         "model.caption": "none",
@@ -300,7 +300,8 @@ def data(
     min_side: int,  # Shorter side in pixels below which a picture is skipped; 0: none is, and small ones are enlarged.
     max_aspect: float,  # Longer side over shorter above which a picture is skipped; 0: none is.
     crop: str,  # Square cut of a picture: "dalle", of random place and scale (arXiv 2102.12092); "center", the middle.
-    threads: int,  # Threads that read and cut pictures, in each process.
+    threads: int,  # Threads that read and cut pictures, in each process of the run.
+    workers: int,  # Processes that share these threads and need a core each; 0: the threads are the run's own.
 ) -> dict:
     return locals()
 

@@ -109,6 +109,7 @@ RULES = {
     "data.image_feature": _text, "data.caption_feature": _text, "data.tokenizer": _text, "data.embeddings": _text,
     "data.min_side": _whole(0, 2**16), "data.max_aspect": _number(0, 1e6), "data.crop": _one_of("center", "dalle"),
     "data.threads": _whole(1, 1024), "data.weights": _some(_number(1e-9, 1e12), 0, 100),
+    "data.workers": _whole(0, 1024),
     "optim.learning_rate": _number(0, 1e3), "optim.warmup_steps": _whole(0, 10**10),
     "optim.schedule": _one_of("constant", "cosine", "linear"), "optim.b1": _number(0, 1, below=True),
     "optim.b2": _number(0, 1, below=True), "optim.eps": _number(1e-30, 1), "optim.weight_decay": _number(0, 1e3),

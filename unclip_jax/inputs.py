@@ -102,6 +102,7 @@ class Inputs:
             start,
             rows=own_rows(mesh, self.config.train.batch_size),
             threads=self.config.data.threads,
+            workers=self.config.data.workers,
         )
 
     def first_batches(self, mesh: Mesh) -> Iterator[Batch]:

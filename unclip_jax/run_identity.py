@@ -19,7 +19,7 @@ from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.training.preflight import versions
 
 # Sections and keys that a resumed run may change, and keys of those sections that it may not.
-MAY_CHANGE = ("dtype", "optim.", "train.", "mesh.", "sampling.", "data.threads")
+MAY_CHANGE = ("dtype", "optim.", "train.", "mesh.", "sampling.", "data.threads", "data.workers")
 MAY_NOT_CHANGE = ("optim.frozen", "optim.lora_rank", "train.seed", "train.batch_size")
 HASHED_RECORDS = 16
 PRNG = ("jax_default_prng_impl", "jax_threefry_partitionable", "jax_enable_x64")

@@ -236,7 +236,8 @@ def _upstream(config: ConfigDict, workdir: str, mesh: Mesh) -> Upstream | signal
         if not folder.exists():
             _say(f"no CLIP named by clip.bundle: training {config.clip.config} first, into {folder.parent}")
             clip_config = cli.load_config(config.clip.config)
-            for name in ("source", "data_dir", "split", "eval_split", "image_feature", "caption_feature", "threads"):
+            alike = ("source", "data_dir", "split", "eval_split", "image_feature", "caption_feature")
+            for name in (*alike, "threads", "workers"):
                 clip_config.data[name] = config.data[name]
             clip_config.mesh = config.mesh
             _assemble(config, make_stage(clip_config), mesh)  # what cannot fit is said before CLIP is trained

@@ -1,14 +1,21 @@
-"""How many examples a second does the input pipeline make?
+"""How many examples a second does the input pipeline make, and how many cores does a slice's host need for it?
 
-    python experiments/benchmarks/input_pipeline.py [--sides 256,512] [--threads 1,2]
+    python experiments/benchmarks/input_pipeline.py [--stages clip,decoder] [--workers 1,2]
 
-Pictures with the spectrum of photographs are written as JPEG with captions into a temporary folder, a tokenizer is
-trained on the captions, and the package's own source, transforms and pipeline make batches of them as training does:
-decode, crop, resize and tokenise; and, for the second upsampler, BSR degradation. Prints a table and writes
-input_pipeline.json: examples per second, and per second of CPU time, which other programs on the machine change little.
+Pictures with the spectrum of photographs are written as JPEG with captions into a temporary folder, and the package's
+own source, transforms and pipeline make batches of them as the papers' models are trained: decode, crop, resize and
+tokenise; and, for the second upsampler, BSR degradation. Pictures are as large as the model's, and twice as large or
+half as large again. Prints and writes to input_pipeline.json
+
+* examples a second of one core: of the CPU time of one thread, which other programs on the machine change little;
+* examples a second by one worker process and by several, and the trainer's own CPU time for an example of theirs;
+* for each slice of docs/costs.md, how many examples a second one of its hosts needs, and how many cores make them.
 """
 
 import atexit
+import math
+import os
+import re
 import shutil
 import sys
 import tempfile
@@ -24,15 +31,14 @@ from unclip_jax.data.pipeline import batches
 from unclip_jax.data.sources import open_source
 from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.data.transforms import ToExample
+from unclip_jax.stages import make_stage
 
-COUNT = 64  # pictures of each size
+COSTS = Path(__file__).parents[2] / "docs" / "costs.md"
+CHIPS_OF_A_HOST = 4  # of slices with several hosts
+COUNT, LINKS = 16, 128  # pictures of each size, and how many names each has: shuffling very few records is slow
+SIDES = (256, 512, 1024, 1536)
 WORDS = ("a", "the", "photograph", "of", "red", "small", "dog", "lighthouse", "storm", "tree", "beside", "house")
-CASES = {  # arguments of ToExample, but for the tokenizer; the paper's models
-    "decoder: 64 px, CLIP's 256 px, caption": dict(images={"image": 64, "clip_image": 256}, patch=None, captions=True),
-    "upsampler to 256 px: patch of 64 px": dict(images={"image": 256}, patch=64),
-    "upsampler to 512 px: patch of 256 px": dict(images={"image": 512}, patch=256),
-    "the same, BSR-degraded to 64 px": dict(images={"image": 512}, patch=256, bsr_factor=4),
-}
+STAGES = ("clip", "prior_diffusion", "decoder", "upsampler_256", "upsampler_1024", "glide", "glide_upsampler")
 
 
 def photograph(side: int, rng: np.random.Generator) -> np.ndarray:
@@ -44,66 +50,94 @@ def photograph(side: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(128 + 50 * image / image.std(), 0, 255).astype(np.uint8)
 
 
-def write_pictures(folder: Path, side: int, seed: int) -> list[str]:
-    """COUNT pictures and captions; gives the captions."""
+def write_pictures(folder: Path, side: int, seed: int) -> None:
+    """COUNT pictures and captions, by LINKS names each."""
     folder.mkdir()
-    rng, captions = np.random.default_rng((seed, side)), []
+    rng = np.random.default_rng((seed, side))
     for n in range(COUNT):
         Image.fromarray(photograph(side, rng)).save(folder / f"{n:03}.jpg", quality=90)
-        captions.append(" ".join(rng.choice(WORDS, 12)))
-        (folder / f"{n:03}.txt").write_text(captions[-1])
-    return captions
+        (folder / f"{n:03}.txt").write_text(" ".join(rng.choice(WORDS, 12)))
+        for k in range(1, LINKS):
+            for ending in ("jpg", "txt"):
+                os.link(folder / f"{n:03}.{ending}", folder / f"{n:03}-{k:03}.{ending}")
 
 
-def timed(source, to_example, threads: int, flags) -> dict:
-    """Examples a second over slices of equal length, and their CPU time."""
-    rows = batches(source, to_example, flags.batch, flags.seed, threads=threads)
+def transform(name: str, config, tokenizer) -> ToExample:
+    """What `inputs.Inputs` makes of a config, but for the tokenizer's pieces."""
+    clip = make_stage(cli.load_config("configs/clip.py:paper")) if "clip" in config else None
+    stage = make_stage(config, clip)
+    texts = {text: (tokenizer, context, ends) for text, (_, context, ends) in stage.texts.items()}
+    return ToExample(stage.images, texts, config.data.crop, stage.patch, stage.bsr_factor)
+
+
+def timed(source, to_example, flags, workers: int) -> dict:
+    """Examples a second over slices of equal length, and this process's CPU time."""
+    rows = batches(source, to_example, flags.batch, flags.seed, threads=max(1, workers), workers=workers)
     next(rows)
     wall, cpu = [], []
     for _ in range(flags.repeats):
         start, used, count = time.perf_counter(), time.process_time(), 0
         while time.perf_counter() - start < flags.seconds / flags.repeats:
-            count += len(next(rows)["image"])
+            count += len(next(rows)["records_skipped"])
         wall.append((time.perf_counter() - start) / count)
         cpu.append((time.process_time() - used) / count)
-    rows.close()  # or its threads would go on for good
-    found = {"seconds_per_example": measure.spread(wall), "cpu_seconds_per_example": measure.spread(cpu)}
-    rates = {name: measure.significant(1 / times["median"]) for name, times in found.items()}
-    return found | {
-        "examples_per_second": rates["seconds_per_example"],
-        "examples_per_cpu_second": rates["cpu_seconds_per_example"],
-    }
+    rows.close()
+    return {"seconds_per_example": measure.spread(wall), "cpu_seconds_per_example": measure.spread(cpu)}
+
+
+def slices() -> list[tuple[str, str, int, float]]:
+    """The table of docs/costs.md: (config, topology, its chips, seconds a step)."""
+    row = re.compile(r"^\| `(\w+)\.py` \| `(\w+:([\dx]+))` \|[^|]*\|[^|]*\| ([\d.]+) \|", re.MULTILINE)
+    found = row.findall(COSTS.read_text())
+    return [(name, topology, math.prod(map(int, shape.split("x"))), float(s)) for name, topology, shape, s in found]
 
 
 def main() -> None:
     parser = measure.parser(__doc__, "input_pipeline.json")
-    parser.add_argument("--sides", default="256,512", help="of the stored pictures")
-    parser.add_argument("--threads", default="1,2", help="of the pipeline, as data.threads")
-    parser.add_argument("--crop", default="dalle", choices=("dalle", "center"))
+    parser.add_argument("--stages", default=",".join(STAGES), help="configs, of which each trains one model")
+    parser.add_argument("--workers", default="1,2", help="of the measurement of data.workers")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement")
     flags = parser.parse_args()
     report = {"command": " ".join(sys.argv), "environment": measure.environment()}
-    report |= {"crop": flags.crop, "batch": flags.batch, "seed": flags.seed, "pictures": COUNT, "cases": {}}
-    rows, sides = [], [int(side) for side in flags.sides.split(",")]
-    threads = [int(count) for count in flags.threads.split(",")]
-    folder = tempfile.mkdtemp()
+    report |= {"batch": flags.batch, "seed": flags.seed, "pictures": COUNT, "cases": {}}
+    folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)  # not before: the pipeline's threads end their last batches
-    progress = measure.Progress(len(sides) * len(threads) * len(CASES), "input pipeline")
-    for side in sides:
-        captions = write_pictures(Path(folder) / str(side), side, flags.seed)
-        source = open_source(f"folder:{folder}/{side}", "train", "", "image", "caption")
-        tokenizer = train_tokenizer(captions, 320)
-        for name, case in CASES.items():
-            texts = {"tokens": (tokenizer, 256, False)} if case.get("captions") else {}
-            to_example = ToExample(case["images"], texts, flags.crop, case["patch"], case.get("bsr_factor"))
-            for count in threads:
-                found = timed(source, to_example, count, flags)
-                report["cases"][f"{name}, {side} px JPEG, {count} threads"] = found
-                rows.append((name, side, count, found["examples_per_second"], found["examples_per_cpu_second"]))
+    rng = np.random.default_rng(flags.seed)
+    tokenizer, sources = train_tokenizer([" ".join(rng.choice(WORDS, 12)) for _ in range(99)], 320), {}
+    names, counts = flags.stages.split(","), [int(count) for count in flags.workers.split(",")]
+    progress = measure.Progress(2 * len(names) * (1 + len(counts)), "input pipeline")
+    rows, rates = [], {}
+    for name in names:
+        config = cli.load_config(f"configs/{name}.py:paper")
+        to_example = transform(name, config, tokenizer)
+        for side in [side for side in SIDES if side >= max(config.data.min_side, 256)][:2]:
+            if side not in sources:
+                write_pictures(folder / str(side), side, flags.seed)
+                sources[side] = open_source(f"folder:{folder}/{side}", "train", "", "image", "caption")
+            cells = []
+            for workers in (0, *counts):
+                found = timed(sources[side], to_example, flags, workers)
+                report["cases"][f"{name}, {side} px JPEG, {workers} workers"] = found
+                wall, cpu = (found[f"{clock}seconds_per_example"]["median"] for clock in ("", "cpu_"))
+                cells.append(measure.significant(1 / (wall if workers else cpu), 3))
                 progress.step()
+            rates.setdefault(name, {})[side] = cells[0]
+            rows.append((name, side, *cells, measure.significant(1e3 * cpu, 2)))
+    report["hosts"], needs = [], []
+    for name, topology, chips, seconds in slices():
+        if name in rates:
+            batch = cli.load_config(f"configs/{name}.py:paper").train.batch_size
+            need = batch / seconds / (chips / CHIPS_OF_A_HOST)
+            cores = {side: measure.significant(need / rate, 2) for side, rate in rates[name].items()}
+            host = {"config": name, "slice": topology, "examples_per_second": round(need), "cores": cores}
+            report["hosts"].append(host)
+            said = ", ".join(f"{count:g} from {side} px" for side, count in cores.items())
+            needs.append((name, topology, round(need), said))
     measure.write(flags.out, report)
-    print(measure.table(("example", "stored, px", "threads", "examples/s", "examples per CPU second"), rows))
+    by_workers = [f"{count} worker(s), examples/s" for count in counts]
+    print(measure.table(("model", "JPEG, px", "examples/s of a core", *by_workers, "trainer's ms for one"), rows))
+    print(measure.table(("model", "slice", "examples/s of a host", "cores of it"), needs))
 
 
 if __name__ == "__main__":

@@ -279,13 +279,13 @@ def test_noise_and_resizing_stay_in_range():
 
 
 def test_jpeg_is_pillows_at_a_uniform_quality(monkeypatch):
-    saved, save = [], Image.Image.save
+    saved, through = [], bsr._through_jpeg
 
-    def spy(self, *args, **options):
-        saved.append(options["quality"])
-        save(self, *args, **options)
+    def spy(image, quality):
+        saved.append(quality)
+        return through(image, quality)
 
-    monkeypatch.setattr(Image.Image, "save", spy)
+    monkeypatch.setattr(bsr, "_through_jpeg", spy)
     levels = picture(16, 24)
     results = [jpeg(levels / np.float32(255), rng(seed)) for seed in range(800)]
     assert set(saved) == set(range(80, 96)) and all(near_share(saved.count(q), 1 / 16, 800) for q in set(saved))
@@ -294,6 +294,18 @@ def test_jpeg_is_pillows_at_a_uniform_quality(monkeypatch):
         file = io.BytesIO()
         Image.fromarray(levels).save(file, "JPEG", quality=quality)
         np.testing.assert_allclose(255 * result, np.asarray(Image.open(file)), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 16), (16, 17), (64, 64), (130, 9)])
+def test_opencv_changes_nothing(shape, without_opencv):
+    images = [picture(*shape, seed) for seed in range(3)]
+    fast = [degrade(image, 1, rng(k)) for k, image in enumerate(images)]
+    files = [bsr._through_jpeg(image, quality) for image in images for quality in range(80, 96)]
+    without_opencv()
+    for k, image in enumerate(images):
+        np.testing.assert_array_equal(degrade(image, 1, rng(k)), fast[k])
+        for quality in range(80, 96):
+            np.testing.assert_array_equal(bsr._through_jpeg(image, quality), files[16 * k + quality - 80])
 
 
 # What the steps of CompVis's code (ldm/modules/image_degradation/bsrgan_light.py, with OpenCV 5.0) do to these patches:

@@ -70,6 +70,16 @@ def test_rows_and_columns():
     np.testing.assert_allclose(result, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(20, 31, 3), (1, 5, 3), (5, 1, 3), (64, 64, 3)])
+def test_opencv_changes_nothing(shape, without_opencv):
+    picture = RNG.integers(0, 256, shape, dtype=np.uint8)
+    matrices = resize_matrix(shape[0], 4, "bicubic"), resize_matrix(shape[1], 7, "area")
+    fast = apply_separable(picture, *matrices)
+    without_opencv()
+    np.testing.assert_array_equal(apply_separable(picture, *matrices), fast)
+    assert fast.flags.c_contiguous
+
+
 @pytest.mark.parametrize("taps", [1, 2, 5, 6, 14])
 @pytest.mark.parametrize("length", [1, 2, 5, 33])
 def test_blurs_as_scipy(taps, length):

@@ -5,8 +5,9 @@ import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+from unclip_jax.data import decoding
 from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.data.transforms import ToExample, area_resize, decode, square_crop
 from unclip_jax.errors import UnreadableRecord, UserError
@@ -82,17 +83,102 @@ def test_pictures_too_large_to_be_true(monkeypatch):
         decode(encoded(NOISE))
 
 
+def pillows(data):
+    """As Pillow alone decodes a file."""
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+
+def photograph(height, width):
+    """Soft shapes with noise, whose colours a JPEG file stores apart from their brightness."""
+    coarse = Image.fromarray(RNG.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((width, height))
+    return np.clip(np.asarray(coarse) + RNG.normal(0, 9, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (1, 1), (17, 9), (33, 64), (200, 131)])
+@pytest.mark.parametrize(
+    "options",
+    [dict(subsampling=k, quality=q) for k in (0, 1, 2) for q in (30, 96)] + [dict(progressive=True), {}],
+)
+def test_plain_jpegs_are_pillows_to_the_last_bit(shape, options, monkeypatch):
+    """And take OpenCV's way alone, grey ones too."""
+    pytest.importorskip("cv2")
+    photo = photograph(*shape)
+    files = [encoded(photo, "JPEG", **options), encoded(photo[..., 1], "JPEG", **options)]
+    expected = [pillows(data) for data in files]
+    monkeypatch.setattr(decoding, "_upright", None)
+    for data, pixels in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(decode(data), pixels)
+
+
+def test_all_other_pictures_are_pillows(without_opencv):
+    """CMYK, turned by EXIF or by XMP, damaged but whole, with an end after the end."""
+    photo, exif = photograph(40, 30), Image.Exif()
+    exif[0x0112] = 8
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="3"/></x:xmpmeta>'
+    plain = encoded(photo, "JPEG")
+    files = {
+        "CMYK": encoded(Image.fromarray(photo).convert("CMYK"), "JPEG"),
+        "EXIF": encoded(photo, "JPEG", exif=exif.tobytes()),
+        "XMP": plain[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2) + xmp + plain[2:],
+        "zeros": plain[:700] + bytes(9) + plain[709:],
+        "more": plain + bytes(100) + plain,
+    }
+    found = {name: decode(data) for name, data in files.items()}
+    assert found["EXIF"].shape == (30, 40, 3)
+    np.testing.assert_array_equal(found["XMP"], decode(plain)[::-1, ::-1])
+    without_opencv()
+    for name, data in files.items():
+        np.testing.assert_array_equal(found[name], decode(data), err_msg=name)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.99])
+def test_files_cut_off_are_unreadable(share):
+    data = encoded(photograph(100, 90), "JPEG")
+    for cut in (data[: int(share * len(data))], data[:-2], data[:-1]):
+        with pytest.raises(UnreadableRecord, match="truncated"):
+            decode(cut)
+
+
+def area_weights(side, size):
+    """How much of each old pixel lies in each new one."""
+    edges = np.linspace(0, side, size + 1)
+    overlap = np.minimum(edges[1:, None], np.arange(side) + 1) - np.maximum(edges[:-1, None], np.arange(side))
+    return np.clip(overlap, 0, None) * size / side
+
+
+@pytest.mark.parametrize(("side", "sizes"), [(101, (16, 64)), (150, (20, 64))] + [(n, (16, 64)) for n in (64, 40, 10)])
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_sizes_are_both_means_of_the_picture(side, sizes, order):
+    """Whether the smaller is made of the larger or not; what is enlarged is not made small again."""
+    picture = RNG.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    images = dict(zip(("image", "clip_image"), sizes[::order], strict=True))
+    example = ToExample(images, {}, "center", None)({"image": encoded(picture), "caption": ""}, RNG)
+    assert list(example) == ["image", "clip_image"]
+    for name, size in images.items():
+        assert example[name].shape == (size, size, 3) and example[name].dtype == np.uint8
+        if size <= side:
+            weights = area_weights(side, size)
+            expected = np.einsum("ai,bj,ijc->abc", weights, weights, picture)
+            assert np.abs(example[name] - expected).max() <= 0.501
+        else:
+            np.testing.assert_array_equal(example[name], area_resize(picture, size))
+
+
 @pytest.mark.parametrize(("side", "size"), [(80, 64), (66, 64), (64, 64), (100, 7), (128, 32), (65, 1)])
 def test_area_average(side, size):
     """Against the exact weights: how much of each old pixel lies in each new one."""
     picture = RNG.integers(0, 256, (side, side, 3), dtype=np.uint8)
-    edges = np.linspace(0, side, size + 1)
-    overlap = np.minimum(edges[1:, None], np.arange(side) + 1) - np.maximum(edges[:-1, None], np.arange(side))
-    weights = np.clip(overlap, 0, None) * size / side
+    weights = area_weights(side, size)
     expected = np.einsum("ai,bj,ijc->abc", weights, weights, picture)
     result = area_resize(picture, size)
     assert result.dtype == np.uint8 and result.shape == (size, size, 3)
     assert np.abs(result - expected).max() <= 0.501
+
+
+@pytest.mark.parametrize("side", [50, 64, 100])
+def test_a_window_is_a_part_of_the_whole(side):
+    picture, window = RNG.integers(0, 256, (side, side, 3), dtype=np.uint8), (slice(8, 40), slice(0, 16))
+    np.testing.assert_array_equal(area_resize(picture, 64, window), area_resize(picture, 64)[window])
 
 
 def test_enlarging_keeps_plain_colour_and_size():

@@ -110,13 +110,16 @@ class ToExample:
         """
         square = square_crop(picture, crop_side or max(self.images.values()), self.crop, crop_rng or rng)
         windows = {"image": _window(self.images["image"], self.patch, rng)} if self.patch else {}
-
-        def resized(name: str, size: int) -> np.ndarray:
-            if self.kernels.get(name, "area") == "area":
-                return area_resize(square, size, windows.get(name, WHOLE))
-            return center_square(picture if self.crop == "center" else square, size, self.kernels[name])
-
-        return {name: resized(name, size) for name, size in self.images.items()}
+        made, means = {}, square
+        for name, size in sorted(self.images.items(), key=lambda item: item[1], reverse=True):
+            if self.kernels.get(name, "area") != "area":
+                made[name] = center_square(picture if self.crop == "center" else square, size, self.kernels[name])
+            elif name in windows or size > square.shape[0]:
+                made[name] = area_resize(square, size, windows.get(name, WHOLE))
+            else:  # means of means are means, which saves time where one size is a multiple of the next
+                means = _area_means(square if means.shape[0] % size else means, size, WHOLE)
+                made[name] = _rounded(means)
+        return {name: made[name] for name in self.images}
 
 
 def captions_of(record: dict) -> list[str]:
@@ -160,6 +163,11 @@ def area_resize(image: np.ndarray, size: int, window: tuple[slice, slice] = WHOL
     A smaller picture is enlarged by bicubic interpolation. window: rows and columns of the result to return; only these
     are computed.
     """
+    return _rounded(_area_means(image, size, window))
+
+
+def _area_means(image: np.ndarray, size: int, window: tuple[slice, slice]) -> np.ndarray:
+    """Does what `area_resize` does before it rounds: returns float32, or what needs no rounding."""
     if image.shape[0] == size:
         return np.ascontiguousarray(image[window])
     if image.shape[0] < size:
@@ -168,10 +176,15 @@ def area_resize(image: np.ndarray, size: int, window: tuple[slice, slice] = WHOL
         larger = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(larger)[window])
     # Pillow's box filter is not used: it counts each row as wholly inside or outside of the area.
-    matrix = resize_matrix(image.shape[0], size, "area")
-    (top, rows), (left, columns) = (_within(matrix[wanted]) for wanted in window)
-    part = image[top : top + rows.shape[1], left : left + columns.shape[1]]
-    return np.rint(apply_separable(part, rows, columns)).astype(np.uint8)
+    rows = columns = resize_matrix(image.shape[0], size, "area")
+    if window != WHOLE:
+        (top, rows), (left, columns) = (_within(rows[wanted]) for wanted in window)
+        image = image[top : top + rows.shape[1], left : left + columns.shape[1]]
+    return apply_separable(image, rows, columns)
+
+
+def _rounded(image: np.ndarray) -> np.ndarray:
+    return image if image.dtype == np.uint8 else np.rint(image).astype(np.uint8)
 
 
 def center_square(image: np.ndarray, size: int, kernel: str) -> np.ndarray:

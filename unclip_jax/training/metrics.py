@@ -81,7 +81,7 @@ class MetricLogger:
         self._screen.show(step, values.get("loss", math.nan), rate, left)
         if data_wait > SLOW_DATA and span > SECONDS_BETWEEN_LINES and not self._warned:
             self._warned = True
-            print(f"warning: {self._label} waited for its data {data_wait:.0%} of the time: more data.threads help "
+            print(f"warning: {self._label} waited for its data {data_wait:.0%} of the time: more data.workers help "
                   "while cores are idle, and smaller pictures do", file=sys.stderr, flush=True)  # fmt: skip
         return values
 
