@@ -16,7 +16,7 @@ from absl import logging
 from unclip_jax.data import mixture
 from unclip_jax.data.sources import Source, without_picture
 from unclip_jax.data.workers import in_order
-from unclip_jax.errors import UnreadableRecord, UserError
+from unclip_jax.errors import UnreadableRecord, UserError, one_line
 
 Example = dict[str, np.ndarray]
 Transform = Callable[[dict, np.random.Generator], Example]  # (record, rng) → arrays of an example
@@ -130,7 +130,7 @@ class Skipped:
             if key in self._named or len(self._named) == MAX_NAMED:
                 return
             self._named.add(key)
-        logging.warning("skipped unreadable record %s: %s", key, why)
+        logging.warning("skipped unreadable record %s: %s", one_line(key), why)
 
 
 _Examples = tuple[Example, list[tuple[str, str]]]  # stacked, and the records that were skipped: (key, why) of each
