@@ -50,6 +50,15 @@ def test_every_mask_but_the_whole_ones_knows_some_pixels_and_asks_for_some(erase
         assert area.min() < 0.1 and area.max() > 0.5, "from small to large"
 
 
+def test_strokes_prefer_no_side(erased):
+    """The four borders of a picture are erased as often as each other, on average."""
+    *_, strokes = split(erased)
+    borders = np.stack([strokes[:, 0], strokes[:, -1], strokes[:, :, 0], strokes[:, :, -1]]).mean(axis=2)
+    for one in borders:
+        differences = one - borders.mean(axis=0)
+        assert abs(differences.mean()) < 4 * differences.std() / len(strokes) ** 0.5
+
+
 def test_sides_and_number_of_rectangles(erased):
     _, masks, _ = split(erased)
     boxes = [[np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1)] for mask in masks]

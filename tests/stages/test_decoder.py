@@ -71,6 +71,23 @@ def test_without_an_embedding_it_draws_as_where_training_dropped_it(caption, mon
     assert drawn.shape == (3, 8, 8, 3) and not np.allclose(drawn, other, atol=1e-3)
 
 
+def test_dropped_caption_of_its_own_is_not_read_at_all():
+    """Nor is its first token: the caption may be any other."""
+    stage, frozen, params = of_text(embedding="image")
+    given = captions(random_batch(stage, 4))
+    other = given | {"tokens": (given["tokens"] + 3) % 50}
+    z, yes = jax.random.normal(jax.random.key(1), (4, 8)), jnp.ones(4, bool)
+    x, t = jax.random.normal(jax.random.key(2), (4, 8, 8, 3)), jnp.full(4, 500)
+
+    @jax.jit
+    def predicted(captions, has_caption):
+        conditioning = stage.condition(params, frozen, captions, has_caption, z, yes)
+        return stage._network(params, conditioning)(x, t)
+
+    np.testing.assert_array_equal(predicted(given, ~yes), predicted(other, ~yes))
+    assert not np.array_equal(predicted(given, yes), predicted(other, yes))
+
+
 def test_another_embedding_is_refused(tmp_path):
     config = small_config("decoder").unlock()
     config.model.embedding = "caption"
