@@ -24,6 +24,7 @@ DTYPES = {
     "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
     "BoolStorage": np.bool_,
 }  # fmt: skip
+LARGEST_COMPRESSED = 2**24  # bytes of a compressed file in an archive, when it is read
 DECLARED = re.compile(r"^  __(?:parameters|buffers)__ = (\[.*?\])$", re.MULTILINE)
 
 
@@ -38,12 +39,14 @@ def is_torchscript(path: Path) -> bool:
 def read_torchscript(path: Path) -> dict[str, np.ndarray]:
     """Reads parameters and buffers by name, as PyTorch's `state_dict` names them.
 
-    Raises UserError where the archive is compressed, as no archive of PyTorch's is, or its pickle asks for anything but
-    tensors, containers and modules.
+    Raises UserError where large parts of the archive are compressed, as in no archive of PyTorch's, or its pickle asks
+    for anything but tensors, containers and modules.
     """
     with zipfile.ZipFile(path) as archive:
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-            raise UserError(f"{path} is compressed, which archives of PyTorch are not: download it again")
+        # PyTorch compresses the code alone, so nothing grows much when it is read.
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED and info.file_size > LARGEST_COMPRESSED:
+                raise UserError(f"{path} has compressed tensors, which archives of PyTorch have not: download it again")
         names = archive.namelist()
         pickled = next((name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None)
         if not pickled:
