@@ -53,8 +53,8 @@ def check_config(config: ConfigDict, workdir: str) -> None:
 def _needed(stage: str) -> set[str]:
     """Collects the keys that all configs of this package for a stage have; not those of sections that may be None."""
     configs = [cli.load_config(str(path)) for path in cli.installed_configs().glob("[!_]*.py")]
-    keys = set.intersection(*(set(flat_keys(config)) for config in configs if config.stage == stage))
-    return {key for key in keys if not key.startswith("model.image.")}
+    keys = [set(flat_keys(config)) for config in configs if config.stage == stage]
+    return {key for key in set.intersection(*keys) if not key.startswith("model.image.")} if keys else set()
 
 
 def _check_clip(config: ConfigDict) -> None:

@@ -71,7 +71,7 @@ _row = Rule(
 
 # By the key with its section, or for keys that several sections have by the name alone.
 RULES = {
-    "stage": _one_of("clip", "prior_diffusion", "prior_ar", "decoder", "upsampler", "glide"),
+    "stage": _text,
     "dtype": _one_of("bfloat16", "float32"),
     "width": _size, "depth": _whole(1, 1000), "context": _whole(1, 2**17), "vocab_size": _whole(4, 2**24),
     "heads": _whole(1, 1024), "remat": _flag, "bundle": _text, "drop_text": _share, "drop_caption": _share,

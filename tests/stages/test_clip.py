@@ -95,7 +95,7 @@ def test_sam_holds_the_parameters_of_one_group_at_a_time():
 def test_sam_that_cannot_be_is_refused(change, tmp_path):
     config = small_config("clip").unlock()
     config.optim.update(change)
-    with pytest.raises(UserError, match="rows that divide"):
+    with pytest.raises(UserError, match=r"rows that divide|optim\.sam_r(ho|ows) is "):
         train.check_config(config.lock(), str(tmp_path))
 
 
