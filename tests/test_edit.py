@@ -20,7 +20,7 @@ from unclip_jax.diffusion.schedule import make_schedule
 from unclip_jax.errors import UserError
 from unclip_jax.model import Model
 from unclip_jax.paths import copy_folder, files_below, to_path, write_bytes
-from unclip_jax.pictures import save_gif
+from unclip_jax.pictures import add_file, gif
 from unclip_jax.stages import codes, make_stage
 from unclip_jax.stages.base import draw
 from unclip_jax.stages.conditions import Conditions
@@ -385,7 +385,7 @@ def test_command_reads_and_writes_a_bucket(folder, files, bucket, tmp_path, caps
         run(f"{bucket}/cascade", bucket, "classify", f"--image={bucket}/two.png", "--label=a fox")
     with pytest.raises(UserError, match=r"no bundle at gs://.*/nowhere"):
         run(f"{bucket}/nowhere", bucket, "classify", f"--image={bucket}/one.png", "--label=a fox")
-    save_gif(to_path(bucket) / "path.gif", np.stack([found[0][1]] * 2))
+    add_file(to_path(bucket) / "path.gif", gif(np.stack([found[0][1]] * 2)))
     assert edit._read(f"{bucket}/path.gif").shape == found[0][1].shape
 
 

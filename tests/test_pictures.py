@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.pictures import GAP, PAPER, grid, save_png
+from unclip_jax.pictures import GAP, PAPER, add_file, file_name, grid, save_png
 
 
 def noise(count, height=6, width=10, seed=0):
@@ -70,3 +70,17 @@ def test_captions_stand_under_their_own_picture():
     assert ink(1) == 0 < ink(3) < ink(0) < ink(2)
     gaps = [sheet[:, :GAP], sheet[:, GAP + side : 2 * GAP + side], sheet[:, -GAP:]]
     assert all((gap == PAPER).all() for gap in gaps), "text leaves its column"
+
+
+def test_other_files_are_not_overwritten(tmp_path):
+    names = [add_file(tmp_path / "a" / "x.y.png", content).name for content in (b"1", b"1", b"2", b"3", b"2", b"1")]
+    assert names == ["x.y.png", "x.y.png", "x.y-2.png", "x.y-3.png", "x.y-2.png", "x.y.png"]
+    assert sorted(path.read_bytes() for path in (tmp_path / "a").iterdir()) == [b"1", b"2", b"3"]
+
+
+def test_names_of_files_are_cut_by_bytes(tmp_path):
+    assert file_name("a red fox, on a sofa!") == "a_red_fox_on_a_sofa" and file_name("🦊/../x") == "x"
+    for text in ("猫" * 300, "𠮷" * 300, "é" * 300, "a" * 300, "no \udcff UTF-8"):
+        name = file_name(text)
+        assert len(name.encode()) <= 120 and name and text.replace(" ", "_").startswith(name[:3])
+        add_file(tmp_path / f"{name}_{2**64}_1000.png", b"")

@@ -12,7 +12,7 @@ Writes OUT/NAME_SEED_I.png, with all that it takes to draw it again inside, and 
 and reconstruct OUT/path.gif too. classify prints, and writes OUT/sheet.png alone. reconstruct keeps so many principal
 components of the CLIP embedding: those of an autoregressive prior, the cascade's own or the bundle that --pca names, or
 of the embeddings that `data embed` stored in the folder that --pca names. inpaint takes --mask and --prompt several
-times, for a scene built up step by step.
+times, for a scene built up step by step. Other files that are in OUT stay: a second sheet is sheet-2.png.
 """
 
 import argparse
@@ -231,17 +231,13 @@ def _scene(
 def _write(
     out: Path, args: argparse.Namespace, drawn: np.ndarray, labels: list[str], frames: bool, about: dict[str, Any]
 ) -> None:
-    name = f"{args.command}_{to_path(args.image[0]).stem}_{args.seed}"
+    name = f"{args.command}_{pictures.file_name(to_path(args.image[0]).stem)}_{args.seed}"
     for i, image in enumerate(drawn):
-        path = out / f"{name}_{i}.png"
-        pictures.save_png(path, image, {"edit": about | {"index": i}})
-        print(path)
+        print(pictures.add_file(out / f"{name}_{i}.png", pictures.png(image, {"edit": about | {"index": i}})))
     sheet = pictures.grid(drawn, min(len(drawn), 8), labels)
-    pictures.save_png(out / "sheet.png", sheet, {"edit": about})
-    print(out / "sheet.png")
+    print(pictures.add_file(out / "sheet.png", pictures.png(sheet, {"edit": about})))
     if frames:
-        pictures.save_gif(out / "path.gif", drawn)
-        print(out / "path.gif")
+        print(pictures.add_file(out / "path.gif", pictures.gif(drawn)))
 
 
 def _classify(
@@ -253,8 +249,7 @@ def _classify(
     print("\n".join(lines))
     square = center_square(image, 256, "area")
     sheet = pictures.grid(square[None], 1, [", ".join(" ".join(line.split()) for line in lines)])
-    pictures.save_png(out / "sheet.png", sheet, {"edit": about})
-    print(out / "sheet.png")
+    print(pictures.add_file(out / "sheet.png", pictures.png(sheet, {"edit": about})))
 
 
 def _read(name: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from unclip_jax.paths import to_path, write_bytes
 
+NAME_BYTES = 120  # of a file's name, which may have 255 in all
 GAP = 4  # pixels between pictures of a grid
 INK, PAPER = (40, 40, 40), (255, 255, 255)  # colours of a grid, red, green, blue
 
@@ -28,8 +30,24 @@ def save_png(path: str | Path, image: np.ndarray, metadata: dict[str, object] | 
     write_bytes(to_path(path), png(image, metadata))
 
 
-def save_gif(path: str | Path, frames: np.ndarray, seconds: float = 2.0) -> None:
-    """Writes pictures, uint8 (N, H, W, 3), as a GIF that runs through them forwards and backwards for ever.
+def add_file(path: Path, content: bytes) -> Path:
+    """Writes a file and returns its path: `path`, or NAME-2, NAME-3, … where another file is there already."""
+    place, number = path, 1
+    while place.exists() and place.read_bytes() != content:
+        number += 1
+        place = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    write_bytes(place, content)
+    return place
+
+
+def file_name(text: str) -> str:
+    """Makes of a text a part of a file's name: letters, digits and "_", at most NAME_BYTES bytes."""
+    words = re.sub(r"\W+", "_", text).strip("_")
+    return words.encode(errors="ignore")[:NAME_BYTES].decode(errors="ignore")
+
+
+def gif(frames: np.ndarray, seconds: float = 2.0) -> bytes:
+    """Encodes pictures, uint8 (N, H, W, 3), as a GIF that runs through them forwards and backwards for ever.
 
     seconds: for all pictures, one way.
     """
@@ -38,7 +56,7 @@ def save_gif(path: str | Path, frames: np.ndarray, seconds: float = 2.0) -> None
     duration = max(20, int(1000 * seconds / len(forwards)))  # milliseconds of a picture
     encoded = io.BytesIO()
     loop[0].save(encoded, "GIF", save_all=True, append_images=loop[1:], duration=duration, loop=0)
-    write_bytes(to_path(path), encoded.getvalue())
+    return encoded.getvalue()
 
 
 def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | None = None) -> np.ndarray:

@@ -4,9 +4,10 @@
     python -m unclip_jax.sample --bundle OUT/bundle --prompts captions.txt -n 1 --out drawn
     python -m unclip_jax.sample --again samples/a_red_apple_on_a_yellow_background_0_2.png --out again
 
-Writes OUT/PROMPT_SEED_I.png, with all that it takes to draw it again inside, and OUT/grid.png. A picture depends on its
-prompt and the prompt's place on the command line, the seed, its number among the prompt's pictures, and the flags that
-say how it is drawn; not on -n. A second run finds its programs compiled, whatever the prompt, seed and guidance scales.
+Writes OUT/PROMPT_SEED_I.png, with all that it takes to draw it again inside, and OUT/grid.png. Other files that are
+there stay: a second grid is grid-2.png. A picture depends on its prompt and the prompt's place on the command line, the
+seed, its number among the prompt's pictures, and the flags that say how it is drawn; not on -n. A second run finds its
+programs compiled, whatever the prompt, seed and guidance scales.
 
 --prompts takes a file of captions (.txt, .jsonl or .csv), which all devices of all processes draw, into tars of
 WebDataset or, by --format png, a file each. Stopped, the same command draws what is missing.
@@ -16,7 +17,6 @@ WebDataset or, by --format png, a file each. Stopped, the same command draws wha
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -112,14 +112,12 @@ def main(argv: list[str]) -> int:
     batch = chunk_rows(len(rows), args.fsdp)
     settings = _settings(cascade, args) | {"batch": batch}
     for i, (text, image, (row, draw)) in enumerate(zip(texts, images, places, strict=True)):
-        name = re.sub(r"\W+", "_", text).strip("_")[:60]
-        path = out / f"{name}_{args.seed}_{i}.png"
+        path = out / f"{pictures.file_name(text)}_{args.seed}_{i}.png"
         position = (row * count + draw) % batch
         place = {"seed": str(args.seed), "row": str(row), "draw": str(draw), "position": str(position)}
-        pictures.save_png(path, image, {"prompt": text, **place, "settings": settings})
-        print(path)
-    pictures.save_png(out / "grid.png", pictures.grid(images, args.n, texts), {"seed": str(args.seed)})
-    print(out / "grid.png")
+        print(pictures.add_file(path, pictures.png(image, {"prompt": text, **place, "settings": settings})))
+    grid = pictures.png(pictures.grid(images, args.n, texts), {"seed": str(args.seed)})
+    print(pictures.add_file(out / "grid.png", grid))
     print(f"{len(images)} pictures in {time.monotonic() - began:.1f} s, {compiles}", file=sys.stderr)
     return 0
 
@@ -187,9 +185,8 @@ def _again(args: argparse.Namespace, out: Path) -> int:
     numbers = {"rows": [row] * batch, "draws": [draw] * batch}
     image = cascade.generate([prompt] * batch, seed, **options, **numbers)["images"][-1][position]
     place = {"seed": str(seed), "row": str(row), "draw": str(draw), "position": str(position)}
-    target = out / path.name
-    pictures.save_png(target, image, {"prompt": prompt, **place, "settings": settings})
-    print(target)
+    drawn = pictures.png(image, {"prompt": prompt, **place, "settings": settings})
+    print(pictures.add_file(out / path.name, drawn))
     return 0
 
 
