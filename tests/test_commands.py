@@ -222,3 +222,13 @@ cli.run(lambda argv: threading.Thread(target=lambda: time.sleep(60)).start() or 
 def test_a_thread_that_hangs_does_not_keep_a_process_alive():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", HANGS], env=environment, timeout=30).returncode == 3
+
+
+def test_losses_are_expected_of_the_config_s_own_data_alone(tmp_path):
+    command = ["train", "--config=configs/clip.py:tiny", f"--workdir={tmp_path}"]
+    assert train.parse(command).config.train.expected_loss
+    assert train.parse([*command, "--config.data.threads=1"]).config.train.expected_loss
+    other = [*command, "--config.data.source=folder:mine"]
+    assert train.parse(other).config.train.expected_loss == ()
+    named = "--config.train.expected_loss=((5, 0.5, 1.0),)"
+    assert train.parse([*other, named]).config.train.expected_loss == ((5, 0.5, 1.0),)

@@ -66,10 +66,15 @@ FLAGS = {"workdir": (str, None, "folder of the run, local or gs://")} | prefligh
 
 
 def parse(argv: list[str]) -> "cli.FlagValues":
-    """Reads the command line: FLAGS and `config`. Raises UserError for what is wrong with it."""
+    """Reads the command line: FLAGS and `config`. Other data than the config's own have no expected losses. Raises
+    UserError for what is wrong with it."""
     flags = cli.parse(argv, FLAGS)
     if not flags.workdir:
         raise UserError("no --workdir: give the folder that the run writes to, such as --workdir=runs/decoder")
+    # What losses to expect was seen on the config's own data.
+    if "config.data.source" in flags and "config.train.expected_loss" not in flags:
+        with flags.config.unlocked():
+            flags.config.train.expected_loss = ()
     return flags
 
 
