@@ -147,6 +147,27 @@ def test_what_a_mask_marks_beside_the_square_does_not_count(cascade, pictures, c
         cascade.inpaint(np.concatenate([pictures[0], pictures[1]], axis=1), mask, "a red apple", 1, 0)
 
 
+@pytest.mark.parametrize("columns", [slice(11, 20), slice(30, 37), slice(11, 12)])
+def test_a_hole_that_reaches_beyond_the_square_is_refused(cascade, pictures, columns):
+    """Columns 12 to 35 are seen."""
+    mask = np.zeros((24, 48), bool)
+    mask[3:5, columns] = mask[3:5, 20:24] = True
+    with pytest.raises(UserError, match="marks pixels beside the square in the picture's middle"):
+        cascade.inpaint(np.concatenate([pictures[0], pictures[1]], axis=1), mask, "a red apple", 1, 0)
+
+
+def test_masks_may_be_transparent(tmp_path):
+    white = np.zeros((4, 5, 4), np.uint8)
+    white[..., 3] = 255
+    white[1, 2] = 255
+    holes = np.zeros((4, 5, 4), np.uint8)
+    holes[..., 3] = 255
+    holes[1, 2, 3] = 0
+    for name, pixels in (("white", white), ("holes", holes)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        assert np.argwhere(edit._read_mask(str(tmp_path / f"{name}.png"))).tolist() == [[1, 2]]
+
+
 def test_sdedit_starts_from_the_sketch_noised_as_far_as_was_said():
     """A network that takes what it sees for the picture leaves the noise in, so that it can be measured."""
     config = small_config("decoder").unlock()

@@ -236,8 +236,8 @@ class Cascade(Chain):
 
 
 def check_mask(mask: np.ndarray, picture: np.ndarray) -> None:
-    """Raises UserError for a mask, bool (H, W), that is not of the picture's size, or marks all or nothing of the
-    square in its middle."""
+    """Raises UserError for a mask, bool (H, W), that is not of the picture's size, marks all or nothing of the square
+    in its middle, or anything beside that."""
     if mask.shape != picture.shape[:2]:
         sizes = [f"{shape[1]}x{shape[0]}" for shape in (mask.shape, picture.shape)]
         raise UserError(f"the mask is {sizes[0]} pixels, the picture {sizes[1]}: make them the same")
@@ -245,6 +245,11 @@ def check_mask(mask: np.ndarray, picture: np.ndarray) -> None:
     if square.all() or not square.any():
         marked = "all" if square.all() else "nothing"
         raise UserError(f"the mask marks {marked} of the square in the picture's middle: mark a part of it")
+    side = min(mask.shape)
+    top, left = ((length - side) // 2 for length in mask.shape)
+    if mask.sum() > mask[top : top + side, left : left + side].sum():
+        raise UserError("the mask marks pixels beside the square in the picture's middle, which alone a model sees: "
+                        "crop picture and mask to a square that holds what is to be drawn")  # fmt: skip
 
 
 def scaled_mask(mask: np.ndarray, size: int) -> np.ndarray:

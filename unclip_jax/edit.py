@@ -81,6 +81,10 @@ def main(argv: list[str]) -> int:
 
     for mask in masks:
         check_mask(mask, images[0])
+    for path, (height, width, _) in zip(args.image, (image.shape for image in images), strict=True):
+        if height != width:
+            print(f"{path}: only the square in its middle is seen, {min(height, width)} of {width}x{height} pixels",
+                  file=sys.stderr)  # fmt: skip
     cascade = Cascade.load(args.bundle)
     if hasattr(args, "prompt"):
         cascade.check_prompts(args.prompt)
@@ -264,6 +268,7 @@ def _read(name: str) -> np.ndarray:
 
 
 def _read_mask(name: str) -> np.ndarray:
+    """Reads a mask, bool (H, W): True where the file is white, or transparent, which is read as white."""
     return _read(name).mean(axis=-1) > 127
 
 
