@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from unclip_jax.errors import UserError
 from unclip_jax.pretrained import Converted, Options, karlo_stages, openai_clip, tokenizers
 from unclip_jax.pretrained.diffusers_names import Names, RenamedStateDict, decoder_names, prior_names, unet_names
-from unclip_jax.pretrained.state_dict import StateDict, read_tensors
+from unclip_jax.pretrained.state_dict import WEIGHT_FILES, StateDict, read_tensors
 
 PARTS = {  # folder → class of diffusers, in both pipelines
     "decoder": "UNet2DConditionModel",
@@ -38,8 +38,6 @@ PIPELINES = {  # pipeline → folders that it holds besides PARTS
     "UnCLIPImageVariationPipeline": ("text_encoder", "tokenizer", "image_encoder", "feature_extractor"),
 }
 DEFAULT_STEPS = {"prior": "25", "decoder": "25", "super_res": "7"}  # of the pipelines; no file tells them
-WEIGHT_FILES = tuple(f"{name}.{kind}" for kind in ("safetensors", "bin")
-                     for name in ("diffusion_pytorch_model", "model", "pytorch_model"))  # fmt: skip
 
 # SUPPORTED holds, for each class, the values that config keys may have. Keys of OTHER_KEYS may have any value: they are
 # read, or make no difference. Any other key, such as a later version of diffusers may add, must be null or false.
@@ -258,7 +256,7 @@ class _Part:
 def _tensors(folder: Path) -> dict[str, Any]:
     paths = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not paths:
-        raise UserError(f"{folder} holds no weights: expected one of {', '.join(WEIGHT_FILES)}")
+        raise UserError(f"{folder} holds no weights: expected a file such as {' or '.join(WEIGHT_FILES[:2])}")
     return read_tensors(paths[0])
 
 

@@ -12,13 +12,12 @@ from unclip_jax.errors import UserError
 from unclip_jax.models.transformer import ACTIVATIONS
 from unclip_jax.pretrained import Converted, Options, tokenizers
 from unclip_jax.pretrained.layers import dense, joined, norm, stacked
-from unclip_jax.pretrained.state_dict import StateDict, count_blocks, read_tensors
+from unclip_jax.pretrained.state_dict import WEIGHT_FILES, StateDict, count_blocks, read_tensors
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_SCALE = 100.0
 BUFFERS = ("input_resolution", "context_length", "vocab_size")  # scalars of OpenAI's TorchScript archives
 POSITION_IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")  # 0, 1, 2, …
-HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")
 # Values that transformers leaves out of a config.json because they are its defaults.
 DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 DEFAULT_HEADS = {"image": 12, "text": 8}
@@ -101,8 +100,8 @@ def read_folder(source: Path, options: Options) -> Iterator[Converted]:
     """Yields the one model of a folder, or of a file with its vocabulary beside it; its embeddings get unit norm.
 
     source: OpenAI's archive or state dict, such as ViT-L-14.pt, whose heads `options` tell; or, as transformers stores
-    it, model.safetensors (or pytorch_model.bin) with config.json and, if there is one, preprocessor_config.json. Raises
-    UserError for files that are missing, damaged or not a CLIP with a vision transformer.
+    it, one of WEIGHT_FILES with config.json and, if there is one, preprocessor_config.json. Raises UserError for files
+    that are missing, damaged or not a CLIP with a vision transformer.
     """
     path = source if source.is_file() else _find_weights(source)
     folder = path.parent
@@ -331,9 +330,9 @@ def _mean_and_std(preprocessor: dict, image_size: int) -> tuple[tuple, tuple]:
 
 def _find_weights(folder: Path) -> Path:
     """Finds the one file of weights in a folder. Raises UserError where there is none, or several."""
-    found = [folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()]
+    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
     found = found or sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
-    if not found or (len(found) > 1 and found[0].name not in HUGGINGFACE_FILES):
+    if not found or (len(found) > 1 and found[0].name not in WEIGHT_FILES):
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(f"{folder} should hold one file of weights, .pt or .safetensors, but has {names}: give one")
     return found[0]

@@ -1,5 +1,6 @@
 """Reads files of PyTorch weights: tensors by name, one at a time, with an account of those missing or never read."""
 
+import json
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,13 @@ from unclip_jax.errors import UserError
 from unclip_jax.paths import to_path
 from unclip_jax.pretrained.torchscript import is_torchscript, read_torchscript
 
+# Names by which Hugging Face's libraries store weights, those in full precision and in one file first.
+WEIGHT_FILES = tuple(
+    f"{name}{form.format(variant)}"
+    for variant in ("", ".fp16", ".bf16")
+    for form in ("{}.safetensors", ".safetensors.index{}.json", "{}.bin")
+    for name in ("diffusion_pytorch_model", "model", "pytorch_model")
+)
 MAX_LISTED = 20  # tensors that an error names
 
 
@@ -43,7 +51,8 @@ class StateDict:
         return tuple(self._tensors[self._prefix + name].shape)
 
     def take(self, name: str, *shape: int) -> np.ndarray:
-        """Returns a tensor as float32; zeros if it is missing or has another shape, which `finish` will report."""
+        """Returns a tensor as float32; zeros if it is missing or has another shape. `finish` will report that, and
+        values that are not finite."""
         self._unread.discard(name)
         if name not in self:
             self._wrong.append(f"missing {self._prefix}{name}")
@@ -52,6 +61,8 @@ class StateDict:
         if value.shape != shape:
             self._wrong.append(f"{self._prefix}{name} is {value.shape}, expected {shape}")
             return np.zeros(shape, np.float32)
+        if not np.isfinite(value).all():
+            self._wrong.append(f"{self._prefix}{name} has {np.count_nonzero(~np.isfinite(value))} values not finite")
         return value
 
     def skip(self, *names: str) -> None:
@@ -59,7 +70,7 @@ class StateDict:
         self._unread.difference_update(names)
 
     def finish(self) -> None:
-        """Raises one UserError that lists all tensors that were missing, misshapen or never taken."""
+        """Raises one UserError that lists all tensors that were missing, misshapen, not finite or never taken."""
         wrong = self._wrong + [f"unexpected {self._prefix}{name}" for name in sorted(self._unread)]
         if wrong:
             more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
@@ -84,19 +95,54 @@ def to_numpy(tensor: Any) -> np.ndarray:
 def read_tensors(path: str | Path) -> dict[str, Any]:
     """Reads the tensors of a .safetensors or PyTorch file by name, as `StateDict` takes them.
 
-    Where the file has a part "state_dict", its tensors alone are read. PyTorch files need torch; they are read with
-    `weights_only`, so that none of their code runs, and mapped rather than loaded. Raises UserError for a file that is
-    missing, damaged or holds no tensors. Archives of TorchScript need no torch.
+    path: of one file, or of an index of several, which ends in .json. Where the file has a part
+    "state_dict", its tensors alone are read. "module." before all names, which PyTorch's parallel training puts there,
+    is left out. PyTorch files but archives of TorchScript need torch; they are read with `weights_only`, so that none
+    of their code runs, and mapped rather than loaded. Raises UserError for a file that is missing, damaged or holds no
+    tensors.
     """
     path = to_path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}: there is no such file")
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    _check_kind(path)
+    if path.suffix == ".json":
+        tensors = _read_shards(path)
+    else:
+        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     if isinstance(tensors, Mapping) and isinstance(tensors.get("state_dict"), Mapping):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, Mapping) or not tensors or not all(hasattr(v, "shape") for v in tensors.values()):
         raise UserError(f"{path} is not a state dict: expected tensors by name; give the file of the model's weights")
-    return dict(tensors)
+    wrapped = all(name.startswith("module.") for name in tensors)
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in tensors.items()}
+
+
+def _check_kind(path: Path) -> None:
+    """Raises UserError for what is often downloaded in place of weights."""
+    with path.open("rb") as file:
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer of Git LFS, not the weights themselves: run git lfs pull")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{path} is a web page, not weights: download it again")
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """Reads the tensors of all files that an index names, which lie beside it."""
+    try:
+        files = set(json.loads(index.read_text())["weight_map"].values())
+        beside = [index.with_name(name) for name in sorted(files) if name == to_path(name).name]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is no index of safetensors files: it names no weight_map") from error
+    if len(beside) < len(files):
+        raise UserError(f"{index} names files that are not beside it")
+    tensors = {}
+    for path in beside:
+        if not path.is_file():
+            raise UserError(f"{index} names {path.name}, which is not beside it: download it too")
+        _check_kind(path)
+        tensors |= _read_safetensors(path)
+    return tensors
 
 
 class _LazyTensor:
@@ -146,7 +192,8 @@ def read_torch(path: Path) -> Any:
     except ImportError as error:
         raise UserError(f"{path} is a PyTorch file: reading it needs torch (pip install torch)") from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files older than PyTorch 1.6 are no zip files and cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises nearly anything for a file that is not its own
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} cannot be read as a PyTorch state dict ({reason})") from error
