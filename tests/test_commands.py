@@ -93,7 +93,7 @@ REFUSED = [
     (sample, ["--bundle={root}/nowhere", "--prompt=x"], "no bundle at .*nowhere"),
     (sample, SAMPLE, "no bundle at .*decoder"),
     (sample, [*SAMPLE, "--n=4", "--rerank=3"], "--rerank 3: expected at least --n 4"),
-    (sample, [*SAMPLE, "--n", "0"], "--n 0: expected at least 1"),
+    (sample, [*SAMPLE, "--n", "0"], "--n: '0': expected a whole number from 1"),
     (sample, [*SAMPLE, "--seed", str(2**64)], "expected a whole number from 0 to"),
     (sample, [*SAMPLE, "--prior-guidance", "nan"], "'nan': expected a finite number"),
     (sample, [*SAMPLE, "--prompts", "captions.txt"], "give one of --prompt"),
@@ -101,7 +101,7 @@ REFUSED = [
     (sample, [*SAMPLE, "--out={file}"], "--out .*file is a file"),
     (sample, [*SAMPLE, "--sed=1"], "--sed=1"),
     (quickstart, ["--out={file}"], "--out .*file is a file"),
-    (quickstart, ["--out={new}", "--steps=0"], "train.steps is 0"),
+    (quickstart, ["--out={new}", "--steps=0"], "--steps: '0': expected a whole number from 1"),
     (quickstart, ["--out={new}", "--stpes=3"], "--stpes=3"),
 ]
 

@@ -216,7 +216,7 @@ def test_bundle_draws_what_is_measured(places, tmp_path, capsys, monkeypatch):
         (["lpips", "--pictures", "{0}/files"], "invalid choice"),
         (["fid", "sfid", "--pictures", "a", "--inception", "x", "--reference", "a.npz"], "one at a time"),
         (["kid", "--pictures", "a", "--inception", "x", "--reference", "b", "--save-reference", "c"], "fid or sfid"),
-        (["fid", "--pictures", "a", "--inception", "x", "--reference", "b", "--size", "0"], "--size 0"),
+        (["fid", "--pictures", "a", "--inception", "x", "--reference", "b", "--size", "0"], "--size: '0': exp"),
         (["alignment", "--pictures", "{0}/others"], "30 of 30 pictures .* have no caption"),
         (["alignment", "--pictures", "{0}/files"], "is no caption of emoji scenes"),
         (["alignment", "--pictures", "a", "--bundle", "b"], "name them by --prompts or --preset"),

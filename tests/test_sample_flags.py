@@ -188,7 +188,7 @@ def test_dot_percentile_is_of_the_autoregressive_prior(autoregressive, tmp_path)
     assert cascade.sampled_by({}, {"dot_percentile": 99.0}).prior.stage.config.sampling.dot_percentile == 99.0
     with pytest.raises(UserError, match=r"sampling.steps: the prior has none, but dot_percentile, guidance_scale"):
         draw(autoregressive, tmp_path / "out", "--prior-steps=3")
-    with pytest.raises(UserError, match=r"dot_percentile is 101\.0: expected a number from 0 to 100"):
+    with pytest.raises(UserError, match=r"--dot-percentile: '101': expected a number from 0 to 100"):
         draw(autoregressive, tmp_path / "out", "--dot-percentile=101")
 
 
@@ -199,7 +199,7 @@ REFUSED = [
     (["--sampler=analytic"], "'analytic', which decoder does not estimate variances for"),
     (["--sampler=euler"], "invalid choice: 'euler'"),
     (["--sampler=ddpm", "--eta=0.5"], "sampling.eta is of ddim, and the decoder is sampled by ddpm"),
-    (["--eta=2"], "sampling.eta is 2.0: expected a number from 0 to 1"),
+    (["--eta=2"], "--eta: '2': expected a number from 0 to 1"),
     (["--eta=nan"], "'nan': expected a finite number"),
     (["--dot-percentile=50"], "sampling.dot_percentile: the prior has none, but"),
     (["--from=text", "--prior-steps=3"], "--prior-steps is of a prior, which this run does not draw from"),

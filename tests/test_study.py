@@ -136,7 +136,7 @@ def test_pictures_come_in_the_smallest_arms_size(tmp_path):
         (lambda root: None, ["--arm", "{0}", "--arm", "{0}"], "each name once"),
         (lambda root: None, ["--arm", "{0}"], "two or more"),
         (lambda root: None, ["--arm", "{0}", "--arm", "b=nowhere"], "nowhere is no folder"),
-        (lambda root: None, ["--comparisons", "0"], "--comparisons 0"),
+        (lambda root: None, ["--comparisons", "0"], "--comparisons: '0': expected a whole number from 1"),
         (lambda root: None, ["--question", "diversity"], "has 2 pictures of 'a red apple', and a set has 16"),
         (lambda root: None, ["votes.csv"], "make takes no files"),
         (lambda root: save_arms(root / "x", captions=CAPTIONS[:2]), ["--arm", "x={1}/x/arm0"], "1 captions differ"),

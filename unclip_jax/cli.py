@@ -31,6 +31,7 @@ OPTIONAL |= dict.fromkeys(("scipy", "sklearn", "faiss"), "evaluate")
 OPTIONAL |= {"apache_beam": "build"}
 # Share of a GPU's memory that JAX may take. JAX's own default leaves a quarter to CUDA, which needs less.
 GPU_SHARE, GPU_SHARE_VARIABLE = 0.9, "XLA_PYTHON_CLIENT_MEM_FRACTION"
+MOST_PICTURES = 100_000  # that are drawn at once; a file of captions may have any number
 LEAVE_SECONDS = 20  # in which a process that is done ends by itself
 CACHE = "~/.cache/unclip_jax"  # folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another
 SET_BY_US: set[str] = set()  # environment variables that `run` has set because the user had not
@@ -57,6 +58,30 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """Makes a reader of whole numbers from `low` to `high` on the command line."""
+
+    def read(text: str) -> int:
+        value = int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {low:,} to {high:,}")
+        return value
+
+    return read
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Makes a reader of numbers from `low` to `high` on the command line."""
+
+    def read(text: str) -> float:
+        value = finite(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from {low:,} to {high:,}")
+        return value
+
+    return read
+
+
 def finite(text: str) -> float:
     """Reads a finite number from the command line."""
     try:
@@ -66,6 +91,9 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r}: expected a finite number")
     return value
+
+
+scale = number(-1000, 1000)  # reader of a scale of guidance
 
 
 def command(name: str) -> str:

@@ -52,18 +52,18 @@ FLAGS: dict[str, dict[str, Any]] = {  # flag → what argparse is told of it
     "implicit": {"action": "store_true", "help": "no model is told which pixels are known: they are put back only"},
     "before": {"help": "caption of the picture as it is; none by default"},
     "after": {"help": "caption of the picture as it should be"},
-    "theta": {"type": float, "help": "how far, from 0 to 1"},
+    "theta": {"type": cli.number(0, 1), "help": "how far, from 0 to 1"},
     "label": {"action": "append", "help": "may be repeated"},
     "template": {"action": "append", "help": "caption with {} for a label; may be repeated"},
-    "components": {"action": "append", "type": int, "help": "how many to keep; may be repeated"},
+    "components": {"action": "append", "type": cli.whole(1, 2**16), "help": "how many to keep; may be repeated"},
     "pca": {"help": "bundle of an autoregressive prior beside this CLIP, or folder of this CLIP's embeddings"},
-    "n": {"type": int, "help": "pictures"},
+    "n": {"type": cli.whole(1, cli.MOST_PICTURES), "help": "pictures"},
     "one_noise": {"action": "store_true", "help": "fresh noise, the same for all frames"},
-    "eta": {"type": float, "help": "0 reproduces, 1 varies most"},
-    "start": {"type": float, "help": "how much noise, from 0 to 1"},
-    "steps": {"type": int, "help": "of DDIM, to and fro"},
-    "guidance": {"type": cli.finite, "help": "of the decoder; default: with a prompt the trained config's, else 1"},
-    "clip_guidance": {"type": cli.finite, "help": "by noised_clip/"},
+    "eta": {"type": cli.number(0, 1), "help": "0 reproduces, 1 varies most"},
+    "start": {"type": cli.number(0, 1), "help": "how much noise, from 0 to 1"},
+    "steps": {"type": cli.whole(1, 10**6), "help": "of DDIM, to and fro"},
+    "guidance": {"type": cli.scale, "help": "of the decoder; default: with a prompt the trained config's, else 1"},
+    "clip_guidance": {"type": cli.scale, "help": "by noised_clip/"},
     "seed": {"type": cli.seed, "help": "any whole number"},
 }
 
@@ -141,7 +141,7 @@ def _flag(name: str) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises UserError for numbers out of range, and for a wrong number of pictures, masks or prompts."""
+    """Raises UserError for a wrong number of pictures, masks or prompts."""
     wanted = 2 if args.command == "interpolate" else 1
     if len(args.image) != wanted:
         raise UserError(f"{args.command} takes {wanted} --image, not {len(args.image)}")
@@ -149,11 +149,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"sdedit takes 1 --prompt, not {len(args.prompt)}")
     if args.command == "inpaint" and len(args.mask) != len(args.prompt):
         raise UserError(f"{len(args.mask)} masks and {len(args.prompt)} prompts: give one for each mask, in order")
-    if getattr(args, "n", 1) < 1:
-        raise UserError(f"--n {args.n}: expected at least 1 picture")
-    for name in ("eta", "theta", "start"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            raise UserError(f"--{name} {getattr(args, name)}: expected a number from 0 to 1")
 
 
 def _provenance(cascade: "Cascade", args: argparse.Namespace, statistics: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -45,9 +45,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", help="captions that it draws, as of `sample`")
     parser.add_argument("--preset", choices=PRESETS, help="captions, reference and size of a known study on COCO")
     parser.add_argument("--coco", help="folder of COCO's archives of 2014, for --preset")
-    parser.add_argument("-n", "--n", type=int, default=1, help="pictures per caption")
+    parser.add_argument("-n", "--n", type=cli.whole(1, cli.MOST_PICTURES), default=1, help="pictures per caption")
     sample.add_drawing_flags(parser)
-    parser.add_argument("--size", type=int, help="side of the square cut from each picture; default: the first's")
+    text = "side of the square cut from each picture; default: the first's"
+    parser.add_argument("--size", type=cli.whole(1, 2**16), help=text)
     parser.add_argument("--templates", help="of zero_shot: file of captions with {} for a class, one a line")
     parser.add_argument("--threshold", type=cli.finite, default=0.9, help="cosine from which two pictures are near")
     parser.add_argument("--save-reference", help="file to store the reference's statistics in, .npz")
@@ -63,8 +64,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("--bundle draws captions: name them by --prompts or --preset")
     if args.prompts and not args.bundle:
         raise UserError("--prompts are drawn by a cascade: name its folder by --bundle")
-    if args.n < 1 or args.fsdp < 1:
-        raise UserError(f"--n {args.n}, --fsdp {args.fsdp}: expected at least 1")
     _check_needs(args)
     return args
 

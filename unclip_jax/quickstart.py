@@ -41,7 +41,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser("quickstart", __doc__)
     parser.add_argument("--out", default="quickstart", help="folder to write to")
     parser.add_argument("--seed", type=cli.seed, default=0)
-    parser.add_argument("--steps", type=int, help="train each model for this many steps only, to try everything out")
+    text = "train each model for this many steps only, to try everything out"
+    parser.add_argument("--steps", type=cli.whole(1, 10**10), help=text)
     return parser.parse_args(argv[1:])
 
 

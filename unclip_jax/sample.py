@@ -45,8 +45,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", help="file of captions: a line each of .txt; field prompt of .jsonl or .csv")
     parser.add_argument("--format", choices=("tar", "png"), default="tar", help="of what --prompts draws")
     parser.add_argument("--again", help="a picture that this command drew: draws it again, by what is stored in it")
-    parser.add_argument("-n", "--n", type=int, default=4, help="pictures per prompt")
-    parser.add_argument("--rerank", type=int, default=0, help="draw so many a prompt, keep the n that CLIP likes best")
+    parser.add_argument("-n", "--n", type=cli.whole(1, cli.MOST_PICTURES), default=4, help="pictures per prompt")
+    text = "draw so many a prompt, keep the n that CLIP likes best"
+    parser.add_argument("--rerank", type=cli.whole(0, cli.MOST_PICTURES), default=0, help=text)
     add_drawing_flags(parser)
     parser.add_argument("--out", default="samples", help="folder to write to")
     args = parser.parse_args(argv[1:])
@@ -54,10 +55,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("give one of --prompt, which may be repeated, --prompts and --again")
     if not args.bundle and not args.again:
         raise UserError("no --bundle: name the folder of a trained cascade, such as --bundle quickstart/bundle")
-    if args.n < 1:
-        raise UserError(f"--n {args.n}: expected at least 1 picture per prompt")
-    if args.fsdp < 1:
-        raise UserError(f"--fsdp {args.fsdp}: expected at least 1 device to hold a model")
     if args.rerank and args.rerank < args.n:
         raise UserError(f"--rerank {args.rerank}: expected at least --n {args.n}, the pictures to be kept")
     if args.rerank and args.prompts:
@@ -68,17 +65,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of how pictures are drawn."""
     parser.add_argument("--seed", type=cli.seed, default=0)
-    parser.add_argument("--guidance", type=cli.finite, help="of the decoder; 1: none; default: the trained config's")
-    parser.add_argument("--prior-guidance", type=cli.finite, help="of the prior; likewise")
-    parser.add_argument("--clip-guidance", type=cli.finite, default=0.0, help="of the decoder, by noised_clip/")
+    parser.add_argument("--guidance", type=cli.scale, help="of the decoder; 1: none; default: the trained config's")
+    parser.add_argument("--prior-guidance", type=cli.scale, help="of the prior; likewise")
+    parser.add_argument("--clip-guidance", type=cli.scale, default=0.0, help="of the decoder, by noised_clip/")
     parser.add_argument("--from", choices=SOURCES, help="the decoder draws from the prior's embedding, from the text's "
                         "in its place, or from the caption alone; default: as it was trained")  # fmt: skip
     parser.add_argument("--steps", help="of the decoder: 50, 10,10,3,2,2, ddim25 or fast27; default: the config's")
     parser.add_argument("--sampler", choices=SAMPLERS, help="of the decoder; default: the config's")
-    parser.add_argument("--eta", type=cli.finite, help="noise of ddim, from 0 to 1; default: the config's")
+    parser.add_argument("--eta", type=cli.number(0, 1), help="noise of ddim, from 0 to 1; default: the config's")
     parser.add_argument("--prior-steps", help="of a diffusion prior; likewise")
-    parser.add_argument("--dot-percentile", type=cli.finite, help="of an autoregressive prior; likewise")
-    parser.add_argument("--fsdp", type=int, default=1, help="devices that share a model, where it does not fit one")
+    parser.add_argument("--dot-percentile", type=cli.number(0, 100), help="of an autoregressive prior; likewise")
+    text = "devices that share a model, where it does not fit one"
+    parser.add_argument("--fsdp", type=cli.whole(1, 2**20), default=1, help=text)
 
 
 def main(argv: list[str]) -> int:

@@ -38,7 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("votes", nargs="*", help="of score: files that the page gave")
     parser.add_argument("--question", choices=QUESTIONS, help="of make")
     parser.add_argument("--arm", action="append", default=[], help="of make: NAME=FOLDER; two or more")
-    parser.add_argument("--comparisons", type=int, default=1000, help="of make: in all, at most")
+    parser.add_argument("--comparisons", type=cli.whole(1, 10**9), default=1000, help="of make: in all, at most")
     parser.add_argument("--out", help="of make: folder to write to")
     parser.add_argument("--key", help="of score: the key.json that make wrote")
     parser.add_argument("--json", action="store_true", help="of score: a JSON object a line, with each number's card")
@@ -51,8 +51,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.command == "make":
         if args.votes:
             raise UserError(f"make takes no files, but got {args.votes[0]}: name folders by --arm NAME=FOLDER")
-        if args.comparisons < 1:
-            raise UserError(f"--comparisons {args.comparisons}: expected at least 1")
         named = [arm.partition("=") for arm in args.arm]
         args.arms = {name: folder for name, _, folder in named}
         if not all(name and folder for name, _, folder in named) or not len(named) == len(args.arms) > 1:

@@ -33,9 +33,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("source", help="what was downloaded: a folder, or for openai_clip and inception a file")
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="type to compute in")
-    parser.add_argument("--head-channels", type=int, default=64, help="channels of each attention head")
-    parser.add_argument("--heads", type=int, default=0, help="attention heads of text path or prior; 0: as published")
-    parser.add_argument("--image-size", type=int, default=0, help="side of the pictures drawn; 0: as published")
+    parser.add_argument("--head-channels", type=cli.whole(1, 2**14), default=64, help="channels of each attention head")
+    text = "attention heads of text path or prior; 0: as published"
+    parser.add_argument("--heads", type=cli.whole(0, 1024), default=0, help=text)
+    text = "side of the pictures drawn; 0: as published"
+    parser.add_argument("--image-size", type=cli.whole(0, 2**14), default=0, help=text)
     return parser.parse_args(argv[1:])
 
 

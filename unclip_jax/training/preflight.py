@@ -76,7 +76,9 @@ def join(coordinator: str, processes: int, process: int, wait: int) -> None:
     given = (coordinator != "", processes >= 0, process >= 0)
     if any(given) and not all(given):
         raise UserError("--coordinator, --processes and --process belong together: give all three, or none")
-    if all(given) and not (process < processes and ":" in coordinator):
+    if not 1 <= wait <= 10**6:
+        raise UserError(f"--wait={wait}: expected seconds, from 1 to 1,000,000")
+    if all(given) and not (process < processes <= 2**20 and ":" in coordinator):
         raise UserError(
             f"--coordinator={coordinator} --processes={processes} --process={process}: expected HOST:PORT and a "
             "process below their number, counted from 0"
