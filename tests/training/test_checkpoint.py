@@ -222,7 +222,7 @@ def test_flipped_bits_are_noticed_wherever_they_are(toy, at_step, tmp_path, caps
         assert meta["step"] == int(state.step)
         assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", "2"][: int(state.step)]
         taken.append(int(state.step))
-    assert taken.count(1) > len(taken) / 2, "most bits matter"
+    assert taken.count(1) > len(taken) / 3, "many bits matter"
 
 
 def test_change_of_one_element_is_named(toy, at_step, tmp_path, monkeypatch):
