@@ -121,7 +121,7 @@ def _check_kind(path: Path) -> None:
     """Raises UserError for what is often downloaded in place of weights."""
     with path.open("rb") as file:
         start = file.read(200).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(b"version ") and b"git-lfs" in start:
         raise UserError(f"{path} is a pointer of Git LFS, not the weights themselves: run git lfs pull")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{path} is a web page, not weights: download it again")
