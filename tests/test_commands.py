@@ -215,13 +215,20 @@ HANGS = """
 import threading, time
 from unclip_jax import cli
 cli.LEAVE_SECONDS = 0.5
-cli.run(lambda argv: threading.Thread(target=lambda: time.sleep(60)).start() or 3)
+def main(argv):
+    threading.Thread(target=lambda: time.sleep(60)).start()
+    if argv[1] == "2":
+        raise cli.UserError("a mistake")
+    return int(argv[1])
+cli.run(main)
 """
 
 
-def test_a_thread_that_hangs_does_not_keep_a_process_alive():
+@pytest.mark.parametrize("status", [2, 3])
+def test_a_thread_that_hangs_does_not_keep_a_process_alive(status):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", HANGS], env=environment, timeout=30).returncode == 3
+    run = subprocess.run([sys.executable, "-c", HANGS, str(status)], env=environment, timeout=30)
+    assert run.returncode == status
 
 
 def test_losses_are_expected_of_the_config_s_own_data_alone(tmp_path):

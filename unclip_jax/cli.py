@@ -111,18 +111,18 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         SET_BY_US.add(GPU_SHARE_VARIABLE)
     try:
         with storage_errors("a file", "mend that and run the same command again"):
-            status = main(sys.argv)
-        _leave_soon(status or 0)
-        sys.exit(status)
+            status = main(sys.argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
             raise
         advice = f"pip install 'unclip_jax[{OPTIONAL[error.name]}]'"
         print(f"error: the package {error.name} is not installed: {advice}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    _leave_soon(status)
+    sys.exit(status)
 
 
 def _leave_soon(status: int) -> None:

@@ -21,6 +21,7 @@ papers' values.
 
 import difflib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -45,9 +46,14 @@ def sized(size: str, paper: dict, **sizes: dict) -> ConfigDict:
 
 def flat_keys(config: ConfigDict | dict, prefix: str = "") -> Iterator[str]:
     """Yields each key that holds a value, with its sections, such as "model.unet.channels"; also an empty section."""
+    return (key for key, _ in flat_items(config, prefix))
+
+
+def flat_items(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the keys of `flat_keys` with their values."""
     for name, value in config.items():
         within = isinstance(value, ConfigDict | dict) and len(value)
-        yield from flat_keys(value, f"{prefix}{name}.") if within else [f"{prefix}{name}"]
+        yield from flat_items(value, f"{prefix}{name}.") if within else [(f"{prefix}{name}", value)]
 
 
 # What models were before a key existed: stage ("" for all) → key → value.

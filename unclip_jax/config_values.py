@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from unclip_jax.config import flat_keys
+from unclip_jax.config import flat_items
 from unclip_jax.errors import UserError
 
 
@@ -129,8 +129,8 @@ RULES = {
 def check_values(config: ConfigDict) -> None:
     """Raises UserError for the first key whose value is of another type, or outside of its range or set, and for a key
     that no config has."""
-    for key in flat_keys(config):
-        rule, value = _rule(key), get(config, key)
+    for key, value in flat_items(config):
+        rule = _rule(key)
         if rule is None:
             nearest = difflib.get_close_matches(key, RULES, 1, 0)[0]
             raise UserError(f"no config has a key {key}: the nearest is {nearest}")
@@ -141,8 +141,8 @@ def check_values(config: ConfigDict) -> None:
 def with_floats(config: ConfigDict) -> ConfigDict:
     """Makes floats of the whole numbers that keys of real numbers hold, as people write them; locks the config."""
     with config.unlocked():
-        for key in flat_keys(config):
-            rule, value = _rule(key), get(config, key)
+        for key, value in list(flat_items(config)):
+            rule = _rule(key)
             if rule and rule.real and type(value) is int:
                 section, _, name = key.rpartition(".")
                 node = get(config, section)

@@ -6,13 +6,13 @@ is done, or how fast it learns, may, and is said.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from unclip_jax.config import PLACES, completed
+from unclip_jax.config import PLACES, completed, flat_items
 from unclip_jax.data.sources import Source
 from unclip_jax.data.transforms import captions_of
 from unclip_jax.errors import UnreadableRecord, UserError
@@ -42,7 +42,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     not compared: another version of this library added or removed it.
     """
     stored = json.loads(json.dumps(completed(ConfigDict(before["config"])).to_dict()))
-    pairs = [("", before["found"], now["found"]), ("", dict(_flat(stored)), dict(_flat(now["config"])))]
+    pairs = [("", before["found"], now["found"]), ("", dict(flat_items(stored)), dict(flat_items(now["config"])))]
     pairs.append(("version of ", before["versions"], now["versions"]))
     said = []
     for label, was, is_now in pairs:
@@ -79,8 +79,3 @@ def _may_change(key: str) -> bool:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]

@@ -136,7 +136,7 @@ def _run(
     _write_config(config, workdir)
 
     # The state: of the newest checkpoint, or a fresh one.
-    state, _ = checkpointer.restore_latest(abstract_state(stage, config, mesh)) or (None, {})
+    state = checkpointer.restore_latest(abstract_state(stage, config, mesh))
     start = int(state.step) if state else 0
     if state and state.skips.in_a_row >= config.train.max_skips:  # it is tried again, perhaps with another config
         state = state._replace(skips=jax.tree.map(jnp.zeros_like, state.skips))

@@ -183,7 +183,7 @@ def test_learning_rate_that_is_logged_is_the_one_applied_also_after_resuming(tmp
             checkpoints.save(run.state, {})
             checkpoints.wait()
             run = Run(Line())
-            run.state, _ = checkpoints.restore_latest(abstract_state(run.stage, run.config, run.mesh))
+            run.state = checkpoints.restore_latest(abstract_state(run.stage, run.config, run.mesh))
             checkpoints.close()
         after = run.step(rows())["kernel"]
         # Adam's step on a gradient that is always the same is the rate itself.

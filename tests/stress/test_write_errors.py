@@ -71,7 +71,7 @@ def states(tmp_path_factory):
 
 def newest(folder, abstract):
     checkpointer = Checkpointer(str(folder), 2)
-    state, _ = checkpointer.restore_latest(abstract)
+    state = checkpointer.restore_latest(abstract)
     checkpointer.close()
     return int(state.step), digest(state)
 

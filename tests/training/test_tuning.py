@@ -141,7 +141,7 @@ def test_resumed_factors_equal_uninterrupted_ones_bit_for_bit(toy, tmp_path):
             checkpoints = Checkpointer(str(tmp_path), 2)
             checkpoints.save(state, {})
             checkpoints.wait()
-            resumed, _ = checkpoints.restore_latest(abstract_state(toy.Stage(), config, mesh))
+            resumed = checkpoints.restore_latest(abstract_state(toy.Stage(), config, mesh))
             checkpoints.close()
             assert digest(resumed) == digest(state)
         state, _ = step(state, {}, toy.batch(k, mesh), root_key(0))

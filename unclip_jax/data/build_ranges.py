@@ -6,7 +6,6 @@ finds them there does not do it again.
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 from unclip_jax.data import duplicates
 from unclip_jax.data.cleaning import UNREADABLE, Candidate, Limits, smaller
 from unclip_jax.data.sources import Source, open_source
+from unclip_jax.data.splits import draws_of_names
 from unclip_jax.data.transforms import captions_of, decode
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import copy_files, is_remote, to_path, write_bytes
@@ -163,7 +163,7 @@ def write(number: int, job: Job, found: dict[int, str] | None = None) -> dict[st
 
 def place_of(key: str) -> float:
     """Draws a number in [0, 1) by a record's key without its ending, as folders do for what they hold out."""
-    return int.from_bytes(hashlib.sha256(os.fsencode(os.path.splitext(key)[0])).digest()[:8]) / 2**64
+    return int(draws_of_names([key])[0]) / 2**64
 
 
 @functools.cache

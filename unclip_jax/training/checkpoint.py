@@ -89,12 +89,11 @@ class Checkpointer:
             )
         self._written = step
 
-    def restore_latest(self, abstract_state: TrainState) -> tuple[TrainState, dict] | None:
+    def restore_latest(self, abstract_state: TrainState) -> TrainState | None:
         """Restores the newest good checkpoint with the shardings of `abstract_state`; None where there is none yet.
 
-        Returns the state and the meta that was saved with it. Damaged checkpoints that are newer are named on stderr
-        and deleted. Raises UserError where all are damaged, and, listing leaves and shapes, when the checkpoint was
-        written by another model or optimizer.
+        Damaged checkpoints that are newer are named on stderr and deleted. Raises UserError where all are damaged, and,
+        listing leaves and shapes, when the checkpoint was written by another model or optimizer.
         """
         damaged: dict[int, str] = {}
         for step in _complete_steps(self._manager):
@@ -193,13 +192,13 @@ class _Damaged(Exception):
     """A checkpoint cannot be read, or is not what was written."""
 
 
-def _attempt(manager: Any, step: int, abstract: TrainState) -> tuple[tuple[TrainState, dict] | None, str]:
-    """Restores a checkpoint; returns its state and meta, or None and why not. All processes return alike."""
+def _attempt(manager: Any, step: int, abstract: TrainState) -> tuple[TrainState | None, str]:
+    """Restores a checkpoint; returns its state, or None and why not. All processes return alike."""
     found, wrong = None, ""
     try:
         meta = _meta(manager, step)
         trees = _restore(manager, step, {name: getattr(abstract, name) for name in TREES})
-        found = TrainState(step=_counter(step, abstract.step), skips=_skips(meta, abstract), **trees), meta
+        found = TrainState(step=_counter(step, abstract.step), skips=_skips(meta, abstract), **trees)
     except _Damaged as error:
         wrong = str(error)
     # What one process cannot read, none may go on from.

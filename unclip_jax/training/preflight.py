@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 import unclip_jax
-from unclip_jax.config import PLACES
+from unclip_jax.config import PLACES, flat_items
 from unclip_jax.errors import StorageError, UserError
 
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}  # --platform → JAX's name for it
@@ -141,14 +141,14 @@ def check_platform(wanted: str) -> None:
         )
 
 
-def facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def facts(config: dict[str, Any]) -> dict[str, Any]:
     """Collects what all processes of a run must agree on: code, versions, devices, and each key of the config but for
     names of places, which may differ from host to host."""
     return {"code": _code(), **versions()} | {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "local devices": jax.local_device_count(),
-        **{f"config.{key}": value for key, value in _flat(config) if key not in PLACES},
+        **{f"config.{key}": value for key, value in flat_items(config) if key not in PLACES},
     }
 
 
@@ -268,8 +268,3 @@ def _code() -> str:
     for path in sorted(root.rglob("*.py")):
         sha.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
     return sha.hexdigest()[:16]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        yield from _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
