@@ -28,7 +28,7 @@ from unclip_jax import cli
 from unclip_jax.clip_steps import ClipSteps
 from unclip_jax.data import build, cleaning, duplicates
 from unclip_jax.data.build_ranges import Job
-from unclip_jax.data.sources import open_source
+from unclip_jax.data.sources import open_sources
 from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder, to_path, write_bytes
 
@@ -167,10 +167,9 @@ def _prepare(args: argparse.Namespace) -> tuple[Job, dict[str, Any]]:
     made_of = scorer.check() if scorer else {}
     sources = []
     for spec in args.source:
-        splits = args.split or ("train" if spec.startswith("tfds:") else "train,test")
-        for split in splits.split(","):
-            source = open_source(spec, split, args.data_dir, args.image_feature, args.caption_feature)
-            sources.append((spec, split, len(source)))
+        splits = (args.split or ("train" if spec.startswith("tfds:") else "train,test")).split(",")
+        opened = open_sources(spec, (), splits, args.data_dir, args.image_feature, args.caption_feature)
+        sources += [(spec, split, len(source)) for split, source in zip(splits, opened, strict=True)]
     folder = output_folder(args.out) / args.name / build.VERSION
     job = Job(
         sources=tuple(sources),

@@ -66,7 +66,8 @@ def make_tokenizer(config: ConfigDict, file: Path) -> None:
     if "tokenizer" not in config.data or config.model.get("caption", "own") != "own":
         raise UserError(f"this {config.stage} reads no captions itself, and needs no tokenizer: CLIP's comes with CLIP")
     if file.exists():
-        what = "is a folder: name a file in it, such as tokenizer.model" if file.is_dir() else "is there already"
+        folder = "is a folder: name a file in it, such as tokenizer.model"
+        what = folder if file.is_dir() else "is there already: name another, or delete it"
         raise UserError(f"--out {file} {what}")
     d = config.data
     if not d.source:

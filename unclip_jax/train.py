@@ -209,6 +209,8 @@ def _run(
         if int(state.step) < steps:
             _say(f"stopped at step {int(state.step)} of {steps}, saved: the same command goes on from there")
             return stop.asked or signal.SIGTERM
+        if type(stage).finish is not Stage.finish:
+            _say(f"{config.stage}: completing the averaged parameters by held-out examples, which may take minutes")
         finished, found = held_out.finish(state.average, frozen)
         if found:
             _say("finished: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))

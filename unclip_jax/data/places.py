@@ -15,8 +15,8 @@ def files_matching(pattern: str, ending: str) -> tuple[Path, dict[str, tuple[int
     Returns the last folder before any wildcard, and for each file, by its name from there on and in this order, its
     size in bytes and the version of its content. Raises UserError where there are none.
     """
-    start = re.match(r"([^*?[]*/)?", pattern)[0] or "."
-    folder, wild = to_path(start), pattern[len(start) if start != "." else 0 :]
+    start = re.match(r"([^*?[]*/)?", pattern)[0]
+    folder, wild, wanted = to_path(start or "."), pattern[len(start) :], f"{start}*{ending}"
     if not re.search(r"[*?[]", wild) and to_path(pattern).is_dir():
         folder, wild = to_path(pattern), f"**/*{ending}"
     if is_remote(folder):
@@ -31,7 +31,7 @@ def files_matching(pattern: str, ending: str) -> tuple[Path, dict[str, tuple[int
         stats = {name: place.stat() for name, place in places if place.is_file()}
         found = {name: (stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats.items()}
     if not found:
-        raise UserError(f"no files {pattern}: expected a folder of {ending} files, or such as {start}*{ending}")
+        raise UserError(f"no files {pattern}: expected a folder of {ending} files, or such as {wanted}")
     return folder, {name: found[name] for name in sorted(found, key=lambda name: name.split("/"))}
 
 
