@@ -71,7 +71,7 @@ def test_a_command_speaks_of_itself_as_it_was_called(program, form, monkeypatch,
 def test_a_command_gets_its_arguments_as_the_module_would(monkeypatch):
     seen = []
     monkeypatch.setattr(sample, "main", lambda argv: seen.append(argv))
-    assert call(monkeypatch, "sample", "--prompt=a b", "-n", "2") is None
+    assert call(monkeypatch, "sample", "--prompt=a b", "-n", "2") == 0
     assert seen == [["/venv/bin/unclip", "--prompt=a b", "-n", "2"]]
 
 
