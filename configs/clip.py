@@ -7,6 +7,7 @@ paper  ViT-H/16 at 256 px and a causal text tower of 24 layers, 986,339,841 para
 small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores: 108 s; then 100% of
        64 held-out pictures and captions find each other.
+shipped  The CLIP of the weights that come with this package: emoji scenes, varied and of one object, at 32 px.
 """
 
 from unclip_jax import config
@@ -53,6 +54,16 @@ TINY = dict(
                expected_loss=((100, 0.25, 0.8), (150, 0.13, 0.4), (260, 0.13, 0.4))),
 )
 
+SHIPPED = dict(
+    dtype="float32",
+    model=dict(image_size=32, dim=128, image=dict(patch=8, width=128, depth=4, heads=2),
+               text=dict(vocab_size=1024, context=36, width=128, depth=3, heads=2), remat=False),
+    data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",
+              threads=2),
+    optim=dict(learning_rate=0.001, warmup_steps=200, weight_decay=0.05, clip_norm=1.0, ema_decay=0.995, sam_rho=0.0),
+    train=dict(steps=3000, batch_size=256, checkpoint_every=500, sample_every=1000, eval_size=512, keep=2),
+)
+
 
 def get_config(size: str = "paper") -> config.ConfigDict:
-    return config.sized(size, PAPER, small=SMALL, tiny=TINY)
+    return config.sized(size, PAPER, small=SMALL, tiny=TINY, shipped=SHIPPED)

@@ -13,6 +13,7 @@ miniature  The paper's recipe with tiny's networks: eps and L_vlb with a learned
        dropped by half, 250 steps of DDPM. On a CPU add --config.dtype=float32: its compiler is slow with bfloat16.
        Takes 94 minutes on two busy cores. Of 512 drawings of held-out scenes, object and background are right in 95%
        (experiments/recipe).
+shipped  The decoder of the weights that come with this package: 32 px, tiny's recipe trained for longer.
 """
 
 from unclip_jax import config
@@ -87,6 +88,21 @@ MINIATURE = dict(
                expected_loss=((100, 0.07, 0.8), (1000, 0.035, 0.7), (3000, 0.02, 0.3), (12000, 0.01, 0.2))),
 )
 
+SHIPPED = dict(
+    dtype="float32",
+    model=dict(image_size=32, embedding_dim=128, learned_null=True,
+               unet=dict(channels=24, channel_mult=(1, 2, 4), res_blocks=1, attention=(2, 4), head_channels=24,
+                         norm_groups=8, dropout=0.0),
+               text=dict(vocab_size=1024, context=36, width=96, depth=3, heads=3)),
+    diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(0.3, 5.0), drop_caption=0.2),
+    sampling=dict(sampler="ddim", steps="25", guidance_scale=1.5),
+    clip=dict(config="configs/clip.py:shipped"),
+    data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",
+              threads=2),
+    optim=dict(learning_rate=0.002, warmup_steps=200, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.998),
+    train=dict(steps=12000, batch_size=32, checkpoint_every=500, sample_every=2000, eval_size=256, keep=2),
+)
+
 
 def get_config(size: str = "paper") -> config.ConfigDict:
-    return config.sized(size, PAPER, small=SMALL, tiny=TINY, miniature=MINIATURE)
+    return config.sized(size, PAPER, small=SMALL, tiny=TINY, shipped=SHIPPED, miniature=MINIATURE)

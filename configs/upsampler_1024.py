@@ -7,6 +7,7 @@ paper  192 channels, 282,064,326 parameters (unCLIP, appendix C, table 3). Its i
 small  Emoji scenes of two objects, for one GPU; BSR as well.
 tiny   Emoji scenes of one object, for two CPU cores: 143 s. Its input is blurred, as the first upsampler's is.
        PSNR of held-out patches 23.5 dB, of interpolation 22.9 dB.
+shipped  The second upsampler of the weights that come with this package: 128 → 512 px.
 """
 
 from unclip_jax import config
@@ -62,6 +63,17 @@ TINY = dict(
                expected_loss=((50, 0.06, 0.22), (200, 0.022, 0.08), (400, 0.008, 0.045))),
 )
 
+SHIPPED = dict(
+    dtype="float32",
+    model=dict(image_size=512, patch=128, unet=TINY["model"]["unet"],
+               text=dict(vocab_size=1024, context=36, width=64, depth=2, heads=2)),
+    diffusion=TINY["diffusion"],
+    sampling=dict(steps="4"),
+    data=dict(source="tfds:emoji_scenes/single_1024", min_side=512, crop="center", threads=2),
+    optim=dict(learning_rate=0.002, warmup_steps=50, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.99),
+    train=dict(steps=1000, batch_size=8, checkpoint_every=500, sample_every=500, keep=2, eval_size=8, draw_size=8),
+)
+
 
 def get_config(size: str = "paper") -> config.ConfigDict:
-    return config.sized(size, PAPER, small=SMALL, tiny=TINY)
+    return config.sized(size, PAPER, small=SMALL, tiny=TINY, shipped=SHIPPED)

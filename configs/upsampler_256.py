@@ -6,6 +6,7 @@ paper  320 channels, 729,710,726 parameters (unCLIP, appendix C, table 3; the sp
 small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores: 144 s.
        PSNR of held-out patches 14.6 dB, of interpolation 15.2 dB: it draws edges, not means.
+shipped  The first upsampler of the weights that come with this package: 32 → 128 px.
 """
 
 from unclip_jax import config
@@ -60,6 +61,18 @@ TINY = dict(
                expected_loss=((100, 0.05, 0.2), (300, 0.02, 0.065), (600, 0.012, 0.045))),
 )
 
+SHIPPED = dict(
+    dtype="float32",
+    model=dict(image_size=128, patch=64, unet=TINY["model"]["unet"],
+               text=dict(vocab_size=1024, context=36, width=64, depth=2, heads=2)),
+    diffusion=TINY["diffusion"],
+    sampling=dict(steps="8"),
+    data=dict(source="tfds:emoji_scenes/varied_256 + tfds:emoji_scenes/single_256", weights=(3.0, 1.0), min_side=128,
+              crop="center", threads=2),
+    optim=dict(learning_rate=0.002, warmup_steps=50, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.995),
+    train=dict(steps=3000, batch_size=8, checkpoint_every=500, sample_every=1000, keep=2, eval_size=64),
+)
+
 
 def get_config(size: str = "paper") -> config.ConfigDict:
-    return config.sized(size, PAPER, small=SMALL, tiny=TINY)
+    return config.sized(size, PAPER, small=SMALL, tiny=TINY, shipped=SHIPPED)

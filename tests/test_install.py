@@ -67,7 +67,7 @@ def installed(tmp_path_factory):
     """The wheel of a copy of this checkout, in an environment of its own that sees this one's other packages: (wheel,
     its bin folder)."""
     root = tmp_path_factory.mktemp("install")
-    skipped = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", "tests", "experiments")
+    skipped = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, root / "copy", ignore=skipped)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "-w", str(root), str(root / "copy")], check=True)
@@ -83,12 +83,12 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_wheel_holds_the_package_and_the_configs(installed):
+def test_wheel_holds_the_package_with_configs_and_experiments(installed):
     names = set(zipfile.ZipFile(installed[0]).namelist())
     package = (path for kind in ("py", "html") for path in (ROOT / "unclip_jax").rglob(f"*.{kind}"))
-    for path in [*package, *(ROOT / "configs").glob("*.py")]:
-        name = str(path.relative_to(ROOT))
-        assert (f"unclip_jax/{name}" if name.startswith("configs") else name) in names
+    assert {str(path.relative_to(ROOT)) for path in package} <= names
+    for path in [*(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*/experiment.py")]:
+        assert f"unclip_jax/{path.relative_to(ROOT)}" in names
 
 
 @pytest.mark.slow
@@ -116,4 +116,5 @@ def test_commands_run_from_the_wheel_in_an_empty_folder(installed, tmp_path):
     assert re.search(r"^state sha256 [0-9a-f]+$", said, re.MULTILINE)
     unclip("sample", "--bundle", str(tmp_path / "cascade"), "--prompt", "a red apple", "-n", "1")
     assert sorted(p.name for p in (tmp_path / "here" / "samples").iterdir()) == ["a_red_apple_0_0.png", "grid.png"]
+    assert "prior_purpose" in unclip("experiment", "--list")
     assert "usage: unclip quickstart" in unclip("quickstart", "--help")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from unclip_jax import __version__
 
-COMMANDS = ("quickstart", "train", "sample", "edit", "evaluate", "study", "plan", "doctor", "data", "pretrained")
+COMMANDS = ("quickstart", "train", "sample", "edit", "evaluate", "study", "experiment", "plan", "doctor", "data")
+COMMANDS += ("pretrained",)
 
 
 def main() -> None:

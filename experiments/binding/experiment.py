@@ -1,0 +1,18 @@
+"""Attribute binding and written words: unCLIP against GLIDE, and the decoder without captions."""
+
+from unclip_jax.trials import Arm, Claim, Experiment
+
+EXPERIMENT = Experiment(
+    question="Are two colours bound to the right things, and are words spelled?",
+    paper="unCLIP, section 7, figures 14 to 16",
+    models=("clip", "prior", "decoder"),
+    arms=(
+        Arm("unclip", "unCLIP", options={"guidance_scale": 2.0}),
+        Arm("glide", "GLIDE", {"decoder": "glide"}, options={"guidance_scale": 2.0}),
+    ),
+    measures={"binding": "colours bound", "word": "word spelled", "tint": "tint", "colour": "background"},
+    claims=(
+        Claim("GLIDE binds attributes better than unCLIP.", "binding", "glide", "unclip"),
+        Claim("GLIDE spells words better than unCLIP.", "word", "glide", "unclip"),
+    ),
+)

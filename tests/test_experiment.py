@@ -1,0 +1,145 @@
+"""The command that runs experiments, those that come with it, and what is said of them."""
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unclip_jax import cli, experiment, trials
+from unclip_jax.chain import SOURCES
+from unclip_jax.config import flat_keys
+from unclip_jax.errors import UserError
+from unclip_jax.trials import CONFIGS, Arm, Lab
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+FILES = sorted(FOLDER.glob(f"*/{experiment.FILE}"))
+OPTIONS = {"guidance_scale", "prior_guidance_scale", "clip_guidance_scale", "source"}
+SAY = '''
+from unclip_jax.trials import Arm, Claim, Experiment
+
+EXPERIMENT = Experiment(
+    question="Is two more?", paper="none", models=("clip",), 
+    arms=(Arm("one", "the one", x=1), Arm("two", "the other", x=2)),
+    measures={"height": "how high"}, claims=(Claim("It is.", "height", "two", "one"),), axis="number", captions=3,
+)
+'''
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The file of an experiment whose second arm is higher by one."""
+
+    def run(self, arm):
+        return {"height": np.full((1, len(self.captions), 4), arm.x)}
+
+    monkeypatch.setattr(Lab, "run", run)
+    path = tmp_path / "own" / "experiment.py"
+    path.parent.mkdir()
+    path.write_text(SAY)
+    return path
+
+
+def run(*words):
+    return experiment.main(["experiment", *map(str, words)])
+
+
+def test_results_are_written_in_three_forms(own, tmp_path, capsys):
+    assert run(own, "--workdir", tmp_path / "work") == 0
+    out = tmp_path / "work" / "own"
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [line["value"] for line in lines] == [1, 2, 1]
+    assert lines[-1]["verdict"] == "reproduced" and lines[0]["n"] == 12
+    table = (out / "results.md").read_text()
+    assert "| the other | 2.000 [2.000, 2.000] |" in table and table in capsys.readouterr().out
+    assert "| It is. | 1.000 [1.000, 1.000] | how high: the other − the one | 12 | reproduced |" in table
+    figure = (out / "figure.svg").read_bytes()
+    assert xml.etree.ElementTree.fromstring(figure).tag.endswith("svg")
+    assert sorted(path.name for path in own.parent.iterdir()) == ["experiment.py"]
+    assert run(own, "--workdir", tmp_path / "work", "--publish") == 0
+    assert (own.parent / "figure.svg").read_bytes() == figure, "the same results give the same figure"
+
+
+def test_fewer_captions_and_draws_can_be_asked_for(own, tmp_path):
+    assert run(own, "--workdir", tmp_path, "--captions", 2) == 0
+    assert json.loads((tmp_path / "own/results.jsonl").read_text().splitlines()[0])["n"] == 8
+    with pytest.raises(UserError, match="--publish goes with the whole experiment"):
+        run(own, "--workdir", tmp_path, "--captions", 2, "--publish")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["guidance"], "no --workdir"),
+        (["--workdir", "x"], "no experiment: name one of --list"),
+        (["guidence", "--workdir", "x"], r"no experiment 'guidence': expected one of .*guidance"),
+        (["guidance", "--workdir", "x", "--captions", "2000"], "2000.*: expected a whole number from 1 to 1,920"),
+    ],
+)
+def test_a_mistake_is_one_line(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(*words)
+
+
+def test_a_file_without_an_experiment_is_refused(tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("x = 1\n")
+    with pytest.raises(UserError, match="defines no EXPERIMENT"):
+        run(path, "--workdir", tmp_path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_experiments_ask_for_what_there_is(path, tmp_path):
+    """Every key of their arms is one of the config that it changes, and every claim is of its own arms."""
+    found = experiment.load(path)
+    names = [arm.name for arm in found.arms]
+    assert len(set(names)) == len(names) and set(found.models) <= set(CONFIGS)
+    assert all(re.fullmatch(r"[a-z0-9_.]+", name) for name in names), "names of files"
+    for claim in found.claims:
+        assert {claim.larger, claim.smaller} <= set(names) and claim.measure in found.measures
+    laboratory = Lab(found, tmp_path, "data", None)
+    for arm in found.arms:
+        for name in found.models:
+            config = laboratory.config(arm, name)  # raises for a key that is not there
+            for key in arm.sampling.get(name, {}):
+                assert f"sampling.{key}" in set(flat_keys(config))
+        assert set(arm.options) <= OPTIONS and arm.options.get("source") in (None, *SOURCES)
+        assert set(arm.sampling) <= {"decoder", "prior"} and set(arm.configs) | set(arm.changes) <= set(found.models)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_what_is_said_of_an_experiment_is_what_was_measured(path):
+    """results.md and the folder's README hold the numbers of results.jsonl, and no others."""
+    stored = path.with_name(experiment.RESULTS)
+    if not stored.exists():
+        assert not path.with_name("README.md").exists(), "a README without results"
+        return
+    found, results = experiment.load(path), [json.loads(line) for line in stored.read_text().splitlines()]
+    table = experiment.table(found, results)
+    assert path.with_name(experiment.TABLE).read_text() == table
+    text = path.with_name("README.md").read_text()
+    assert table in text and f"**{trials.verdict(results)}**" in text.lower()
+    numbers = set(re.findall(r"\d\.\d{3}", table))
+    assert set(re.findall(r"\b[01]\.\d{3}\b", text)) <= numbers
+
+
+def test_the_overview_is_that_of_the_list(capsys):
+    assert run("--list") == 0
+    assert capsys.readouterr().out in (FOLDER / "README.md").read_text()
+
+
+def test_configs_of_shipped_models_belong_together():
+    clip = cli.load_config("configs/clip.py:shipped")
+    sizes = {name: cli.load_config(f"configs/{name}.py:shipped") for name in CONFIGS.values()}
+    assert sizes["decoder"].model.embedding_dim == sizes["prior_diffusion"].model.embedding_dim == clip.model.dim
+    assert sizes["clip_noised"].model.image_size == sizes["decoder"].model.image_size
+
+
+def test_an_arm_may_be_of_another_config(tmp_path):
+    found = dataclasses.replace(experiment.load(FILES[0]), models=("decoder",))
+    config = Lab(found, tmp_path, "data", None).config(Arm("glide", "GLIDE", {"decoder": "glide"}), "decoder")
+    assert config.stage == "glide"

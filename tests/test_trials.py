@@ -1,0 +1,181 @@
+"""Experiments: what is trained, drawn and measured of each arm, what is kept, and what is concluded."""
+
+import dataclasses
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from shrink import compilation_cache, save_cascade
+
+from unclip_jax import cli, trials
+from unclip_jax.data import varied_scenes
+from unclip_jax.errors import UserError
+from unclip_jax.evaluation import factor_scores, factors
+from unclip_jax.trials import Arm, Claim, Experiment, Lab, Stopped, compare, digest, scene_values, verdict
+
+FOLDERS = {"clip": "clip", "prior_diffusion": "prior", "decoder": "decoder", "upsampler": "upsampler_256"}
+PLAIN = Arm("plain", "as it comes")
+GUIDED = Arm("guided", "guided", options={"guidance_scale": 4.0}, x=4.0)
+TEXT = Arm("text", "trained on z_t", changes={"decoder": {"model.embedding": "text"}})
+SMALL = Experiment(
+    question="?", paper="nowhere", models=("clip", "prior", "decoder"), arms=(PLAIN, GUIDED, TEXT),
+    measures={"named": "named factors"}, claims=(Claim("It is larger.", "named", "guided", "plain"),),
+    captions=2, draws=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    with compilation_cache():
+        yield save_cascade(tmp_path_factory.mktemp("bundles"))
+
+
+@pytest.fixture
+def trained(bundles, monkeypatch):
+    """Configs that were trained: training copies a bundle of shrunk models."""
+    configs = []
+
+    def run(config, workdir):
+        configs.append(config)
+        shutil.copytree(bundles / FOLDERS[config.stage], f"{workdir}/bundle")
+        with open(f"{workdir}/metrics.jsonl", "w") as file:
+            file.write('{"step": 1, "seconds": 60.0}\n')
+        return {"sha256": "", "metrics": {}}
+
+    monkeypatch.setattr(trials.train, "run", run)
+    return configs
+
+
+def lab(tmp_path, experiment=SMALL, **given):
+    return Lab(experiment, tmp_path, "data", None, **given)
+
+
+def test_nothing_is_trained_or_drawn_twice(tmp_path, trained, monkeypatch):
+    first = [lab(tmp_path).run(arm) for arm in SMALL.arms]
+    assert [config.stage for config in trained] == ["clip", "prior_diffusion", "decoder", "decoder"]
+    assert [config.get("model").get("embedding") for config in trained[2:]] == ["image", "text"]
+    assert {config.data.data_dir for config in trained} == {"data"}
+    assert all(values["named"].shape == (1, 2, 2) for values in first)
+
+    monkeypatch.setattr(trials, "draw_file", None)
+    again = lab(tmp_path)
+    for arm, before in zip(SMALL.arms, first, strict=True):
+        for name, values in again.run(arm).items():
+            np.testing.assert_array_equal(values, before[name])
+    assert len(trained) == 4
+    assert sorted(again.training_seconds.values()) == [60.0] * 4
+
+
+def test_arms_draw_as_they_say(tmp_path, trained):
+    drawn = {}
+    for arm in (PLAIN, GUIDED, Arm("steps", "fewer steps", sampling={"decoder": {"steps": "2"}})):
+        laboratory = lab(tmp_path)
+        drawn[arm.name] = laboratory.draw(laboratory.cascade(arm), arm)
+        assert drawn[arm.name].shape[:2] == (2, 2)
+    assert not np.array_equal(drawn["plain"], drawn["guided"])
+    assert not np.array_equal(drawn["plain"], drawn["steps"])
+
+
+def test_each_seed_trains_what_an_arm_changes_and_what_the_experiment_asks_for(tmp_path, trained):
+    lab(tmp_path, dataclasses.replace(SMALL, seeds=2)).run(TEXT)
+    assert [(config.stage, config.train.seed) for config in trained if config.train.seed] == [("decoder", 1)]
+    values = lab(tmp_path, dataclasses.replace(SMALL, seeds=2, seeded=("prior",))).run(PLAIN)
+    assert ("prior_diffusion", 1) in [(config.stage, config.train.seed) for config in trained]
+    assert values["named"].shape == (2, 2, 2)
+
+
+def test_shipped_weights_are_not_trained_again(tmp_path, trained, bundles):
+    """A model is known by its config and its CLIP, wherever its data lie and however often it was saved."""
+    laboratory = lab(tmp_path)
+    for name in ("clip", "decoder"):
+        config = laboratory.config(PLAIN, name).unlock()
+        config.data.data_dir, config.train.checkpoint_every = "/elsewhere", 7
+        if name == "decoder":
+            config.clip.bundle = str(tmp_path / "weights/clip")
+        place = tmp_path / "weights" / name
+        shutil.copytree(bundles / name, place)
+        stored = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(stored | {"config": config.to_dict()}))
+    ours = Lab(SMALL, tmp_path, "data", tmp_path / "weights")
+    clip = ours.bundle(ours.config(PLAIN, "clip"))
+    assert clip == tmp_path / "weights/clip"
+    assert ours.bundle(ours.config(PLAIN, "decoder"), clip) == tmp_path / "weights/decoder"
+    ours.bundle(ours.config(TEXT, "decoder"), clip)
+    assert [config.model.embedding for config in trained] == ["text"]
+
+
+def test_what_is_trained_is_in_the_digest():
+    config = cli.load_config("configs/clip.py:tiny").unlock()
+    before = digest(config)
+    config.train.checkpoint_every, config.data.threads = 17, 3
+    assert digest(config) == before
+    for key, value in {"train.seed": 1, "train.steps": 7, "model.dim": 32, "data.source": "folder:x"}.items():
+        other = config.copy_and_resolve_references()
+        other.update_from_flattened_dict({key: value})
+        assert digest(other) != before, key
+
+
+def test_a_key_that_a_config_does_not_have_is_named(tmp_path):
+    arm = Arm("odd", "odd", changes={"decoder": {"model.embeding": "text"}})
+    with pytest.raises(UserError, match=r"arm odd changes model\.embeding, which configs/decoder\.py:shipped"):
+        lab(tmp_path).config(arm, "decoder")
+
+
+def test_a_stopped_training_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials.train, "run", lambda config, workdir: signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        lab(tmp_path).run(PLAIN)
+    assert stopped.value.by == signal.SIGTERM
+
+
+def test_a_try_trains_for_a_few_steps(tmp_path):
+    config = lab(tmp_path, steps=3).config(PLAIN, "prior")
+    assert (config.train.steps, config.sampling.sampler) == (3, "ddim")
+
+
+def test_values_of_pictures_are_those_of_factor_scores():
+    """True pictures, and those of the next caption: equal to what is counted over all of them."""
+    scenes, named, _ = zip(*(varied_scenes.scene_at("test", index) for index in range(12)), strict=True)
+    shown = [s for pair in zip(scenes, (*scenes[1:], scenes[0]), strict=True) for s in pair]
+    reading = factors.read(np.stack([varied_scenes.render(scene, 64) for scene in shown]))
+    asked, names = [s for s in scenes for _ in range(2)], [n for n in named for _ in range(2)]
+    values = scene_values(reading, scenes, named)
+    counted = factor_scores.alignment(reading, asked, names)
+    for name in ("all", *varied_scenes.factors()):
+        assert np.nanmean(values[name]) == pytest.approx(counted[name].value), name
+        assert np.isfinite(values[name]).sum() == counted[name].n
+    np.testing.assert_array_equal(values["all"][:, 0], 1)
+    assert values["named"][:, 1].mean() < 0.6
+    assert np.nanmean(values["binding"]) == pytest.approx(factor_scores.binding(reading, asked, names).value)
+    assert np.nanmean(values["readable"]) == factor_scores.precision(reading).value
+    left = varied_scenes.factors().keys() - {"object", *named[0]}
+    first, second = map(factors.as_read, scenes[:2])
+    differ = np.mean([getattr(first, name) != getattr(second, name) for name in left])
+    np.testing.assert_array_equal(values["variety"][0], [differ, differ])
+
+
+def results(*gaps):
+    arms = [PLAIN, *(Arm(f"arm{k}", "") for k in range(len(gaps)))]
+    claims = tuple(Claim(f"claim {k}", "named", f"arm{k}", "plain") for k in range(len(gaps)))
+    rng = np.random.default_rng(0)
+    pairs = zip(arms, (0, *gaps), strict=True)
+    values = {arm.name: {"named": gap + 0.1 * rng.normal(size=(1, 50, 2))} for arm, gap in pairs}
+    return compare(dataclasses.replace(SMALL, arms=tuple(arms), claims=claims), values)
+
+
+def test_verdicts_follow_the_interval_of_the_difference():
+    found = results(0.3, -0.3, 0.0)
+    assert [line["arm"] for line in found if "arm" in line] == ["plain", "arm0", "arm1", "arm2"]
+    claims = [line for line in found if "claim" in line]
+    assert [line["verdict"] for line in claims] == ["reproduced", "not reproduced", "cannot tell"]
+    assert [line["value"] for line in claims] == pytest.approx([0.3, -0.3, 0], abs=0.04)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_verdict_of_all_claims():
+    assert verdict(results(0.3, 0.2)) == "reproduced"
+    assert verdict(results(0.3, -0.2)) == "in part"
+    assert verdict(results(-0.3)) == "not reproduced"
+    assert verdict(results(-0.3, 0.0)) == "cannot tell"

@@ -1,0 +1,207 @@
+"""Runs an experiment: trains what its arms lack, draws, measures, compares, and says which claims hold.
+
+    python -m unclip_jax.experiment prior_purpose --workdir experiments_runs
+    python -m unclip_jax.experiment --list
+
+An experiment is a file, experiments/NAME/experiment.py, of arms, measures and claims of a paper; another file may be
+given by its path. WORKDIR keeps models, drawings and measurements, and is shared by all experiments: nothing is trained
+or drawn twice, and stopped by Ctrl-C, SIGTERM or a crash, the same command goes on. WORKDIR/NAME gets results.jsonl,
+figure.svg and results.md; --publish writes them beside experiment.py too. Each number has its 95 % interval, by a
+bootstrap over training seeds, captions and pictures.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from unclip_jax import cli, train
+from unclip_jax.errors import UserError
+from unclip_jax.paths import output_folder, to_path, write_bytes
+
+if TYPE_CHECKING:
+    from unclip_jax.trials import Experiment
+
+FILE, RESULTS, FIGURE, TABLE = "experiment.py", "results.jsonl", "figure.svg", "results.md"
+PUBLISHED = (RESULTS, FIGURE, TABLE)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line. Raises UserError for what is wrong with it."""
+    parser = cli.Parser("experiment", __doc__)
+    parser.add_argument("name", nargs="?", help="experiment, as of --list, or the path of a file of one")
+    parser.add_argument("--list", action="store_true", help="list the experiments, with their questions")
+    parser.add_argument("--workdir", help="folder for models, drawings and results, shared by all experiments")
+    parser.add_argument("--data-dir", help="folder of the datasets; default: WORKDIR/data")
+    parser.add_argument("--captions", type=cli.whole(1, 1920), help="as many captions, instead of the experiment's")
+    parser.add_argument("--draws", type=cli.whole(1, 100), help="as many pictures of each, instead of the experiment's")
+    text = "train each model for this many steps only, to try everything out"
+    parser.add_argument("--steps", type=cli.whole(1, 10**10), help=text)
+    parser.add_argument("--publish", action="store_true", help="write the results beside experiment.py too")
+    args = parser.parse_args(argv[1:])
+    if not args.list and not args.name:
+        raise UserError("no experiment: name one of --list")
+    if not args.list and not args.workdir:
+        raise UserError("no --workdir: give a folder for models and results, such as --workdir experiments_runs")
+    if args.publish and (args.steps or args.captions or args.draws):
+        raise UserError("--publish goes with the whole experiment: leave out --steps, --captions and --draws")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    if args.list:
+        print(overview())
+        return 0
+    import dataclasses
+
+    from unclip_jax.trials import Lab, Stopped, compare, verdict
+
+    path = find(args.name)
+    given = {name: getattr(args, name) for name in ("captions", "draws") if getattr(args, name)}
+    experiment = dataclasses.replace(load(path), **given)
+    workdir = output_folder(args.workdir, "--workdir")
+    cli.enable_compilation_cache()
+    weights = None if args.steps else _weights()
+    lab = Lab(experiment, workdir, args.data_dir or str(workdir / "data"), weights, args.steps)
+    began, values = time.monotonic(), {}
+    for i, arm in enumerate(experiment.arms):
+        print(f"[{i + 1}/{len(experiment.arms)}] {arm.label}", file=sys.stderr, flush=True)
+        try:
+            values[arm.name] = lab.run(arm)
+        except Stopped as stopped:
+            return train.exit_status(stopped.by)
+    results = compare(experiment, values)
+    content = {
+        RESULTS: "".join(f"{json.dumps(line)}\n" for line in results).encode(),
+        FIGURE: figure(experiment, results),
+        TABLE: table(experiment, results).encode(),
+    }
+    folders = [workdir / path.parent.name, *([path.parent] if args.publish else [])]
+    for folder in folders:
+        for name in PUBLISHED:
+            write_bytes(folder / name, content[name])
+    print(content[TABLE].decode())
+    print(f"{verdict(results)}, after {(time.monotonic() - began) / 60:.1f} minutes: {folders[-1]}", file=sys.stderr)
+    return 0
+
+
+def find(name: str) -> Path:
+    """Finds the file of an experiment, by its name or path. Raises UserError where there is none."""
+    path = to_path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    if (path := _folder() / name / FILE).is_file():
+        return path
+    known = ", ".join(sorted(path.parent.name for path in _folder().glob(f"*/{FILE}")))
+    raise UserError(f"no experiment {name!r}: expected one of {known}, or the path of a file of one")
+
+
+def load(path: Path) -> "Experiment":
+    """Runs the file of an experiment, which defines EXPERIMENT. Raises UserError where it does not."""
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.parent.name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "EXPERIMENT"):
+        raise UserError(f"{path} defines no EXPERIMENT: see experiments/README.md")
+    return module.EXPERIMENT
+
+
+def overview() -> str:
+    """Lists the experiments as a table of Markdown, with the verdicts that were published."""
+    from unclip_jax.trials import verdict
+
+    lines = [_row("experiment", "question", "of", "verdict"), _row(*["---"] * 4)]
+    for path in sorted(_folder().glob(f"*/{FILE}")):
+        experiment, results = load(path), path.with_name(RESULTS)
+        found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        said = verdict(found) if found else "not run yet"
+        name = path.parent.name
+        lines.append(_row(f"[{name}]({name})", experiment.question, experiment.paper, said))
+    return "\n".join(lines)
+
+
+def table(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> str:
+    """Writes results as two tables of Markdown: arms with their measures, and claims with their verdicts."""
+    lines = [_row("arm", *experiment.measures.values()), _row(*["---"] * (1 + len(experiment.measures)))]
+    for arm in experiment.arms:
+        found = {line["measure"]: line for line in results if line.get("arm") == arm.name}
+        lines.append(_row(arm.label, *(_number(found[name]) for name in experiment.measures)))
+    labels = {arm.name: arm.label for arm in experiment.arms}
+    lines += ["", _row("claim", "difference", "of", "n", "verdict"), _row(*["---"] * 5)]
+    for line in results:
+        if "claim" in line:
+            measure = experiment.measures.get(line["measure"], line["measure"])
+            of = f"{measure}: {labels[line['larger']]} − {labels[line['smaller']]}"
+            lines.append(_row(line["claim"], _number(line), of, f"{line['n']:,}", line["verdict"]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(line: Mapping[str, Any]) -> str:
+    return f"{line['value']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+
+
+def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draws the measures of the arms with their intervals as SVG: a panel for each, over x or arm by arm."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "unclip_jax"  # the same results give the same file
+    over_x = all(arm.x is not None for arm in experiment.arms)
+    count, labels = len(experiment.measures), [arm.label for arm in experiment.arms]
+    size = (3.2 * count, 2.8) if over_x else (2.6 * count + 1.5, 0.32 * len(labels) + 1.2)
+    figure, panels = plt.subplots(1, count, figsize=size, layout="constrained", sharey=not over_x, squeeze=False)
+    for panel, (name, label) in zip(panels[0], experiment.measures.items(), strict=True):
+        lines = {line["arm"]: line for line in results if line.get("measure") == name and "arm" in line}
+        for series in dict.fromkeys(arm.series for arm in experiment.arms):
+            arms = [(at, arm) for at, arm in enumerate(experiment.arms) if arm.series == series]
+            found = [[lines[arm.name][part] for _, arm in arms] for part in ("value", "low", "high")]
+            value, low, high = map(np.array, found)
+            bars = np.abs([low - value, high - value])
+            if over_x:
+                panel.errorbar([arm.x for _, arm in arms], value, yerr=bars, marker="o", capsize=3, label=series)
+            else:
+                panel.errorbar(value, [at for at, _ in arms], xerr=bars, fmt="o", capsize=3)
+        if over_x:
+            panel.set(xlabel=experiment.axis, ylabel=label)
+        else:
+            panel.set(xlabel=label, yticks=range(len(labels)), yticklabels=labels)
+    if not over_x:
+        panels[0][0].invert_yaxis()
+    elif experiment.arms[0].series:
+        panels[0][0].legend()
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return file.getvalue()
+
+
+def _folder() -> Path:
+    """Returns the folder of the experiments that come with this package: in a checkout, or inside a wheel."""
+    package = Path(__file__).parent
+    inside = package / "experiments"
+    return inside if inside.is_dir() else package.parent / "experiments"
+
+
+def _weights() -> Path | None:
+    """Returns the folder of the weights that come with this package, if they do."""
+    folder = Path(__file__).parent / "weights"
+    return folder if folder.is_dir() else None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,322 @@
+"""Experiments: arms that differ in how models are trained or drawn from, and what is measured of the pictures.
+
+An experiment is a value, which `get_experiment(size)` in experiments/NAME/experiment.py returns. An arm says only what
+is other than in the cascade that comes with this package. `Lab` trains what an arm lacks: a model is known by a digest
+of its config and of its CLIP, so nothing is trained twice, by any experiment. What was drawn and measured is kept in
+the same folder, so an experiment that was stopped goes on where it was.
+"""
+
+import dataclasses
+import hashlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from unclip_jax import __version__, cli, train
+from unclip_jax.bundle import CONFIG, load_description
+from unclip_jax.cascade import Cascade
+from unclip_jax.chain import PRIORS, UPSAMPLERS
+from unclip_jax.config import flat_items
+from unclip_jax.data import varied_scenes
+from unclip_jax.drawing import draw_file
+from unclip_jax.errors import UserError
+from unclip_jax.evaluation import comparisons, factors
+from unclip_jax.evaluation.intervals import Result
+from unclip_jax.evaluation.reading import read_pictures
+from unclip_jax.model import Model
+from unclip_jax.paths import to_path
+
+CONFIGS = {  # model of a cascade → its config, where an arm names no other
+    "clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "noised_clip": "clip_noised",
+    "upsampler_256": "upsampler_256", "upsampler_1024": "upsampler_1024",
+}  # fmt: skip
+# Keys that say where a run's data and CLIP lie or how it is done, not what comes of it.
+UNTOLD = ("data.data_dir", "data.threads", "data.workers", "clip.", "mesh.", "train.log_every", "train.checkpoint_",
+          "train.keep", "train.watchdog_minutes", "train.expected_loss", "train.sample_every", "train.measure",
+          "train.eval_size", "train.draw_size")  # fmt: skip
+Values = Mapping[str, np.ndarray]  # measure → (captions, draws), NaN where a picture has no value
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way of training and drawing.
+
+    name: short, for files. label: for tables and figures. configs: model → config by which it is trained instead of
+    that of `CONFIGS`, such as "prior": "prior_ar". changes: model → key of its config → value. sampling: of "decoder"
+    or "prior", values of that section of its config. options: of `Cascade.generate`, such as guidance_scale. x: where
+    the arm stands on a figure's axis, if arms differ by a number; series: the line that it is a point of.
+    """
+
+    name: str
+    label: str
+    configs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    sampling: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    x: float | None = None
+    series: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A sentence of a paper that is true of these arms if `measure` is larger for one than for the other."""
+
+    text: str
+    measure: str
+    larger: str
+    smaller: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A question, the arms that answer it, and the claims that it tries.
+
+    paper: where the claims stand, such as "unCLIP, section 5.1, figure 8". models: of each arm's cascade. measures:
+    name → label of what tables and figures show. captions: how many, of those that were held out. draws: pictures of
+    each. seeds: how often models are trained, each time by another seed: those that an arm changes, and for every arm
+    those in `seeded`. measure: what is measured of an
+    arm's cascade. axis: name of the arms' x.
+    """
+
+    question: str
+    paper: str
+    models: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    measures: Mapping[str, str]
+    claims: tuple[Claim, ...]
+    captions: int = 512
+    draws: int = 4
+    seeds: int = 1
+    seeded: tuple[str, ...] = ()
+    size: str = "shipped"
+    measure: "Callable[[Lab, Cascade, Arm], Values]" = lambda lab, cascade, arm: lab.scene_values(cascade, arm)
+    axis: str = ""
+
+
+class Lab:
+    """Trains, draws and measures for one experiment, below a folder that all experiments share.
+
+    data_dir: where datasets are drawn. shipped: folder of bundles that were trained by the configs of size "shipped".
+    steps: train each model for so many steps only, to try everything out.
+    """
+
+    def __init__(
+        self, experiment: Experiment, workdir: Path, data_dir: str, shipped: Path | None, steps: int | None = None
+    ):
+        self.experiment, self.workdir = experiment, workdir
+        self._data_dir, self._steps = data_dir, steps
+        self._shipped = {} if steps or shipped is None else _by_digest(shipped)
+        self.scenes, self.named, self.captions = zip(
+            *(varied_scenes.scene_at("test", index) for index in range(experiment.captions)), strict=True
+        )
+        self.training_seconds: dict[str, float] = {}
+
+    def run(self, arm: Arm) -> dict[str, np.ndarray]:
+        """Returns each measure's values of an arm, (training seeds, captions, draws)."""
+        found = [self._values(arm, seed) for seed in range(self.experiment.seeds)]
+        return {name: np.stack([values[name] for values in found]) for name in found[0]}
+
+    def cascade(self, arm: Arm, seed: int = 0) -> Cascade:
+        """Loads the cascade of an arm, and trains what is missing of it. seed: of the models that the arm changes or
+        that the experiment trains by several seeds."""
+        configs = {name: self.config(arm, name, seed) for name in self.experiment.models}
+        clip, clip_folder = None, None
+        if configs["decoder"].stage == "glide":
+            configs = {name: config for name, config in configs.items() if name not in ("clip", "prior")}
+        else:
+            clip_folder = self.bundle(configs.pop("clip"))
+            clip = Model.load(clip_folder, ("clip",))
+
+        def load(name: str, *stages: str) -> Model | None:
+            return Model.load(self.bundle(configs[name], clip_folder), stages, clip) if name in configs else None
+
+        prior, decoder = load("prior", *PRIORS), load("decoder", "decoder", "glide")
+        upsamplers = [load(name, "upsampler", "glide") for name in UPSAMPLERS if name in configs]
+        cascade = Cascade(clip, prior, decoder, upsamplers, load("noised_clip", "clip"))
+        return cascade.sampled_by(arm.sampling.get("decoder", {}), arm.sampling.get("prior", {}))
+
+    def config(self, arm: Arm, name: str, seed: int = 0) -> ConfigDict:
+        """Makes the config of a model of an arm. Raises UserError for a key that it does not have."""
+        spec = f"configs/{arm.configs.get(name, CONFIGS[name])}.py:{self.experiment.size}"
+        config = cli.load_config(spec).copy_and_resolve_references().unlock()
+        known = dict(flat_items(config))
+        for key, value in arm.changes.get(name, {}).items():
+            if key not in known:
+                raise UserError(f"arm {arm.name} changes {key}, which {spec} does not have")
+            config.update_from_flattened_dict({key: value})
+        config.data.data_dir = self._data_dir
+        if arm.changes.get(name) or name in self.experiment.seeded:
+            config.train.seed = seed
+        if self._steps:  # everything is to be quick, the search for a prior's analytic variances too
+            config.train.steps, config.train.eval_size, config.train.draw_size = self._steps, 8, 8
+            if config.stage == "prior_diffusion":
+                config.sampling.sampler, config.sampling.steps = "ddim", "4"
+        return config.lock()
+
+    def bundle(self, config: ConfigDict, clip: Path | None = None) -> Path:
+        """Returns the folder of the model that a config gives; trains it first where there is none.
+
+        clip: the bundle for config.clip. Raises Stopped where a signal stopped the training.
+        """
+        if "clip" in config:
+            with config.unlocked():
+                config.clip.bundle = str(clip)
+        name = digest(config)
+        if name in self._shipped:
+            return self._shipped[name]
+        folder = self.workdir / "runs" / f"{config.stage}-{name[:12]}"
+        if not (folder / "bundle" / CONFIG).exists():
+            print(f"training {folder.name}", file=sys.stderr, flush=True)
+            report = train.run(config, str(folder))
+            if isinstance(report, signal.Signals):
+                raise Stopped(report)
+            jax.clear_caches()  # the programs of several trainings would fill the memory
+        self.training_seconds[folder.name] = _seconds(folder / "metrics.jsonl")
+        return folder / "bundle"
+
+    def draw(self, cascade: Cascade, arm: Arm) -> np.ndarray:
+        """Draws the captions, or reads what was drawn before: uint8 (captions, draws, R, R, 3)."""
+        about = {"models": cascade.identities(), "sampling": _plain(arm.sampling), "options": _plain(arm.options)}
+        key = _hash(about | {"captions": len(self.captions), "draws": self.experiment.draws})
+        folder = self.workdir / "drawn" / key[:12]
+        settings = about | {"bundle": "", "version": __version__}
+        draw_file(cascade, self.captions, folder, self.experiment.draws, 0, arm.options, settings, "tar")
+        images = np.stack([picture.image for picture in read_pictures(str(folder), None)])
+        return images.reshape(len(self.captions), self.experiment.draws, *images.shape[1:])
+
+    def scene_values(self, cascade: Cascade, arm: Arm) -> Values:
+        """Draws the captions and reads the pictures' factors: "named", the share of named factors that are right;
+        "all", whether all are; "binding", of `factor_scores.binding`; "readable"; "variety", the share of factors left
+        open in which two pictures of a caption differ; and each factor's own."""
+        images = self.draw(cascade, arm)
+        reading = factors.read(images.reshape(-1, *images.shape[2:]))
+        return scene_values(reading, self.scenes, self.named)
+
+    def _values(self, arm: Arm, seed: int) -> Values:
+        """Returns the values of an arm with models trained by `seed`, which are kept in a file."""
+        cascade = self.cascade(arm, seed)
+        key = _hash([cascade.identities(), _plain(arm.sampling), _plain(arm.options), arm.name, self._about()])
+        path = self.workdir / "values" / f"{arm.name}-{key[:12]}.npz"
+        if not path.exists():
+            began = time.monotonic()
+            values = dict(self.experiment.measure(self, cascade, arm))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".part.npz")
+            np.savez_compressed(beside, seconds=np.float64(time.monotonic() - began), **values)
+            beside.rename(path)
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if name != "seconds"}
+
+    def _about(self) -> list[Any]:
+        e = self.experiment
+        return [e.captions, e.draws, e.measure.__module__, e.measure.__qualname__]
+
+
+class Stopped(Exception):
+    """A signal stopped a training, which is saved."""
+
+    def __init__(self, by: signal.Signals):
+        super().__init__(by.name)
+        self.by = by
+
+
+def digest(config: ConfigDict) -> str:
+    """Computes a digest of all keys of a config that change what is trained, and of the CLIP in clip.bundle."""
+    told = {key: value for key, value in flat_items(config) if not key.startswith(UNTOLD)}
+    clip = load_description(to_path(config.clip.bundle))["identity"] if "clip" in config else ""
+    return _hash([told, clip])
+
+
+def scene_values(
+    reading: factors.Reading, scenes: Sequence[varied_scenes.Scene], named: Sequence[tuple[str, ...]]
+) -> Values:
+    """Computes what `Lab.scene_values` returns of a reading of pictures, those of each caption one after another."""
+    draws = len(reading.scenes) // len(scenes)
+    found = {name: np.full((len(scenes), draws), np.nan) for name in (*MEASURES, *varied_scenes.factors())}
+    for row, (scene, names) in enumerate(zip(map(factors.as_read, scenes), named, strict=True)):
+        seen = reading.scenes[row * draws : (row + 1) * draws]
+        for k, shown in enumerate(seen):
+            right = {name: getattr(shown, name) == getattr(scene, name) for name in ("object", *names)}
+            for name, hit in right.items():
+                found[name][row, k] = hit
+            found["named"][row, k], found["all"][row, k] = np.mean(list(right.values())), all(right.values())
+            colours = (shown.tint, shown.colour)
+            if {"tint", "colour"} <= set(names) and sorted(colours) == sorted((scene.tint, scene.colour)):
+                found["binding"][row, k] = np.nan if scene.tint == scene.colour else colours[0] == scene.tint
+            left = [name for name in varied_scenes.factors() if name != "object" and name not in names]
+            others = [other for other in seen if other is not shown]
+            differ = [getattr(other, name) != getattr(shown, name) for other in others for name in left]
+            found["variety"][row, k] = np.mean(differ) if differ else np.nan
+    found["readable"] = reading.readable.reshape(len(scenes), draws).astype(np.float64)
+    return found
+
+
+MEASURES = ("named", "all", "binding", "readable", "variety")  # of `Lab.scene_values`, besides the factors
+
+
+def compare(experiment: Experiment, values: Mapping[str, Values]) -> list[dict[str, Any]]:
+    """Computes the mean of each arm's measures, and for each claim the difference and a verdict, as JSON objects.
+
+    values: arm → measure → (seeds, captions, draws). The verdict is "reproduced" where the interval of the difference
+    is above 0, "not reproduced" where it is below, and else "cannot tell".
+    """
+    found = []
+    for arm in experiment.arms:
+        for measure in experiment.measures:
+            about = {"arm": arm.name} | ({} if arm.x is None else {"x": arm.x})
+            found.append(about | _line(comparisons.mean(measure, values[arm.name][measure])))
+    for claim in experiment.claims:
+        pair = (values[name][claim.measure] for name in (claim.larger, claim.smaller))
+        result = comparisons.difference(claim.measure, *pair)
+        verdict = "reproduced" if result.low > 0 else "not reproduced" if result.high < 0 else "cannot tell"
+        arms = {"larger": claim.larger, "smaller": claim.smaller}
+        found.append({"claim": claim.text} | arms | _line(result) | {"verdict": verdict})
+    return found
+
+
+def verdict(results: Sequence[Mapping[str, Any]]) -> str:
+    """Sums up the verdicts of an experiment's claims: that of all, else "in part" or, where none is reproduced, "cannot
+    tell"."""
+    found = {line["verdict"] for line in results if "verdict" in line}
+    if len(found) == 1:
+        return found.pop()
+    return "in part" if "reproduced" in found else "cannot tell"
+
+
+def _line(result: Result) -> dict[str, Any]:
+    numbers = {name: round(getattr(result, name), 4) for name in ("value", "low", "high")}
+    return {"measure": result.name} | numbers | {"n": result.n} | result.card
+
+
+def _by_digest(folder: Path) -> dict[str, Path]:
+    """Finds the bundles in a folder by the digests of their configs."""
+    found = {}
+    clip = folder / "clip"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if (path / CONFIG).exists():
+            config = cli.load_config(str(path / CONFIG)).unlock()
+            if "clip" in config:
+                config.clip.bundle = str(clip)
+            found[digest(config)] = path
+    return found
+
+
+def _seconds(metrics: Path) -> float:
+    """Reads how long a training took, from its metrics.jsonl."""
+    return json.loads(metrics.read_text().splitlines()[-1])["seconds"]
+
+
+def _plain(given: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(given, sort_keys=True))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
