@@ -22,7 +22,7 @@ SAY = '''
 from unclip_jax.trials import Arm, Claim, Experiment
 
 EXPERIMENT = Experiment(
-    question="Is two more?", paper="none", models=("clip",), 
+    question="Is two more?", paper="none", models=("clip",),
     arms=(Arm("one", "the one", x=1), Arm("two", "the other", x=2)),
     measures={"height": "how high"}, claims=(Claim("It is.", "height", "two", "one"),), axis="number", captions=3,
 )
