@@ -224,6 +224,13 @@ cli.run(main)
 """
 
 
+def test_a_terminal_of_ascii_alone_shows_other_letters_by_their_numbers():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii"}
+    program = "from unclip_jax import cli; cli.run(lambda argv: print('samples/猫.png'))"
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "samples/\\u732b.png\n", "")
+
+
 @pytest.mark.parametrize("status", [2, 3])
 def test_a_thread_that_hangs_does_not_keep_a_process_alive(status):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

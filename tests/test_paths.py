@@ -105,6 +105,15 @@ def test_long_copies_say_how_far_they_are(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "copying a: 0.00 of 0.00 GiB, left 0:00:00"
 
 
+def test_nothing_is_written_through_a_planted_link(tmp_path):
+    other = tmp_path / "other"
+    other.write_bytes(b"mine")
+    (tmp_path / "config.json.tmp").symlink_to(other)
+    write_bytes(tmp_path / "config.json", b"{}", alone=True)
+    assert other.read_bytes() == b"mine" and (tmp_path / "config.json").read_bytes() == b"{}"
+    assert not (tmp_path / "config.json").is_symlink()
+
+
 def test_folder_to_write_to_may_be_anywhere_that_can_be_written(root):
     assert output_folder(str(root / "new" / "folder")) == root / "new" / "folder"
     assert not root.exists(), "looking leaves nothing"

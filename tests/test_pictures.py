@@ -1,10 +1,14 @@
 """PNG files with their prompt inside, and grids whose pictures and captions lie where they should."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from unclip_jax.pictures import GAP, PAPER, add_file, file_name, grid, save_png
+
+DEJAVU = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"
 
 
 def noise(count, height=6, width=10, seed=0):
@@ -70,6 +74,15 @@ def test_captions_stand_under_their_own_picture():
     assert ink(1) == 0 < ink(3) < ink(0) < ink(2)
     gaps = [sheet[:, :GAP], sheet[:, GAP + side : 2 * GAP + side], sheet[:, -GAP:]]
     assert all((gap == PAPER).all() for gap in gaps), "text leaves its column"
+
+
+def test_letters_that_no_font_has_are_named(capsys):
+    grid(noise(2, 64, 64), 2, ["café", "red"])
+    assert "no font here has é" not in capsys.readouterr().err or not Path(DEJAVU).exists()
+    grid(noise(2, 64, 64), 2, ["a \U000f1234 cat", "red"])
+    assert "no font here has \U000f1234: captions show boxes for them" in capsys.readouterr().err
+    grid(noise(2, 64, 64), 2, ["a cat", "red, with 3 dots ..."])
+    assert capsys.readouterr().err == ""
 
 
 def test_other_files_are_not_overwritten(tmp_path):

@@ -170,12 +170,14 @@ class Chain:
             if model and "tokens" in model.stage.texts:
                 limits[name] = model.tokenizer, model.stage.texts["tokens"][1]
         for text in texts:
-            if not text.strip():
-                raise UserError("the prompt is empty: say what to draw")
-            for name, (tokenizer, limit) in limits.items():
-                count = tokenizer.count(text)
-                if count > limit:
-                    raise UserError(f"the prompt {text[:40]!r}… has {count} tokens: {name} reads {limit}; shorten it")
+            _check_text(text, "prompt", limits)
+
+    def check_captions(self, texts: list[str]) -> None:
+        """Raises UserError for a text that is empty or longer than the CLIP reads, and where there is no CLIP."""
+        if not self.clip:
+            raise UserError("this cascade has no clip/, which reads captions: give a cascade of unCLIP")
+        for text in texts:
+            _check_text(text, "caption", {"CLIP": (self.clip.tokenizer, self.clip.stage.config.model.text.context - 2)})
 
     def _generate(
         self,
@@ -282,6 +284,23 @@ class Chain:
             conditions = conditions._replace(guidance_scale=np.float32(scale))
         frozen = self.clip.params if model.stage.needs_clip else {}
         return model.draw(frozen, conditions, key, noised_clip, noised_text)
+
+
+def _check_text(text: str, kind: str, limits: Mapping[str, tuple[Any, int]]) -> None:
+    """Raises UserError for a text that is empty, not in UTF-8, or longer than one of the models reads.
+
+    limits: name of a model → its tokenizer, and how many tokens it reads.
+    """
+    if not text.strip():
+        raise UserError(f"the {kind} is empty: say what to draw")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # how Python hands over bytes of the command line that are no UTF-8
+        raise UserError(f"the {kind} {text[:40]!a} is not text in UTF-8: set the terminal to it") from error
+    for name, (tokenizer, limit) in limits.items():
+        count = tokenizer.count(text)
+        if count > limit:
+            raise UserError(f"the {kind} {text[:40]!r}… has {count} tokens: {name} reads {limit}; shorten it")
 
 
 def check_finite(**numbers: float | None) -> None:

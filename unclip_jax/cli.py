@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -109,6 +110,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     if GPU_SHARE_VARIABLE not in os.environ:
         os.environ[GPU_SHARE_VARIABLE] = str(GPU_SHARE)  # JAX reads it when it first looks for devices
         SET_BY_US.add(GPU_SHARE_VARIABLE)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII alone shows other letters as \u732b
+            stream.reconfigure(errors="backslashreplace")
     try:
         with storage_errors("a file", "mend that and run the same command again"):
             status = main(sys.argv) or 0

@@ -90,6 +90,10 @@ def main(argv: list[str]) -> int:
         cascade.check_prompts(args.prompt)
     elif not cascade.clip:
         raise UserError(f"{args.bundle} has no clip/, which {args.command} needs: give a cascade of unCLIP")
+    if args.command == "text_diff":
+        cascade.check_captions([args.after, *filter(None, [args.before])])
+    if args.command == "classify":
+        cascade.check_captions([template.replace("{}", label) for template in args.template for label in args.label])
     statistics = _components(cascade, args.pca) if args.command == "reconstruct" else {}
     about = _provenance(cascade, args, statistics)
     if args.command == "classify":

@@ -290,6 +290,7 @@ def _beside(path: Path, alone: bool = False) -> Iterator[Path]:
     alone: as in `write_bytes`.
     """
     beside = path.with_name(f"{path.name}.tmp" if alone else f".{path.name}.{uuid.uuid4().hex}.tmp")
+    beside.unlink(missing_ok=True)  # of an earlier run, or a link that leads elsewhere
     try:
         yield beside
         os.replace(beside, path)

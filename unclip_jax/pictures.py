@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from unclip_jax.paths import to_path, write_bytes
 
 NAME_BYTES = 120  # of a file's name, which may have 255 in all
+# Fonts with more letters than Pillow's own, where one is installed.
+WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc",
+              "DejaVuSans.ttf")  # fmt: skip
 GAP = 4  # pixels between pictures of a grid
 INK, PAPER = (40, 40, 40), (255, 255, 255)  # colours of a grid, red, green, blue
 
@@ -70,7 +74,7 @@ def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | N
     rows = -(-count // columns)
     text_height = 0
     if captions:
-        font = ImageFont.load_default(max(9, width // 16))
+        font = _font(max(9, width // 16), "".join(captions))
         wrapped = [_wrapped(caption, font, width) for caption in captions]
         line = sum(font.getmetrics())
         text_height = line * max(len(lines) for lines in wrapped) + GAP
@@ -82,6 +86,31 @@ def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | N
         for k, words in enumerate(wrapped[i] if captions else []):
             draw.text((x + (width - font.getlength(words)) / 2, y + height + 1 + k * line), words, INK, font)
     return np.asarray(sheet)
+
+
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
+    """Returns the first font that has all letters of a text, or the one that lacks fewest; says which it lacks."""
+    best, lacking = ImageFont.load_default(size), text
+    for name in ("", *WIDE_FONTS):
+        try:
+            font = ImageFont.truetype(name, size) if name else best
+        except OSError:
+            continue
+        found = _lacking(font, text)
+        if len(found) < len(lacking):
+            best, lacking = font, found
+        if not lacking:
+            break
+    if lacking:
+        print(f"no font here has {lacking[:20]}: captions show boxes for them; the text in each file is whole",
+              file=sys.stderr)  # fmt: skip
+    return best
+
+
+def _lacking(font: ImageFont.FreeTypeFont, text: str) -> str:
+    """Lists the letters of a text for which a font draws what it draws for a character that there is not."""
+    nothing = bytes(font.getmask("\U0010fffe"))
+    return "".join(sorted(c for c in set(text) if not c.isspace() and bytes(font.getmask(c)) == nothing))
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -209,7 +209,7 @@ def _run(
         if int(state.step) < steps:
             _say(f"stopped at step {int(state.step)} of {steps}, saved: the same command goes on from there")
             return stop.asked or signal.SIGTERM
-        if type(stage).finish is not Stage.finish:
+        if stage.finishes:
             _say(f"{config.stage}: completing the averaged parameters by held-out examples, which may take minutes")
         finished, found = held_out.finish(state.average, frozen)
         if found:

@@ -127,6 +127,13 @@ def test_formats_without_a_mark_are_known_by_name():
     assert is_picture("a.TGA", data[:64]) and not is_picture("a", data[:64]) and decode(data).shape == (8, 8, 3)
 
 
+def test_a_small_file_cannot_ask_for_any_memory():
+    bomb = encoded(Image.new("1", (12_000, 12_000)), "PNG")
+    assert len(bomb) < 100_000
+    with pytest.raises(UnreadableRecord, match="it has 12000 x 12000 pixels: expected 100,000,000 at most"):
+        decode(bomb)
+
+
 def test_nothing_is_run():
     """PostScript is a program."""
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"

@@ -180,6 +180,7 @@ def test_damaged_files(tmp_path):
     fails(whole[: len(whole) // 2], "damaged or cut short")
     fails(whole[:-1], "damaged or cut short")
     fails(b"\xff\xfe", "damaged or cut short")
+    fails(gzip.compress(bytes(tokenizers.MOST_BYTES + 1)), "holds more than 67,108,864 bytes of text")
     fails(b"<html>\n404 not found\n</html>", "line 1, is not two symbols to merge")
     fails(b"#version: 0.2\nl o\nlow\n", "line 3, is not two symbols to merge")
     fails("#version: 0.2\nl o\n猫 o\n".encode(), "do not agree")

@@ -21,6 +21,7 @@ COMMON = ("JPEG", "PNG", "WEBP", "GIF")  # formats that are tried first
 # Formats of Pillow that are left alone: PostScript is a program, which Ghostscript would run; the others hold no pixels
 # that Pillow itself decodes.
 NOT_PICTURES = {"EPS", "BUFR", "GRIB", "HDF5", "WMF", "MPEG", "IPTC"}
+MOST_PIXELS = 100_000_000  # of a picture: a small file can claim any number, and take as much memory
 SNIFFED_BYTES = 64  # of a file, by which its format is known
 # Largest values of float and of 32-bit pixels: the first that no pixel of a picture exceeds is white.
 FLOAT_WHITES, INTEGER_WHITES = (1.0, 255.0, 65535.0), (65535, 2**31 - 1)
@@ -30,7 +31,8 @@ def decode(data: bytes) -> np.ndarray:
     """Decodes a picture file to uint8 RGB (H, W, 3), turned upright, on white where it is transparent.
 
     Of several pictures in a file it takes the first. 16-bit values are scaled to 8 bits. So are floats, of which the
-    least of FLOAT_WHITES that holds them all is white. Raises UnreadableRecord for a damaged file.
+    least of FLOAT_WHITES that holds them all is white. Raises UnreadableRecord for a damaged file, and for a picture of
+    more than MOST_PIXELS.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -85,6 +87,8 @@ def _to_rgb(picture: "Image.Image", data: bytes) -> np.ndarray:
     """Decodes a picture, opened from `data` but not read yet, of any mode, to uint8 RGB, upright."""
     from PIL import Image
 
+    if picture.width * picture.height > MOST_PIXELS:
+        raise UnreadableRecord(f"it has {picture.width} x {picture.height} pixels: expected {MOST_PIXELS:,} at most")
     if (pixels := _plain_jpeg(picture, data)) is not None:
         return pixels
     picture.load()  # before anything else, as a second reading of a damaged file would not fail

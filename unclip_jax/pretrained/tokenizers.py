@@ -7,6 +7,7 @@ of neighbours are merged in the order of a list. The result is a tokenizer.json,
 """
 
 import gzip
+import io
 import json
 import zlib
 from pathlib import Path
@@ -24,6 +25,7 @@ CLIP_MERGES = 49152 - 256 - 2  # of the 262,143 in OpenAI's file
 CLIP_FILES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
 GPT2_FILES = (("encoder.json", "vocab.bpe"), ("encoder.json.gz", "vocab.bpe.gz"))
 HUGGINGFACE_FILES = ("vocab.json", "merges.txt")
+MOST_BYTES = 2**26  # of a vocabulary's text; a small gzipped file can hold any number
 # Upper and lower case are the same here, as in the reference, where ſ, a lower-case letter, therefore matches an s.
 CLIP_WORDS = r"(?i:<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)"
 
@@ -102,7 +104,11 @@ def _text(path: Path) -> str:
         raise UserError(f"no {path.name} in {path.parent}: download it there, it comes with the weights")
     data = path.read_bytes()
     try:
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise UserError(f"{path} holds more than {MOST_BYTES:,} bytes of text: it is no vocabulary")
+        return data.decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged or cut short ({error}): download it again") from error
 

@@ -136,6 +136,11 @@ class Stage:
         """Tells whether the loss runs CLIP, on pictures or captions in the batch."""
         return "clip_image" in self.images or "clip_tokens" in self.texts
 
+    @property
+    def finishes(self) -> bool:
+        """Tells whether `finish` has something to find."""
+        return False
+
     def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a batch's arrays."""
         spec = {}

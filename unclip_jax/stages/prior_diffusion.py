@@ -90,6 +90,10 @@ class PriorDiffusion(Prior):
         said = {"whitened_from": len(z_i), "std_least": std.min(), "std_most": std.max()}
         return params | {name: np.float32(value) for name, value in fitted.items()}, jax.tree.map(jnp.float32, said)
 
+    @property
+    def finishes(self) -> bool:
+        return self._analytic
+
     def finish(self, params: Params, frozen: Params, batch: Batch, key: Key) -> tuple[Params, Scalars]:
         """Estimates the analytic variances of all timesteps; reports the error at the least and the most noise."""
         if not self._analytic:
