@@ -63,6 +63,7 @@ setup(
         "browser": [*test, "playwright>=1.40"],  # and Chromium, from anywhere
         "parity": [
             *["torch>=2.6", "diffusers>=0.35,<0.43", "transformers>=5.0", "torch-fidelity>=0.4", "prdc>=0.2"],
+            *["open_clip_torch>=2.24"],
             "choix>=0.4",
             *test,
         ],

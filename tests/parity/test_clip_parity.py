@@ -346,3 +346,36 @@ def test_command(tmp_path, seen, capsys):
     z_i, z_t, _ = forward(bundle.config, bundle.params, squares, tokens, lengths)
     compare(seen, "from files to embeddings", z_i, theirs.image_embeds)
     compare(seen, "from files to embeddings", z_t, theirs.text_embeds)
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+def test_open_clip(quick_gelu, tmp_path, seen):
+    """A folder as open_clip stores it, with heads, mean and activation of its own."""
+    open_clip = pytest.importorskip("open_clip")
+    vision = dict(image_size=16, layers=2, width=24, patch_size=4, head_width=12)
+    text = dict(context_length=CONTEXT, vocab_size=514, width=16, heads=2, layers=3)
+    towers = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": text} | ({"quick_gelu": True} if quick_gelu else {})
+    torch.manual_seed(3)
+    model = open_clip.model.CLIP(**towers).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    preprocess = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"}
+    about = {"model_cfg": towers, "preprocess_cfg": preprocess}
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(about))
+    torch.save(model.state_dict(), tmp_path / "clip" / "open_clip_pytorch_model.bin")
+    vocabularies.save_clip(tmp_path / "clip", [])
+    command.main(["pretrained", "openai_clip", str(tmp_path / "clip"), "--out", str(tmp_path / "out")])
+
+    bundle = load_bundle(tmp_path / "out")
+    images = np.random.default_rng(5).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    unit = (images / 255 - np.array(mean)) / np.array(std)
+    tokens, lengths = Tokenizer(bundle.tokenizer_bytes).encode(["a red corgi", "the café", "a"], CONTEXT, ends=True)
+    ours = forward(bundle.config, bundle.params, images, tokens, lengths)
+    with torch.no_grad():
+        theirs = model.encode_image(torch.tensor(unit.transpose(0, 3, 1, 2), dtype=torch.float32), normalize=True)
+        compare(seen, "open_clip's image embeddings", ours[0], theirs)
+        theirs = model.encode_text(torch.tensor(tokens, dtype=torch.long), normalize=True)
+        compare(seen, "open_clip's text embeddings", ours[1], theirs)

@@ -251,3 +251,47 @@ def test_command_needs_one_file_of_weights(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=r"but has ViT-B-32\.pt, ViT-L-14\.pt: give one"):
         run(tmp_path, tmp_path / "out")
+
+
+OPEN_CLIP = {
+    "model_cfg": {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": 16, "layers": 2, "width": 24, "patch_size": 4, "head_width": 12},
+        "text_cfg": {"context_length": 77, "vocab_size": VOCAB, "width": 16, "heads": 2, "layers": 3},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"},
+}
+
+
+def test_open_clip_says_heads_activation_mean_and_std(tmp_path):
+    save_file(tensors("openai"), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
+    vocabularies.save_clip(tmp_path, [])
+    command.main(["pretrained", "openai_clip", str(tmp_path), "--out", str(tmp_path / "out")])
+    m = load_bundle(tmp_path / "out").config.model
+    assert (m.image.heads, m.text.heads, m.activation) == (2, 2, "gelu")
+    assert (m.mean, m.std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "says"),
+    [
+        ("vision_cfg", "timm_model_name", "convnext_base", "vision_cfg.timm_model_name=convnext_base"),
+        ("text_cfg", "hf_model_name", "roberta-base", "text_cfg.hf_model_name=roberta-base"),
+        ("", "custom_text", True, "custom_text=True"),
+        ("preprocess", "interpolation", "bilinear", "interpolation=bilinear"),
+        ("preprocess", "resize_mode", "squash", "resize_mode=squash"),
+    ],
+)
+def test_what_open_clip_does_otherwise_is_named(section, key, value, says):
+    about = json.loads(json.dumps(OPEN_CLIP))
+    part = about["preprocess_cfg"] if section == "preprocess" else about["model_cfg"]
+    (part.setdefault(section, {}) if section.endswith("_cfg") else part)[key] = value
+    with pytest.raises(UserError, match=f"open_clip_config.json has {says}: only CLIP's own towers"):
+        openai_clip.convert_open_clip(StateDict(tensors("openai"), "x"), about)
+
+
+def test_open_clip_without_activation_and_with_it():
+    about = {"model_cfg": OPEN_CLIP["model_cfg"] | {"quick_gelu": True, "custom_text": False}}
+    config, _ = openai_clip.convert_open_clip(StateDict(tensors("openai"), "x"), about)
+    assert (config.model.activation, config.model.mean) == ("quick_gelu", openai_clip.MEAN)

@@ -1,4 +1,4 @@
-"""Converts OpenAI's CLIP (arXiv 2103.00020) with a vision transformer, from OpenAI's or transformers' files."""
+"""Converts CLIP (arXiv 2103.00020) with a vision transformer, from the files of OpenAI, transformers or open_clip."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -29,6 +29,14 @@ PREPROCESSING = {
     "do_normalize": True,
     "resample": 3,
 }
+
+# open_clip: file of the architecture, files of weights, and keys of each tower that say what the shapes say, or heads.
+OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+OPEN_CLIP_KEYS = {
+    "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"},
+    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"},
+}
+OPEN_CLIP_PREPROCESSING = {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}
 
 
 class Layout(NamedTuple):
@@ -99,9 +107,10 @@ HUGGINGFACE = Layout(
 def read_folder(source: Path, options: Options) -> Iterator[Converted]:
     """Yields the one model of a folder, or of a file with its vocabulary beside it; its embeddings get unit norm.
 
-    source: OpenAI's archive or state dict, such as ViT-L-14.pt, whose heads `options` tell; or, as transformers stores
-    it, one of WEIGHT_FILES with config.json and, if there is one, preprocessor_config.json. Raises UserError for files
-    that are missing, damaged or not a CLIP with a vision transformer.
+    source: OpenAI's archive or state dict, such as ViT-L-14.pt, whose heads `options` tell; as transformers stores it,
+    one of WEIGHT_FILES with config.json and, if there is one, preprocessor_config.json; or one of OPEN_CLIP_WEIGHTS
+    with open_clip_config.json. Raises UserError for files that are missing, damaged or not a CLIP with a vision
+    transformer.
     """
     path = source if source.is_file() else _find_weights(source)
     folder = path.parent
@@ -112,6 +121,8 @@ def read_folder(source: Path, options: Options) -> Iterator[Converted]:
         preprocessor = tokenizers.read_json(preprocessor) if preprocessor.is_file() else {}
         hf_config = tokenizers.read_json(folder / "config.json")
         config, params = convert_huggingface(weights, hf_config, preprocessor, options.dtype)
+    elif (folder / OPEN_CLIP).is_file():
+        config, params = convert_open_clip(weights, tokenizers.read_json(folder / OPEN_CLIP), options.dtype)
     else:
         config, params = convert(weights, options.dtype, options.head_channels, options.heads)
     yield Converted("", config, params, vocabulary)
@@ -124,13 +135,14 @@ def convert(
     text_heads: int = 0,
     activation: str = "quick_gelu",
     unit_norm: bool = True,
+    preprocessor: dict | None = None,
 ) -> tuple[ConfigDict, dict]:
     """Converts a CLIP from OpenAI's names; returns config and parameters of the `clip` stage.
 
     head_channels: channels of each attention head. text_heads: heads of the text tower; 0: as many as head_channels
     gives. activation: "quick_gelu", or "gelu" for models of others who kept OpenAI's names. No shape tells these.
-    unit_norm: give embeddings length 1; else they stay as the projections leave them. Raises UserError for a state dict
-    that is not such a model.
+    unit_norm: give embeddings length 1; else they stay as the projections leave them. preprocessor: as in
+    `convert_huggingface`. Raises UserError for a state dict that is not such a model.
     """
     widths = weights.shape(OPENAI.image["class_token"])[0], weights.shape(OPENAI.text["tokens"])[1]
     if any(width % head_channels for width in widths[: 1 if text_heads else 2]):
@@ -138,7 +150,32 @@ def convert(
     heads = {"image": widths[0] // head_channels, "text": text_heads or widths[1] // head_channels}
     weights.skip(*BUFFERS)
     scale = weights.take("logit_scale")
-    return _convert(OPENAI, weights, weights, heads, activation, scale, {}, dtype, unit_norm)
+    return _convert(OPENAI, weights, weights, heads, activation, scale, preprocessor or {}, dtype, unit_norm)
+
+
+def convert_open_clip(weights: StateDict, about: dict, dtype: str = "float32") -> tuple[ConfigDict, dict]:
+    """Converts a CLIP of open_clip, which keeps OpenAI's names; returns config and parameters of the `clip` stage.
+
+    about: its open_clip_config.json. Raises UserError for an architecture or preprocessing that is not supported.
+    """
+    model, preprocess = about.get("model_cfg", {}), about.get("preprocess_cfg", {})
+    odd = [f"{tower}.{key}={value}" for tower, known in OPEN_CLIP_KEYS.items()
+           for key, value in model.get(tower, {}).items() if key not in known and value]  # fmt: skip
+    odd += [f"{key}={value}" for key, value in model.items()
+            if key not in (*OPEN_CLIP_KEYS, "embed_dim", "quick_gelu") and value]  # fmt: skip
+    odd += [f"{key}={preprocess[key]}" for key, value in OPEN_CLIP_PREPROCESSING.items()
+            if preprocess.get(key, value) != value]  # fmt: skip
+    if odd:
+        raise UserError(f"{OPEN_CLIP} has {', '.join(odd)}: only CLIP's own towers and preprocessing are supported")
+    size = {"mean": preprocess.get("mean", MEAN), "std": preprocess.get("std", STD)}
+    return convert(
+        weights,
+        dtype,
+        model.get("vision_cfg", {}).get("head_width", 64),
+        model.get("text_cfg", {}).get("heads", 8),
+        "quick_gelu" if model.get("quick_gelu") else "gelu",
+        preprocessor={f"image_{name}": value for name, value in size.items()},
+    )
 
 
 def convert_huggingface(
@@ -330,9 +367,9 @@ def _mean_and_std(preprocessor: dict, image_size: int) -> tuple[tuple, tuple]:
 
 def _find_weights(folder: Path) -> Path:
     """Finds the one file of weights in a folder. Raises UserError where there is none, or several."""
-    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    found = [folder / name for name in (*WEIGHT_FILES, *OPEN_CLIP_WEIGHTS) if (folder / name).is_file()]
     found = found or sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".safetensors"))
-    if not found or (len(found) > 1 and found[0].name not in WEIGHT_FILES):
+    if not found or (len(found) > 1 and found[0].name not in (*WEIGHT_FILES, *OPEN_CLIP_WEIGHTS)):
         names = ", ".join(path.name for path in found) or "none"
         raise UserError(f"{folder} should hold one file of weights, .pt or .safetensors, but has {names}: give one")
     return found[0]
