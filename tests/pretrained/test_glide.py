@@ -1,6 +1,7 @@
 """GLIDE's released files, at the size of a toy: from a folder of state dicts to pictures."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -151,3 +152,17 @@ def test_output_in_the_way_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="is in the way"):
         convert(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "place"), [("base", "decoder"), ("upsample", "upsampler_256")])
+def test_checkpoints_of_glide_finetune_are_known_by_their_own_name(source, tmp_path, name, place):
+    folder = tmp_path / "finetuned"
+    folder.mkdir()
+    shutil.copy(source / f"{name}.safetensors", folder / "glide-ft-2x1500.safetensors")
+    for file in ("encoder.json", "vocab.bpe"):
+        shutil.copy(source / file, folder)
+    assert convert(folder, tmp_path / "out") == 0
+    assert [path.parent.name for path in (tmp_path / "out").rglob("config.json")] == [place]
+    shutil.copy(source / f"{name}.safetensors", folder)
+    with pytest.raises(UserError, match=rf"glide-ft-2x1500.safetensors and {name}.safetensors are the same model"):
+        convert(folder, tmp_path / "out2")

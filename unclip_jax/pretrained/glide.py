@@ -20,6 +20,8 @@ SUBFOLDERS = {  # file → subfolder of the output
     "upsample_inpaint": "inpaint/upsampler_256",
 }
 SIDES = {"base": 64, "upsample": 256}  # pixels of the pictures drawn
+CHANNELS = {3: "base", 6: "upsample", 7: "base_inpaint", 10: "upsample_inpaint"}  # of the input → file
+FINE_TUNED = "glide-ft-"  # begins the names of the checkpoints of github.com/afiaka87/glide-finetune
 NOISED_CLIP = ("clip_image_enc", "clip_text_enc")
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FACTOR = 4
@@ -29,10 +31,17 @@ def read_folder(folder: Path, options: Options) -> Iterator[Converted]:
     """Yields those of GLIDE's models that a folder holds, one at a time.
 
     They are base.pt, upsample.pt, base_inpaint.pt, upsample_inpaint.pt, and clip_image_enc.pt with clip_text_enc.pt; or
-    .safetensors of the same names. GPT-2's vocabulary must be beside the first four, CLIP's beside the last two. Raises
-    UserError for files that are missing, damaged or of another model.
+    .safetensors of the same names; or, in place of one of the first four, a checkpoint of glide-finetune, such as
+    glide-ft-2x1500.pt. GPT-2's vocabulary must be beside the first four, CLIP's beside the last two. Raises UserError
+    for files that are missing, damaged or of another model.
     """
     found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".pt", ".safetensors")}
+    for name in [name for name in found if name.startswith(FINE_TUNED)]:
+        path = found.pop(name)
+        channels = StateDict(read_tensors(path), str(path)).shape("input_blocks.0.0.weight")[1]
+        other = found.setdefault(CHANNELS.get(channels, "base"), path)
+        if other != path:
+            raise UserError(f"{path.name} and {other.name} are the same model of GLIDE: leave one of them in {folder}")
     if not found.keys() & {*SUBFOLDERS, *NOISED_CLIP}:
         raise UserError(f"{folder} holds no model of GLIDE: expected {', '.join(f'{name}.pt' for name in SUBFOLDERS)}")
     if found.keys() & SUBFOLDERS.keys():
