@@ -68,7 +68,7 @@ def test_each_row_follows_the_gradient_of_its_own_caption():
     np.testing.assert_allclose(drawn, 2 * expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_guided_samples_move_where_the_gradient_points(sampler):
     """Data N(0, 1), seen through y = x_0 + N(0, 1): the gradient of log p(y | x_t) is known, and turns samples of the
     prior into samples of the posterior, whose mean is y / 2 and variance 1 / 2."""
@@ -94,7 +94,7 @@ def test_guided_samples_move_where_the_gradient_points(sampler):
     assert samples(guided) == (pytest.approx(y / 2, rel=0.04), pytest.approx(1 / 2, rel=0.08))
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 @pytest.mark.parametrize("scale", [None, 3.0])
 def test_a_clip_that_saw_no_noise_guides_through_the_predicted_x0(sampler, scale):
     """Its gradient at x0 is G(x0) = y - x0. Where the network's prediction is x0 = a_t x_t, that by x_t is

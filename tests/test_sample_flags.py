@@ -106,6 +106,7 @@ CHANGES = [  # flags, what they change of the decoder's sampling and of the prio
     (["--from=caption"], {}, None),
     (["--steps=2"], {"steps": "2"}, {}),
     (["--sampler=ddpm", "--prior-steps=5"], {"sampler": "ddpm"}, {"steps": "5"}),
+    (["--sampler=dpm++", "--steps=3"], {"sampler": "dpm++", "steps": "3"}, {}),
     (["--eta=1", "--steps=ddim4"], {"eta": 1.0, "steps": "ddim4"}, {}),
 ]
 

@@ -264,8 +264,8 @@ def upsampler_diffusion(
 
 def sampling(
     *,
-    sampler: str,  # Sampler: "ddpm", "ddim" or, in the diffusion prior, "analytic".
-    steps: str,  # Sampling steps: a number, numbers by section, "k/n", "ddimN" or "fast27" (diffusion/schedule.py).
+    sampler: str,  # Sampler: "ddpm", "ddim", "dpm++" (DPM-Solver++) or, in the diffusion prior, "analytic".
+    steps: str,  # Sampling steps: a number, numbers by section, "k/n", "ddimN", "logsnrN", "fast27" (see schedule.py).
     eta: float,  # Noise that "ddim" adds: 0, none; 1, as much as "ddpm".
     clip_x0: float,  # Largest magnitude of the predicted x0, which is clipped to it; 0: no clipping.
     temperature: float,  # Factor of the noise that sampling starts from.

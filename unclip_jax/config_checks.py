@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from unclip_jax import cli
 from unclip_jax.config import flat_keys
 from unclip_jax.config_values import check_values
-from unclip_jax.diffusion.schedule import make_schedule, respace
+from unclip_jax.diffusion.schedule import make_schedule, respace, respacing
 from unclip_jax.errors import UserError
 from unclip_jax.paths import same_place, to_path
 
@@ -137,12 +137,12 @@ def check_sampling(config: ConfigDict) -> None:
     if "diffusion" not in config:
         return
     try:
-        respace(make_schedule(config.diffusion.schedule, config.diffusion.timesteps), s.steps)
+        respace(make_schedule(config.diffusion.schedule, config.diffusion.timesteps), respacing(s.sampler, s.steps))
     except ValueError as error:
         raise UserError(f"sampling.steps: {error}") from error
     if s.sampler == "analytic" and config.stage != "prior_diffusion":
         raise UserError(f"sampling.sampler is 'analytic', which {config.stage} does not estimate variances for: "
-                        "expected ddpm or ddim")  # fmt: skip
+                        "expected ddpm, ddim or dpm++")  # fmt: skip
 
 
 def embedded(config: ConfigDict) -> bool:

@@ -56,7 +56,7 @@ def _or_empty(rule: Rule) -> Rule:
     return Rule(lambda value: value == () or rule.allows(value), f"() or {rule.expected}")
 
 
-SAMPLERS = ("ddpm", "ddim", "analytic")
+SAMPLERS = ("ddpm", "ddim", "dpm++", "analytic")
 
 _text = Rule(lambda value: isinstance(value, str) and "\0" not in value and len(value) <= 4096, "a text")
 _flag = Rule(lambda value: isinstance(value, bool), "True or False")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from unclip_jax.cascade import Cascade
 
 SCALES = ("guidance", "prior_guidance", "clip_guidance")
-SOURCES, SAMPLERS = ("prior", "text", "caption"), ("ddpm", "ddim", "analytic")
+SOURCES, SAMPLERS = ("prior", "text", "caption"), ("ddpm", "ddim", "dpm++", "analytic")
 OF_PRIOR = ("prior_guidance", "prior_steps", "dot_percentile")
 
 

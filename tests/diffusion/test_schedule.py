@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unclip_jax.diffusion.schedule import NoiseSchedule, make_schedule, respace, table_at
+from unclip_jax.diffusion.schedule import NoiseSchedule, make_schedule, respace, respacing, table_at
 
 COSINE, LINEAR = make_schedule("cosine", 1000), make_schedule("linear", 1000)
 FAST27 = [0, 22, 44, 66, 88, 111, 133, 155, 177, 199, 200, 222, 244, 266, 288, 311, 333, 355, 377, 399, 400, 500, 599,
@@ -144,3 +144,21 @@ def test_gather_shapes():
         assert table_at(tables.betas, t, jnp.zeros(2)).shape == (2,)
         assert table_at(tables.betas, jnp.int32(7), like).shape == ()
         np.testing.assert_allclose(table_at(tables.betas, t, like).ravel(), COSINE.betas[[5, 7]], rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("count", [2, 5, 20, 50, 1000])
+def test_steps_that_are_even_in_the_log_snr(name, count):
+    whole = make_schedule(name, 1000)
+    kept = np.asarray(respace(whole, f"logsnr{count}").timesteps)
+    assert len(kept) == count and (np.diff(kept) > 0).all() and kept[0] == 0
+    log_snr = 0.5 * np.log(np.float64(whole.alpha_bars) / np.float64(whole.beta_bars))
+    if count <= 20:
+        wanted = np.linspace(log_snr[0], max(log_snr[-1], -5.1), count)
+        step = np.abs(np.diff(log_snr)).max()
+        assert np.abs(log_snr[kept] - wanted).max() <= step / 2
+
+
+def test_a_number_of_steps_of_dpm_solver_is_even_in_the_log_snr():
+    assert [respacing("dpm++", steps) for steps in ("20", "fast27")] == ["logsnr20", "fast27"]
+    assert respacing("ddim", "20") == "20"

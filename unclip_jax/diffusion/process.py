@@ -25,6 +25,7 @@ class Prediction(NamedTuple):
     x0: Rows
     eps: Rows
     log_variance: Rows | None  # of p(x_{t-1} | x_t); None where the network does not learn it
+    previous_x0: Rows | None = None  # predicted at the step taken before, for samplers that look back
 
 
 Denoiser = Callable[[Rows, StepIndex], Prediction]  # (x_t, step index) -> Prediction

@@ -58,6 +58,23 @@ def analytic_dpm_step(C: Table, eta: Scalar) -> Step:
     return step
 
 
+def dpm_solver_step(x_t: Rows, i: StepIndex, prediction: Prediction, schedule: NoiseSchedule, noise: Rows) -> Rows:
+    """Takes a step of DPM-Solver++(2M), which is deterministic (arXiv 2211.01095, algorithm 2).
+
+    It is of second order in the log-SNR, by the x0 that was predicted at the step before. The first step, which has
+    none, and the last, which ends without noise, are of first order: that is DDIM. A predicted variance is not used.
+    """
+    sigma, sigma_prev = jnp.sqrt(schedule.beta_bars), jnp.sqrt(schedule.beta_bars_prev)
+    signal = jnp.sqrt(schedule.alpha_bars_prev) - jnp.sqrt(schedule.alpha_bars) * sigma_prev / sigma
+    x0 = prediction.x0
+    if prediction.previous_x0 is not None and schedule.num_steps > 2:
+        log_snr = 0.5 * (jnp.log(jnp.asarray(schedule.alpha_bars)) - jnp.log(jnp.asarray(schedule.beta_bars)))
+        h = log_snr[:-1] - log_snr[1:]  # of the step to i, from i + 1
+        weight = jnp.concatenate([jnp.zeros(1), 0.5 * h[:-1] / h[1:], jnp.zeros(1)])
+        x0 = x0 + table_at(weight, i, x_t) * (x0 - prediction.previous_x0)
+    return table_at(sigma_prev / sigma, i, x_t) * x_t + table_at(signal, i, x_t) * x0
+
+
 def sample(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
@@ -65,26 +82,33 @@ def sample(
     key: Key | None,
     step: Step = ddpm_step,
     noise: Float[Array, "n B *dims"] | None = None,
+    looks_back: bool = False,
 ) -> Rows:
     """Samples x_0 from x_T, the state at the schedule's last step.
 
     key: one for all rows, or keys (B,), one for each. The noise of step i is drawn from fold_in(key, i).
     noise: in place of it; noise[k] goes to the k-th step taken, and `key` is then not used.
+    looks_back: `step` takes `Prediction.previous_x0`, which is 0 at the first step.
 
     Raises ValueError when `noise` does not have one x_T per step.
     """
     if noise is not None and noise.shape != (schedule.num_steps, *x_T.shape):
         raise ValueError(f"noise of shape {noise.shape}: expected one x_T per step, {(schedule.num_steps, *x_T.shape)}")
 
-    def body(x_t: Rows, i_and_noise: tuple[Int[Array, ""], Rows | None]) -> tuple[Rows, None]:
-        i, step_noise = i_and_noise
+    def body(
+        state: tuple[Rows, Rows | None], i_and_noise: tuple[Int[Array, ""], Rows | None]
+    ) -> tuple[tuple[Rows, Rows | None], None]:
+        (x_t, previous_x0), (i, step_noise) = state, i_and_noise
         if step_noise is None:
             assert key is not None, "a key, or the noise of every step"
             step_noise = draw_rows(jax.random.normal, fold_in(key, i), x_t.shape)
-        return step(x_t, i, denoiser(x_t, i), schedule, step_noise), None
+        prediction = denoiser(x_t, i)._replace(previous_x0=previous_x0)
+        x_t = step(x_t, i, prediction, schedule, step_noise)
+        return (x_t, prediction.x0 if looks_back else None), None
 
     indices = jnp.arange(schedule.num_steps - 1, -1, -1, dtype=jnp.int32)
-    return jax.lax.scan(body, x_T, (indices, noise))[0]
+    first = (x_T, jnp.zeros_like(x_T) if looks_back else None)
+    return jax.lax.scan(body, first, (indices, noise))[0][0]
 
 
 def ddim_invert(denoiser: Denoiser, schedule: NoiseSchedule, x_0: Rows) -> Rows:

@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, Int, Shaped
 from unclip_jax.arrays import Array
 
 SCHEDULES = ("cosine", "linear")
+LEAST_LOG_SNR = -5.1  # at which "logsnrN" starts; the cosine schedule's last steps are noisier, to no use
 
 Table = Float[Array, " n"]
 Rows = Float[Array, "B *dims"]  # float32 examples: pictures (B, H, W, C) or vectors (B, d)
@@ -83,14 +84,22 @@ def respace(schedule: NoiseSchedule, spec: str) -> NoiseSchedule:
       "n": n steps spread evenly over the whole chain, both ends included (n = 1 keeps the noisiest step alone);
       "k/n": the k least noisy of those n, such as "249/250", by which DDIM runs to and fro (arXiv 2105.05233, app. F);
       "ddimN": N steps with a constant integer stride from step 0 (which stops short of the noisiest step);
-      "fast27": GLIDE's "10,10,3,2,2" with the noisiest step replaced by the one two before it.
+      "fast27": GLIDE's "10,10,3,2,2" with the noisiest step replaced by the one two before it;
+      "logsnrN": N steps spread evenly over the log-SNR, log sqrt(alpha_bar / beta_bar), from LEAST_LOG_SNR or the
+          noisiest step to step 0: for solvers such as DPM-Solver++ (arXiv 2206.00927, section 3.3).
     New betas are 1 - alpha_bar_k / alpha_bar_{k-1} over the kept steps, and every other table follows from them
     (guided-diffusion's respacing). Raises ValueError when the chain has no such steps.
     """
-    kept = np.array(_kept_steps(schedule.num_steps, spec))
+    even = re.fullmatch(r"logsnr(\d+)", spec)
+    kept = _even_steps(schedule, int(even[1])) if even else np.array(_kept_steps(schedule.num_steps, spec))
     alpha_bars = np.asarray(schedule.alpha_bars, np.float64)[kept]
     betas = 1 - alpha_bars / np.concatenate([[1.0], alpha_bars[:-1]])
     return _tables(betas, np.asarray(schedule.timesteps)[kept])
+
+
+def respacing(sampler: str, steps: str) -> str:
+    """Names the respacing by which a sampler takes `steps`: of "dpm++", a number is spread evenly over the log-SNR."""
+    return f"logsnr{steps}" if sampler == "dpm++" and steps.isdecimal() else steps
 
 
 def first_steps(schedule: NoiseSchedule, count: int) -> NoiseSchedule:
@@ -143,9 +152,24 @@ def _kept_steps(length: int, spec: str) -> list[int]:
         return _kept_steps(length, str(count))[:first]
     if not re.fullmatch(r"\d+(,\d+)*", spec):
         raise ValueError(f"respacing {spec!r}: expected a number of steps like '64', numbers per section like "
-                         "'10,10,3,2,2', the least noisy of a number like '249/250', 'ddim25', or 'fast27'")
+                         "'10,10,3,2,2', the least noisy of a number like '249/250', 'ddim25', 'logsnr20', or 'fast27'")
     counts = [int(count) for count in spec.split(",")]
     return [length - 1] if counts == [1] else _section_steps(length, counts)
+
+
+def _even_steps(schedule: NoiseSchedule, count: int) -> np.ndarray:
+    """Finds different steps whose log-SNR is nearest to evenly spaced values."""
+    if not 2 <= count <= schedule.num_steps:
+        raise ValueError(f"respacing 'logsnr{count}': expected 2 to {schedule.num_steps} steps")
+    alpha_bars, beta_bars = np.asarray(schedule.alpha_bars, np.float64), np.asarray(schedule.beta_bars, np.float64)
+    log_snr = 0.5 * np.log(alpha_bars / beta_bars)  # falls from step to step
+    wanted = np.linspace(log_snr[0], max(log_snr[-1], LEAST_LOG_SNR), count)
+    nearest = np.abs(log_snr[None] - wanted[:, None]).argmin(axis=1)
+    for k in range(1, count):  # where values lie closer together than steps
+        nearest[k] = max(nearest[k], nearest[k - 1] + 1)
+    for k in range(count - 1, -1, -1):
+        nearest[k] = min(nearest[k], schedule.num_steps - count + k)
+    return nearest
 
 
 def _strided_steps(length: int, count: int) -> list[int]:

@@ -21,8 +21,8 @@ from unclip_jax.diffusion.guidance import (
 )
 from unclip_jax.diffusion.losses import training_loss
 from unclip_jax.diffusion.process import Network, make_denoiser, q_sample
-from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_invert, ddim_step, ddpm_step, sample
-from unclip_jax.diffusion.schedule import first_steps, make_schedule, respace
+from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_invert, ddim_step, ddpm_step, dpm_solver_step, sample
+from unclip_jax.diffusion.schedule import first_steps, make_schedule, respace, respacing
 from unclip_jax.keys import draw_rows, split
 from unclip_jax.stages.conditions import Conditions
 
@@ -276,7 +276,7 @@ def draw(
     C: of the sampler "analytic" (arXiv 2201.06503), a number for each timestep of the whole chain.
     """
     s, d = config.sampling, config.diffusion
-    schedule = respace(make_schedule(d.schedule, d.timesteps), s.steps)
+    schedule = respace(make_schedule(d.schedule, d.timesteps), respacing(s.sampler, s.steps))
 
     # The start: noise, or a noised sketch some way down the chain.
     key_start, key_steps = split(key)
@@ -298,15 +298,18 @@ def draw(
         if conditions.guidance_scale is not None:
             whole = classifier_free(whole, conditions.guidance_scale)
         gradient = through_x0(conditions.x0_gradient, whole)
-    if gradient is not None and s.sampler == "ddim":
+    deterministic = s.sampler in ("ddim", "dpm++")
+    if gradient is not None and deterministic:
         # Clipped afterwards: at the noisiest steps the least change of eps is a large one of x0.
         denoiser = condition_eps(denoiser, schedule, gradient, scale)
     if s.clip_x0:
         denoiser = clip_x0(denoiser, schedule, s.clip_x0)
 
-    # The step. DDIM's has no mean that could be shifted: its CLIP guidance is in eps, above.
+    # The step. DDIM's and DPM-Solver's have no mean that could be shifted: their CLIP guidance is in eps, above.
     if s.sampler == "ddim":
         step = ddim_step(s.eta if conditions.eta is None else conditions.eta)
+    elif s.sampler == "dpm++":
+        step = dpm_solver_step
     else:
         step = analytic_dpm_step(C[schedule.timesteps], 1.0) if s.sampler == "analytic" else ddpm_step
         step = step if gradient is None else condition_mean(step, gradient, scale)
@@ -316,7 +319,7 @@ def draw(
             denoiser = known_pixels(denoiser, schedule, x0, known)
         else:
             step = known_states(step, x0, known)
-    return sample(denoiser, schedule, x_T, key_steps, step)
+    return sample(denoiser, schedule, x_T, key_steps, step, looks_back=s.sampler == "dpm++")
 
 
 def invert(config: ConfigDict, network: Network, x0: Float[Array, " B *shape"]) -> Float[Array, " B *shape"]:
