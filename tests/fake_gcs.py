@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -48,6 +49,7 @@ class Object:
 
 OBJECTS: dict[str, dict[str, Object]] = {bucket: {} for bucket in BUCKETS}
 UPLOADS: dict[str, dict] = {}  # resumable ones under way
+FAULTS = float(os.environ.get("FAKE_GCS_FAULTS", 0))
 LOCK = threading.RLock()
 
 
@@ -68,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
         self.query = {name: values[0] for name, values in parse_qs(url.query).items()}
         kind, path = PREFIX.match(url.path).groups()
         try:
+            if random.random() < FAULTS:
+                raise Refused(503, "injected")
             with LOCK:
                 status, headers, content = self._route(kind, path, body)
         except Refused as error:
@@ -242,9 +246,12 @@ def _json(value):
 
 
 @contextlib.contextmanager
-def serve(log: str = ""):
-    """Starts the server; gives its `url` and the `environment` in which gs:// leads to it. log: for its requests."""
-    places = os.environ | {"FAKE_GCS_LOG": str(log)}
+def serve(log: str = "", faults: float = 0.0):
+    """Starts the server; gives its `url` and the `environment` in which gs:// leads to it.
+
+    log: for its requests. faults: share of them that it answers by 503, as a bucket that is busy does.
+    """
+    places = os.environ | {"FAKE_GCS_LOG": str(log), "FAKE_GCS_FAULTS": str(faults)}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, __file__], env=places, **pipes) as process:
         try:

@@ -2,7 +2,8 @@
 
     python experiments/recipe/measure.py --clip quickstart/bundle/clip --runs runs
 
-Needs the runs that README.md, beside this file, lists. Writes report.json and curve.svg here and prints the numbers.
+Measures those of the runs that README.md, beside this file, lists which are below --runs; report.json keeps what it
+has of others. Writes report.json and curve.svg here and prints the numbers.
 """
 
 import argparse
@@ -24,6 +25,8 @@ ARMS = {  # run, and how it is sampled where that is not its config's way
     "tiny's recipe": ("decoder_tiny", {}),
     "the paper's": ("decoder_miniature", {}),
     "the paper's, DDIM of 25 steps": ("decoder_miniature", {"sampler": "ddim", "steps": "25"}),
+    "bfloat16, 3000 steps": ("decoder_bfloat16", {"sampler": "ddim", "steps": "25"}),
+    "float32, 3000 steps": ("decoder_float32", {"sampler": "ddim", "steps": "25"}),
 }
 
 
@@ -34,16 +37,20 @@ def main() -> None:
     args = parser.parse_args()
     cli.enable_compilation_cache()
     clip = Model.load(args.clip, ("clip",))
-    arms = {}
+    report = json.loads((HERE / "report.json").read_text())
+    arms = report["arms"]
     for name, (run, sampling) in ARMS.items():
+        if not (args.runs / run / "bundle").exists():
+            continue
         decoder = Model.load(args.runs / run / "bundle", ("decoder",), clip)
         arms[name] = measure(Cascade(clip, None, decoder.sampled_by(**sampling), []))
         arms[name]["training_seconds"] = lines(args.runs / run / "metrics.jsonl")[-1]["seconds"]
         print(f"{name}: {json.dumps(arms[name])}", flush=True)
-    curve = [line for line in lines(args.runs / "decoder_miniature" / "evaluation.jsonl") if "alignment_both" in line]
-    report = {"drawings": DRAWS * 64, "arms": arms, "curve": curve}
+    if (args.runs / "decoder_miniature").exists():
+        evaluations = lines(args.runs / "decoder_miniature" / "evaluation.jsonl")
+        report["curve"] = [line for line in evaluations if "alignment_both" in line]
     (HERE / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(curve, arms)
+    draw(report["curve"], arms)
 
 
 def measure(cascade: Cascade) -> dict:
