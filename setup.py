@@ -56,6 +56,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],  # needs a driver for CUDA 13
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "evaluate": evaluate,
+        "wandb": ["wandb>=0.19"],
         "gcs": gcs,
         "tpu": ["jax[tpu]>=0.10.2", *gcs],
         "pretrained": pretrained,

@@ -51,7 +51,7 @@ def test_numbers_are_equal_on_one_device_and_on_eight(name, tmp_path, monkeypatc
     for mesh in meshes():
         placed = jax.device_put(params, param_shardings(params, mesh))
         everywhere = jax.device_put(frozen, replicated(mesh))
-        found.append(held_out(stage, mesh, tmp_path / str(mesh.size), examples).measure(1, placed, everywhere))
+        found.append(held_out(stage, mesh, tmp_path / str(mesh.size), examples).measure(1, placed, everywhere)[0])
     assert found[0].keys() == found[1].keys() and "loss" in found[0]
     for key, value in found[0].items():
         assert found[1][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
@@ -108,7 +108,7 @@ def test_metrics_of_what_is_drawn(tmp_path, monkeypatch):
     examples = random_batch(stage, 40)
     mesh = next(meshes())
     measured = held_out(stage, mesh, tmp_path, examples, draw_size=40, measure=("fid", "alignment"), inception="i")
-    scalars = measured.measure(7, params, {})
+    scalars, _ = measured.measure(7, params, {})
     drawn = measured._draw(params, {})
     statistics = [frechet.statistics([Mean()(drawn[name])["pool"]], {}) for name in ("drawn", "true")]
     assert scalars["fid"] == pytest.approx(frechet.frechet_distance(*statistics), rel=1e-6)
@@ -138,7 +138,7 @@ def test_loss_is_the_mean_over_unequal_batches(tmp_path):
 
     counting = Counting(stage.config)
     examples = random_batch(stage, ROWS + 3)
-    scalars = held_out(counting, next(meshes()), tmp_path, examples).measure(1, params, frozen)
+    scalars, _ = held_out(counting, next(meshes()), tmp_path, examples).measure(1, params, frozen)
     assert scalars["loss"] == pytest.approx(examples["image"].astype(float).mean(), rel=1e-5)
 
 

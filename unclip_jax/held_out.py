@@ -76,20 +76,23 @@ class HeldOut:
         self._programs = Programs(*made)
         self._inception, self._references = _inception(config.train)
 
-    def measure(self, step: int, params: Params, frozen: Params, raw: Params | None = None) -> dict[str, float]:
+    def measure(
+        self, step: int, params: Params, frozen: Params, raw: Params | None = None
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Evaluates the averaged `params`, records the numbers in WORKDIR/evaluation.jsonl and saves a grid of pictures
-        under WORKDIR/samples, and one by the `raw` parameters."""
+        under WORKDIR/samples, and one by the `raw` parameters. Returns the numbers, and the grids by name."""
         scalars = self._loss(params, frozen)
         examples = self._draw(params, frozen)
         scalars |= {name: float(value) for name, value in self._stage.score_examples(examples).items()}
         for result in self._metrics(examples) if self._train.measure else []:
             name = result.name.lower().replace(", ", "_").replace(" ", "_")
             scalars |= {name: result.value, f"{name}_low": result.low, f"{name}_high": result.high}
-        grids = {"": _grid(examples)}
+        made = {"samples": _grid(examples)}
         if raw is not None:
-            grids["_raw"] = _grid(self._draw(raw, frozen, SHOWN))
+            made["samples_raw"] = _grid(self._draw(raw, frozen, SHOWN))
+        grids = {name: grid for name, grid in made.items() if grid is not None}
         self._record(step, scalars, grids)
-        return scalars
+        return scalars, grids
 
     def finish(self, params: Params, frozen: Params) -> tuple[Params, dict[str, float]]:
         """Completes averaged parameters after the last step: `Stage.finish` by all held-out examples."""
@@ -157,8 +160,8 @@ class HeldOut:
 
         return jax.tree.map(place, tree)
 
-    def _record(self, step: int, scalars: dict[str, float], grids: dict[str, np.ndarray | None]) -> None:
-        """Writes scalars and grids; replaces lines at or after `step`. grids: end of the file's name → grid."""
+    def _record(self, step: int, scalars: dict[str, float], grids: dict[str, np.ndarray]) -> None:
+        """Writes scalars and grids; replaces lines at or after `step`."""
         if jax.process_index() != 0:
             return
         folder = to_path(self._workdir)
@@ -167,9 +170,9 @@ class HeldOut:
         write_bytes(file, "".join(map(json_line, lines)).encode(), alone=True)
         said = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items() if name[-4:] not in ("_low", "high"))
         print(f"held out, step {step}: {said}", file=sys.stderr, flush=True)
-        for end, grid in grids.items():
-            if grid is not None:
-                write_bytes(folder / "samples" / f"step_{step:08d}{end}.png", pictures.png(grid), alone=True)
+        for name, grid in grids.items():
+            place = f"step_{step:08d}{name.removeprefix('samples')}.png"
+            write_bytes(folder / "samples" / place, pictures.png(grid), alone=True)
 
 
 def _inception(train: ConfigDict) -> tuple[Any, dict[str, Any]]:

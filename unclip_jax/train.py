@@ -35,6 +35,8 @@ from unclip_jax.held_out import HeldOut
 from unclip_jax.inputs import Inputs, Upstream
 from unclip_jax.origin import load_origin
 from unclip_jax.paths import output_folder, owned, storage_errors, to_path, write_bytes
+from unclip_jax.planning.chips import known_chip
+from unclip_jax.planning.programs import train_step_flops
 from unclip_jax.run_identity import changes, identity
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import ClipTowers, Metrics, trained
@@ -53,6 +55,7 @@ from unclip_jax.training.state import (
     skipped,
     to_host,
 )
+from unclip_jax.training.tracking import Profiler, tracked
 from unclip_jax.training.tuning import merged, trained_part
 
 
@@ -62,7 +65,11 @@ class Report(TypedDict):
     sha256: str  # of the final state
     metrics: dict[str, float]  # of the last evaluation
 
-FLAGS = {"workdir": (str, None, "folder of the run, local or gs://")} | preflight.FLAGS
+FLAGS = {
+    "workdir": (str, None, "folder of the run, local or gs://"),
+    "profile": (int, 0, "trace so many steps, from the eleventh on, into WORKDIR/profile, for xprof or TensorBoard"),
+    "wandb": (str, "", "project of Weights & Biases that gets all metrics and pictures too"),
+} | preflight.FLAGS
 
 
 def parse(argv: list[str]) -> "cli.FlagValues":
@@ -82,7 +89,7 @@ def main(argv: list[str]) -> int:
     flags = parse(argv)
     with preflight.joined(flags):
         cli.enable_compilation_cache()
-        report = run(flags.config, flags.workdir)
+        report = run(flags.config, flags.workdir, flags.profile, flags.wandb)
     if isinstance(report, signal.Signals):
         return exit_status(report)
     print(f"state sha256 {report['sha256']}")
@@ -95,8 +102,8 @@ def exit_status(stopped_by: signal.Signals) -> int:
     return 0 if stopped_by == signal.SIGTERM else 130
 
 
-def run(config: ConfigDict, workdir: str) -> Report | signal.Signals:
-    """Trains `config` to its last step and writes WORKDIR/bundle.
+def run(config: ConfigDict, workdir: str, profile: int = 0, wandb: str = "") -> Report | signal.Signals:
+    """Trains `config` to its last step and writes WORKDIR/bundle. profile, wandb: as in FLAGS.
 
     Returns the report, or the signal that stopped the run, whose checkpoint is saved. Raises UserError, before any long
     work, where the config, the data or WORKDIR cannot work.
@@ -110,12 +117,18 @@ def run(config: ConfigDict, workdir: str) -> Report | signal.Signals:
         upstream = _upstream(config, workdir, mesh)
         if isinstance(upstream, signal.Signals):
             return upstream
-        with preflight.Watchdog(config.train.watchdog_minutes) as watchdog:
-            return _run(config, workdir, mesh, upstream, stop, watchdog)
+        with preflight.Watchdog(config.train.watchdog_minutes) as watchdog, tracked(wandb, workdir, config):
+            return _run(config, workdir, mesh, upstream, stop, watchdog, profile)
 
 
 def _run(
-    config: ConfigDict, workdir: str, mesh: Mesh, upstream: Upstream, stop: "_Stop", watchdog: preflight.Watchdog
+    config: ConfigDict,
+    workdir: str,
+    mesh: Mesh,
+    upstream: Upstream,
+    stop: "_Stop",
+    watchdog: preflight.Watchdog,
+    profile: int,
 ) -> Report | signal.Signals:
     # Everything that can be wrong is found here, before anything is computed.
     stage, train_step = _assemble(config, upstream.stage, mesh)
@@ -155,8 +168,9 @@ def _run(
             state = _prepared(state, stage, config, frozen, inputs.first_batches(mesh))
     del origin  # its parameters need as much memory again
     steps, data = config.train.steps, inputs.batches(start, mesh)
-    expected = ExpectedLoss(config.train.expected_loss)
-    with MetricLogger(workdir, steps, config.train.batch_size, start, to_path(workdir).name) as log:
+    expected, profiler = ExpectedLoss(config.train.expected_loss), Profiler(workdir, start, profile)
+    about = config.train.batch_size, start, to_path(workdir).name, _utilization(config, stage)
+    with MetricLogger(workdir, steps, *about) as log:
 
         def log_step(k: int, skips: Skips, metrics: Metrics) -> None:
             """Logs step k; warns of skipped updates and of a loss outside of what is expected."""
@@ -176,11 +190,12 @@ def _run(
                 checkpointer.save(state, {"run": run_identity})
                 break
             batch = global_batch(rows, mesh)
-            if k == start + 1:
-                with log.pause():  # compilation
-                    state, metrics = jax.block_until_ready(train_step(state, frozen, batch, root))
-            else:
-                state, metrics = train_step(state, frozen, batch, root)
+            with profiler.step(k, state):
+                if k == start + 1:
+                    with log.pause():  # compilation
+                        state, metrics = jax.block_until_ready(train_step(state, frozen, batch, root))
+                else:
+                    state, metrics = train_step(state, frozen, batch, root)
             watchdog.beat()
             if waiting:
                 log_step(*waiting)
@@ -193,7 +208,7 @@ def _run(
                 waiting = (k, jax.tree.map(jnp.copy, state.skips), metrics)
             if k % config.train.sample_every == 0 and k < steps:
                 with log.pause(metrics):
-                    log.add_held_out(k, held_out.measure(k, state.average, frozen, merged(state.params)))
+                    log.add_held_out(k, *held_out.measure(k, state.average, frozen, merged(state.params)))
             if clock.due(ask=k % config.train.log_every == 0) or stopping or k % config.train.checkpoint_every == 0:
                 with log.pause(metrics):
                     checkpointer.save(state, {"run": run_identity})
@@ -203,6 +218,7 @@ def _run(
                 break
         if waiting:
             log_step(*waiting)
+        profiler.close(state)
 
         # The end: the stage completes its averaged parameters, which become the bundle.
         checkpointer.close()
@@ -214,8 +230,8 @@ def _run(
         finished, found = held_out.finish(state.average, frozen)
         if found:
             _say("finished: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-        scalars = held_out.measure(steps, finished, frozen)
-        log.add_held_out(steps, scalars)
+        scalars, grids = held_out.measure(steps, finished, frozen)
+        log.add_held_out(steps, scalars, grids)
 
     average = jax.tree.map(to_host, finished)
     if jax.process_index() == 0:
@@ -228,6 +244,16 @@ def _assemble(config: ConfigDict, clip: ClipTowers | None, mesh: Mesh) -> tuple[
     """Builds the stage and its train step, from shapes alone. Raises UserError where they do not fit each other."""
     stage = make_stage(config, clip, embedded(config))
     return stage, make_train_step(stage, config, mesh)
+
+
+def _utilization(config: ConfigDict, stage: Stage) -> float:
+    """Computes the share of the peak of all chips' FLOPs that one example a second takes; 0 for chips that are not
+    known."""
+    chip = known_chip(jax.devices()[0].device_kind)
+    if chip is None:
+        return 0.0
+    flops = train_step_flops(config, jax.eval_shape(stage.init, jax.random.key(0))) / config.train.batch_size
+    return flops / (jax.device_count() * chip.computing_in(config.dtype).peak_flops)
 
 
 def _upstream(config: ConfigDict, workdir: str, mesh: Mesh) -> Upstream | signal.Signals:

@@ -231,3 +231,17 @@ def test_bucket_without_its_package_is_an_error(bucket, monkeypatch):
     monkeypatch.setattr(record_writer, "GCS_ENABLED", False)
     with pytest.raises(UserError, match="pip install google-cloud-storage"):
         logger(bucket)
+
+
+def test_utilization_is_said_where_it_is_known(tmp_path, clock):
+    with MetricLogger(str(tmp_path / "run"), 100, 8, 0, "toy", utilization=0.01) as log:
+        clock(2.0)
+        log.log(10, {"loss": 0.25})
+    assert records(tmp_path / "run")[0]["mfu"] == 0.4  # 40 examples a second
+    assert (10, "mfu", pytest.approx(0.4)) in events(tmp_path / "run")
+
+
+def test_pictures_of_held_out_examples_are_in_tensorboard(tmp_path):
+    with logger(tmp_path / "run") as log:
+        log.add_held_out(7, {"loss": 0.5}, {"samples": np.zeros((6, 9, 3), np.uint8)})
+    assert [tag for _, tag, _ in events(tmp_path / "run")] == ["held_out/loss", "held_out/samples"]

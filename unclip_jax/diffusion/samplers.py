@@ -107,7 +107,7 @@ def sample(
         return (x_t, prediction.x0 if looks_back else None), None
 
     indices = jnp.arange(schedule.num_steps - 1, -1, -1, dtype=jnp.int32)
-    first = (x_T, jnp.zeros_like(x_T) if looks_back else None)
+    first: tuple[Rows, Rows | None] = (x_T, jnp.zeros_like(x_T) if looks_back else None)
     return jax.lax.scan(body, first, (indices, noise))[0][0]
 
 

@@ -27,14 +27,18 @@ class MetricLogger:
     workdir: a folder on a disk, or gs://... (TensorBoard events then need the package google-cloud-storage).
     total_steps, start_step: numbers of steps done, so a resumed run continues at start_step + 1. Records of an earlier
     run beyond start_step are dropped, so that no step is logged twice.
-    batch_size: images (or pairs) of one global batch. label: name of the stage, for the screen.
+    batch_size: images (or pairs) of one global batch. label: name of the stage, for the screen. utilization: share of
+    the peak of all chips' FLOPs that one example a second takes; 0 where it is not known.
 
     The clock of `images_per_second` starts when the logger is made and stands still inside `pause`, which is for
     compilation, checkpoints and sampling.
     """
 
-    def __init__(self, workdir: str, total_steps: int, batch_size: int, start_step: int, label: str):
+    def __init__(
+        self, workdir: str, total_steps: int, batch_size: int, start_step: int, label: str, utilization: float = 0.0
+    ):
         self._total, self._batch_size, self._label = total_steps, batch_size, label
+        self._utilization = utilization
         self._step = self._start_step = start_step
         self._began = time.monotonic()
         self._running_since: float | None = self._began  # None while paused
@@ -52,8 +56,9 @@ class MetricLogger:
         """Writes the metrics of `step`, the number of steps done, and returns them as numbers. Waits for the device.
 
         metrics: of a train step, as `scalars` reads them. Adds `images_per_second`, over the steps since the last log;
-        `data_wait`, the share of that time inside `waiting`; and `seconds`, the wall time of the run with its pauses
-        and with the runs that it resumes. A value that is not finite is null in metrics.jsonl: JSON has no NaN.
+        `data_wait`, the share of that time inside `waiting`; `mfu`, the model FLOPs utilization (arXiv 2204.02311,
+        appendix B), where it is known; and `seconds`, the wall time of the run with its pauses and with the runs that
+        it resumes. A value that is not finite is null in metrics.jsonl: JSON has no NaN.
         """
         values = scalars(metrics)
 
@@ -68,6 +73,7 @@ class MetricLogger:
 
         # The file: the clock rounded to milliseconds, and `loss` first for whoever reads it by eye.
         clock = {"images_per_second": round(rate, 3), "data_wait": round(data_wait, 4)}
+        clock |= {"mfu": round(rate * self._utilization, 4)} if self._utilization else {}
         clock |= {"seconds": round(now - self._began, 3)}
         first = {name: values.pop(name) for name in ("loss",) if name in values}
         values = first | clock | values
@@ -92,11 +98,13 @@ class MetricLogger:
         yield
         self._waited += time.monotonic() - began
 
-    def add_held_out(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows numbers of held-out examples at `step` in TensorBoard, as "held_out/NAME"."""
+    def add_held_out(self, step: int, values: Mapping[str, float], grids: Mapping[str, np.ndarray]) -> None:
+        """Shows numbers and pictures, uint8 (H, W, 3), of held-out examples in TensorBoard, as "held_out/NAME"."""
         if self._writes:
             for name, value in values.items():
                 self._board.add_scalar(f"held_out/{name}", value, step)
+            for name, grid in grids.items():
+                self._board.add_image(f"held_out/{name}", grid, step, dataformats="HWC")
 
     @contextlib.contextmanager
     def pause(self, *pending: Any) -> Iterator[None]:

@@ -1,0 +1,78 @@
+"""What watches a run from outside: a trace of some of its steps, and its metrics at Weights & Biases."""
+
+import contextlib
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from unclip_jax.paths import is_remote, to_path, write_bytes
+
+BEFORE = 10  # steps that are not traced: the first ones compile, and fill caches
+TRACE, RUN_ID = "profile", "wandb_id.txt"  # below WORKDIR
+STEP = "train step"  # name of steps in a trace
+
+
+class Profiler:
+    """Traces `count` steps of a run that starts at step `start` + 1, on every process, for xprof or TensorBoard.
+
+    workdir: the trace is written below it, into profile/. count: 0 traces nothing. A run that ends before has none.
+    """
+
+    def __init__(self, workdir: str, start: int, count: int):
+        self._workdir, self._first, self._last = workdir, start + BEFORE + 1, start + BEFORE + count
+        self._folder: Path | None = None  # while it traces
+
+    def step(self, step: int, pending: Any) -> contextlib.AbstractContextManager:
+        """Begins or ends the trace, as is due before `step`, and returns the context to take the step in.
+
+        pending: results of the step before it.
+        """
+        if step == self._first <= self._last:
+            jax.block_until_ready(pending)
+            remote = is_remote(self._workdir)
+            self._folder = to_path(tempfile.mkdtemp()) if remote else to_path(self._workdir) / TRACE
+            jax.profiler.start_trace(str(self._folder))
+        elif self._folder and step > self._last:
+            self.close(pending)
+        known = jax.profiler.StepTraceAnnotation(STEP, step_num=step)  # by which xprof tells steps apart
+        return known if self._folder else contextlib.nullcontext()
+
+    def close(self, pending: Any) -> None:
+        """Ends the trace, if one is being made, and writes it."""
+        if self._folder is None:
+            return
+        jax.block_until_ready(pending)
+        jax.profiler.stop_trace()
+        if is_remote(self._workdir):
+            for path in self._folder.rglob("*"):
+                if path.is_file():
+                    write_bytes(to_path(self._workdir) / TRACE / path.relative_to(self._folder), path.read_bytes())
+        self._folder = None
+
+
+@contextlib.contextmanager
+def tracked(project: str, workdir: str, config: ConfigDict) -> Iterator[None]:
+    """Sends what TensorBoard is given to a project of Weights & Biases too; "" to none. Process 0 does it for all.
+
+    A resumed run goes on under its first id, which WORKDIR keeps. Who logs in, and where runs are kept, is said by
+    wandb's own environment variables, such as WANDB_API_KEY and WANDB_MODE; nothing of them is stored.
+    """
+    if not project or jax.process_index() != 0:
+        yield
+        return
+    import wandb
+
+    place = to_path(workdir) / RUN_ID
+    if not place.exists():
+        write_bytes(place, uuid.uuid4().hex[:12].encode())
+    known = {"id": place.read_text().strip(), "name": to_path(workdir).name, "resume": "allow"}
+    run = wandb.init(project=project, config=config.to_dict(), sync_tensorboard=True, **known)
+    try:
+        yield
+    finally:
+        run.finish()
