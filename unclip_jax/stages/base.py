@@ -21,8 +21,16 @@ from unclip_jax.diffusion.guidance import (
 )
 from unclip_jax.diffusion.losses import training_loss
 from unclip_jax.diffusion.process import Network, make_denoiser, q_sample
-from unclip_jax.diffusion.samplers import analytic_dpm_step, ddim_invert, ddim_step, ddpm_step, dpm_solver_step, sample
-from unclip_jax.diffusion.schedule import first_steps, make_schedule, respace, respacing
+from unclip_jax.diffusion.samplers import (
+    Step,
+    analytic_dpm_step,
+    ddim_invert,
+    ddim_step,
+    ddpm_step,
+    dpm_solver_step,
+    sample,
+)
+from unclip_jax.diffusion.schedule import Table, first_steps, make_schedule, respace, respacing
 from unclip_jax.keys import draw_rows, split
 from unclip_jax.stages.conditions import Conditions
 
@@ -298,21 +306,16 @@ def draw(
         if conditions.guidance_scale is not None:
             whole = classifier_free(whole, conditions.guidance_scale)
         gradient = through_x0(conditions.x0_gradient, whole)
-    deterministic = s.sampler in ("ddim", "dpm++")
-    if gradient is not None and deterministic:
+    if gradient is not None and s.sampler in ("ddim", "dpm++"):
         # Clipped afterwards: at the noisiest steps the least change of eps is a large one of x0.
         denoiser = condition_eps(denoiser, schedule, gradient, scale)
     if s.clip_x0:
         denoiser = clip_x0(denoiser, schedule, s.clip_x0)
 
     # The step. DDIM's and DPM-Solver's have no mean that could be shifted: their CLIP guidance is in eps, above.
-    if s.sampler == "ddim":
-        step = ddim_step(s.eta if conditions.eta is None else conditions.eta)
-    elif s.sampler == "dpm++":
-        step = dpm_solver_step
-    else:
-        step = analytic_dpm_step(C[schedule.timesteps], 1.0) if s.sampler == "analytic" else ddpm_step
-        step = step if gradient is None else condition_mean(step, gradient, scale)
+    step = _step(s, conditions.eta, None if C is None else C[schedule.timesteps])
+    if gradient is not None and s.sampler in ("ddpm", "analytic"):
+        step = condition_mean(step, gradient, scale)
     if conditions.known is not None:
         x0, known = conditions.known_image, conditions.known
         if network_inpaints:
@@ -320,6 +323,15 @@ def draw(
         else:
             step = known_states(step, x0, known)
     return sample(denoiser, schedule, x_T, key_steps, step, looks_back=s.sampler == "dpm++")
+
+
+def _step(sampling: ConfigDict, eta: Any, C: Table | None) -> Step:
+    """Makes the step of a sampler. eta: of DDIM, None being the config's. C: of "analytic", for the steps taken."""
+    if sampling.sampler == "ddim":
+        return ddim_step(sampling.eta if eta is None else eta)
+    if sampling.sampler == "analytic":
+        return analytic_dpm_step(C, 1.0)
+    return dpm_solver_step if sampling.sampler == "dpm++" else ddpm_step
 
 
 def invert(config: ConfigDict, network: Network, x0: Float[Array, " B *shape"]) -> Float[Array, " B *shape"]:

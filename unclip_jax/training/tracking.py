@@ -1,4 +1,4 @@
-"""What watches a run from outside: a trace of some of its steps, and its metrics at Weights & Biases."""
+"""Watches a run from outside: traces some of its steps, and sends its metrics to Weights & Biases."""
 
 import contextlib
 import tempfile
