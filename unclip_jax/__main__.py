@@ -9,7 +9,7 @@ from pathlib import Path
 from unclip_jax import __version__
 
 COMMANDS = ("quickstart", "train", "sample", "edit", "evaluate", "study", "experiment", "plan", "doctor", "data")
-COMMANDS += ("pretrained",)
+COMMANDS += ("pretrained", "push")
 
 
 def main() -> None:

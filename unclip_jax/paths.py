@@ -1,4 +1,5 @@
-"""Decides what is a path: a place on a disk, or in a bucket of Google Cloud Storage, gs://BUCKET/FOLDER.
+"""Decides what is a path: a place on a disk, in a bucket of Google Cloud Storage, gs://BUCKET/FOLDER, or on the Hugging
+Face Hub, hf:OWNER/NAME.
 
 Every path that a user names goes through `to_path`, and is from then on a `pathlib.Path` or, in a bucket, an
 `epath.Path`, which is used in the same way. In this package Path means either. Buckets need
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+from unclip_jax import hub
 from unclip_jax.errors import StorageError, UserError
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -37,10 +39,13 @@ STORAGE_ERRORS += [errno.EFBIG, errno.EMFILE, errno.ENAMETOOLONG]
 def to_path(text: str | os.PathLike[str]) -> Path:
     """Makes the path that a user named; ~ is the home folder.
 
-    Raises UserError for a name that is neither on a disk nor in a bucket and, at the first path in a bucket, where that
-    bucket cannot be read.
+    A place on the Hugging Face Hub, hf:OWNER/NAME, is fetched, and is then a folder on the disk. Raises UserError for a
+    name that is none of these, for what cannot be fetched and, at the first path in a bucket, where that bucket cannot
+    be read.
     """
     text = os.fspath(text)
+    if text.startswith(hub.PREFIX):
+        return hub.pull(text)
     if in_bucket := re.match("gs://([^/]+)", text):
         from etils import epath
 
@@ -67,6 +72,8 @@ def output_folder(name: str, option: str = "--out") -> Path:
 
     option: the flag, for error messages. Raises UserError where it cannot be a folder, or cannot be written.
     """
+    if name.startswith(hub.PREFIX):
+        raise UserError(f"{option} {name}: the Hub is read only here: give a folder, and push it there when it is done")
     folder = to_path(name)
     if is_remote(folder):
         if folder.is_file():
