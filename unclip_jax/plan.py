@@ -11,6 +11,7 @@ captions: 16 rows on each chip, on every host rows of its own. --config.mesh.fsd
 most 16 at once on each chip.
 
     v5p:4x4x4, v4:…, v5e:…, v6e:…       a slice of TPUs; needs jax[tpu], no TPU, and minutes to half an hour
+    2xv5p:4x4x4                         two such slices, between which gradients alone are sent
     h100:8, h200:…, a100:…, l4:…, t4:…  GPUs of one machine; needs jax[cuda], no GPU, and seconds to minutes
     local                               this machine's own devices, on which a few steps on noise are timed
 

@@ -6,7 +6,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from unclip_jax.errors import UserError
 from unclip_jax.planning import hlo, traffic
+from unclip_jax.planning.chips import CHIPS, parse_slices, parse_topology
 
 # As libtpu writes it, shortened: a loop of 24 turns over a stack of weights, with a collective in each turn.
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0}}
@@ -135,6 +137,19 @@ def test_collectives_send_what_a_ring_sends():
     assert permute == ("collective-permute", "jit(step)/roll", 1, 4 * tile)
 
 
+def test_what_goes_to_other_slices_is_told_apart():
+    """As libtpu writes a reduction over two slices: within each by a collective, between them by the host."""
+    send = (
+        "  %send.4 = (f32[32,128]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%rows, %after-all.4), channel_id=8, "
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}, metadata={op_name="jit(step)/psum"}\n'
+    )
+    text = TEXT.replace("  ROOT %moved", send + send.replace("megascale_runtime", "other") + "  ROOT %moved")
+    found = {each.kind: each for each in traffic.collectives(hlo.parse(text))}
+    assert found[traffic.BETWEEN_SLICES] == (traffic.BETWEEN_SLICES, "jit(step)/psum", 1, 32 * 128 * 4)
+    assert found.keys() == {"all-reduce", "all-gather", "collective-permute", traffic.BETWEEN_SLICES}
+
+
 def test_groups_are_read_in_every_notation():
     for groups, count in (("{{0,1,2,3},{4,5,6,7}}", 4), ("[4,2]<=[8]", 2), ("mesh['a'=2,'b'=4] {'a','b'}", 8),
                           ("mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}", 2)):  # fmt: skip
@@ -177,3 +192,18 @@ def test_cycles_that_the_compiler_cannot_tell_are_none():
     line = "  %x = f32[8]{0} scatter(%a), backend_config={\"estimated_cycles\":\"9223372036854775807\"}"
     (operation,) = hlo.parse(f"ENTRY %main () -> f32[8] {{\n{line}\n}}\n").computations["main"]
     assert operation.opcode == "scatter" and operation.cycles == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "kind", "chips"),
+    [("v5p:4x4x4", 1, "v5p", 64), ("2xv5p:4x4x4", 2, "v5p", 128), ("16xv6e:8x8", 16, "v6e", 1024)],
+)
+def test_topologies_may_be_several_slices(name, slices, kind, chips):
+    assert parse_slices(name)[:2] == (slices, kind)
+    assert parse_topology(name) == (CHIPS[kind], chips)
+
+
+@pytest.mark.parametrize("name", ["2xh100:8", "0xv5p:4x4x4", "xv5p:4x4x4", "2x:4x4x4"])
+def test_other_counts_of_slices_are_refused(name):
+    with pytest.raises(UserError, match="topology"):
+        parse_topology(name)

@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,37 @@ def test_mesh_takes_the_devices_that_fsdp_leaves():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
     assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
     assert dict(make_mesh(sizes(8, 1)).shape) == {"data": 8, "fsdp": 1}
+
+
+class OfSlice(NamedTuple):
+    """A chip of one of several TPU slices, as mesh_utils looks at it."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    device_kind: str = "any"
+    platform: str = "tpu"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id // 2 % 2, self.id // 4, 0
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(-1, 1), (-1, 2), (2, 4)])
+def test_a_copy_of_the_state_lies_in_one_slice(data, fsdp):
+    """Chips of two slices, listed in turns: "data" runs over slices first, "fsdp" within each."""
+    chips = [OfSlice(k, k % 2) for k in range(8)]
+    mesh = make_mesh(sizes(data, fsdp), chips)
+    assert dict(mesh.shape) == {"data": 8 // fsdp, "fsdp": fsdp}
+    assert sorted(chip.id for chip in mesh.devices.flat) == list(range(8))
+    slices = np.vectorize(lambda chip: chip.slice_index, otypes=[int])(mesh.devices)
+    np.testing.assert_array_equal(slices, np.repeat([0, 1], 4).reshape(8 // fsdp, fsdp))
+
+
+def test_a_copy_that_would_lie_in_two_slices_is_refused():
+    with pytest.raises(UserError, match=r"mesh\.fsdp=8 spreads a copy of the state over two of 2 slices: .* 4 devices"):
+        make_mesh(sizes(-1, 8), [OfSlice(k, k % 2) for k in range(8)])
 
 
 @pytest.mark.parametrize("data, fsdp", [(3, 2), (-1, 3), (4, 1), (-1, 16), (-1, 0), (0, 8), (-2, 4)])

@@ -9,7 +9,7 @@ import importlib
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -72,17 +72,20 @@ CHIP_OF_DEVICE_KIND = {  # beginning of `jax.Device.device_kind` → chip
 
 
 def parse_topology(name: str) -> tuple[Chip, int]:
-    """Returns the chip that a topology such as "v5p:4x4x4" or "h100:8" names, and the number of chips.
+    """Returns the chip that a topology such as "v5p:4x4x4", "2xv5p:4x4x4" (two slices) or "h100:8" names, and the
+    number of chips.
 
     Raises UserError for an unknown chip, and for a shape or number that does not belong to it.
     """
-    kind, _, shape = name.partition(":")
+    slices, kind, shape = parse_slices(name)
     if kind not in CHIPS:
         slices, gpus = (", ".join(k for k in CHIPS if bool(CHIPS[k].slice_axes) == tpu) for tpu in (True, False))
         raise UserError(f"topology {name!r}: expected local, one of {slices} with a shape, such as v5p:4x4x4, or "
                         f"one of {gpus} with a number, such as h100:8")  # fmt: skip
     chip = CHIPS[kind]
     if not chip.slice_axes:
+        if slices > 1:
+            raise UserError(f"topology {name!r}: GPUs are those of one machine, such as {kind}:8")
         if not shape.isdecimal() or not 1 <= int(shape) <= MAX_GPUS:
             raise UserError(f"topology {name!r}: expected the number of GPUs of one machine, {kind}:1 to "
                             f"{kind}:{MAX_GPUS}")  # fmt: skip
@@ -90,11 +93,18 @@ def parse_topology(name: str) -> tuple[Chip, int]:
     example = "x".join("4" * chip.slice_axes)
     if not re.fullmatch(r"\d+(x\d+)*", shape) or shape.count("x") + 1 != chip.slice_axes or "0" in shape.split("x"):
         raise UserError(f"topology {name!r}: expected {chip.slice_axes} sizes for {kind}, such as {kind}:{example}")
-    return chip, math.prod(int(size) for size in shape.split("x"))
+    return chip, slices * math.prod(int(size) for size in shape.split("x"))
+
+
+def parse_slices(name: str) -> tuple[int, str, str]:
+    """Splits a topology into the number of slices, 1 where it says none, the kind of chip, and its shape."""
+    kind, _, shape = name.partition(":")
+    several = re.fullmatch(r"([1-9]\d*)x(.+)", kind)
+    return (int(several[1]), several[2], shape) if several else (1, kind, shape)
 
 
 def slice_devices(name: str) -> list[jax.Device]:
-    """Returns the devices of the TPU slice `name`, such as "v5p:4x4x4", to compile for; the slice need not exist.
+    """Returns the devices of the TPU slice or slices `name`, such as "v5p:4x4x4", to compile for; it need not exist.
 
     Raises UserError where libtpu, which has the compiler, is not installed, and for a slice that cannot exist.
     """
@@ -107,9 +117,11 @@ def slice_devices(name: str) -> list[jax.Device]:
     from jax.experimental import topologies
 
     # Otherwise each of a v4 chip's two cores would be a device.
-    options = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
+    slices, kind, shape = parse_slices(name)
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    options |= {"num_slices": slices} if slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+        return list(topologies.get_topology_desc("tpu", f"{kind}:{shape}", **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"topology {name!r} does not exist: {str(error).splitlines()[0]}") from error
 

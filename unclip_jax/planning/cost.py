@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.model import CHUNK_ROWS
 from unclip_jax.planning import flops, report, trial
-from unclip_jax.planning.chips import GIB, Chip, known_chip, parse_topology, slice_devices
+from unclip_jax.planning.chips import GIB, Chip, known_chip, parse_slices, parse_topology, slice_devices
 from unclip_jax.planning.compiling import Compiled, TooLarge, compile_program
 from unclip_jax.planning.estimate import estimate
 from unclip_jax.planning.fitting import Setting, find_setting, possible_settings
@@ -42,7 +42,7 @@ def find_target(topology: str) -> Target | None:
     jax.config.update("jax_platforms", "cpu")
     if not chip:
         return None
-    kind = topology.partition(":")[0]
+    kind = parse_slices(topology)[1]
     devices = slice_devices(topology) if chip.slice_axes else gpu_devices(kind, count)
     return Target(kind, topology, devices, chip, round(chip.hbm_gib * GIB))
 

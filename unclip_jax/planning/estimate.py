@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from unclip_jax.planning.chips import Chip
 from unclip_jax.planning.compiling import Compiled
+from unclip_jax.planning.traffic import BETWEEN_SLICES
 
 KERNEL_MFU = 0.5  # share of the peak at which kernels are taken to run
 
@@ -41,11 +42,15 @@ class Estimate(NamedTuple):
 
 
 def estimate(program: Compiled, chip: Chip, chips: int) -> Estimate:
-    """Estimates a call of a program that runs on so many chips of a kind."""
+    """Estimates a call of a program that runs on so many chips of a kind.
+
+    The network between slices is left out: how fast it is depends on the hosts.
+    """
+    within = (each.sent_bytes for each in program.collectives if each.kind != BETWEEN_SLICES)
     return Estimate(
         compute=program.executed_flops / chips / chip.peak_flops,
         memory=program.moved_bytes / chip.hbm_bandwidth,
-        collectives=sum(each.sent_bytes for each in program.collectives) / chip.link_bandwidth,
+        collectives=sum(within) / chip.link_bandwidth,
         cycles=_cycle_seconds(program, chip),
     )
 

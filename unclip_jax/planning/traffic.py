@@ -7,6 +7,9 @@ from typing import NamedTuple
 from unclip_jax.planning.hlo import Module, Operation, shape_bytes
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+# What goes to other TPU slices, over the data center's network: the compiler splits a reduction over slices into one
+# within each slice and a transfer by the host, which this handler names.
+BETWEEN_SLICES, MEGASCALE = "transfer between slices", '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 # Operations that name, group or contain others, and move nothing themselves.
 IDLE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 IDLE |= {"async-start", "async-update", "async-done", "copy-done", "partition-id", "replica-id", "optimization-barrier"}
@@ -16,7 +19,7 @@ SLICES = ("dynamic-slice", "slice", "gather")  # they read no more than they ret
 class Collective(NamedTuple):
     """All operations between chips of one kind that come from one JAX function."""
 
-    kind: str  # one of COLLECTIVES
+    kind: str  # one of COLLECTIVES, or BETWEEN_SLICES
     source: str  # the JAX function, as of hlo.Operation.source
     count: int  # how many of them run in a call of the program
     sent_bytes: float  # sent by each chip in a call of the program, if the chips of a group form a ring
@@ -30,7 +33,11 @@ def collectives(module: Module) -> list[Collective]:
         shapes = {operation.name: operation.shape for operation in operations}
         for operation in operations if runs else ():
             kind = operation.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind == "send" and MEGASCALE in operation.attributes:
+                key = (BETWEEN_SLICES, operation.source)
+                counts[key] += runs
+                sent[key] += runs * shape_bytes(shapes[operation.operands[0]])
+            elif kind in COLLECTIVES:
                 key = (kind, operation.source)
                 counts[key] += runs
                 taken = sum(map(shape_bytes, (shapes[operand] for operand in operation.operands)))

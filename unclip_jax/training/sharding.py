@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -25,8 +25,9 @@ SMALLEST_SPLIT = 2**14  # elements; below this a leaf costs more to gather than 
 def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
     """Makes a mesh of axes ("data", "fsdp") over `devices` (all of them by default).
 
-    `mesh.data` of -1 stands for the number of devices over `mesh.fsdp`. Raises UserError when the product of the sizes
-    is not the number of devices.
+    `mesh.data` of -1 stands for the number of devices over `mesh.fsdp`. Of several TPU slices, each holds whole copies
+    of the state: "data" runs over slices first, so that gradients alone go over the network between them. Raises
+    UserError when the product of the sizes is not the number of devices, and where a copy would lie in two slices.
     """
     devices = jax.devices() if devices is None else devices
     count, data, fsdp = len(devices), mesh.data, mesh.fsdp
@@ -42,7 +43,15 @@ def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
 
     # Any sizes are allowed, even those that cut a side of a TPU slice in two. Axes are Auto, since with Explicit ones a
     # convolution with a sharded kernel is an error.
-    placed = create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise UserError(f"mesh.fsdp={fsdp} spreads a copy of the state over two of {slices} slices: expected a divisor "
+                        f"of the {count // slices} devices of one")  # fmt: skip
+    if slices > 1:
+        inside, between = (data // slices, fsdp), (slices, 1)
+        placed = create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+    else:
+        placed = create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
     return Mesh(placed, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
