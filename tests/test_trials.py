@@ -79,9 +79,13 @@ def test_arms_draw_as_they_say(tmp_path, trained):
 
 
 def test_each_seed_trains_what_an_arm_changes_and_what_the_experiment_asks_for(tmp_path, trained):
-    lab(tmp_path, dataclasses.replace(SMALL, seeds=2)).run(TEXT)
+    def measure(lab, cascade, arm):
+        return {"named": np.zeros((2, 2))}
+
+    twice = dataclasses.replace(SMALL, seeds=2, measure=measure)
+    lab(tmp_path, twice).run(TEXT)
     assert [(config.stage, config.train.seed) for config in trained if config.train.seed] == [("decoder", 1)]
-    values = lab(tmp_path, dataclasses.replace(SMALL, seeds=2, seeded=("prior",))).run(PLAIN)
+    values = lab(tmp_path, dataclasses.replace(twice, seeded=("prior",))).run(PLAIN)
     assert ("prior_diffusion", 1) in [(config.stage, config.train.seed) for config in trained]
     assert values["named"].shape == (2, 2, 2)
 

@@ -8,10 +8,10 @@ the same folder, so an experiment that was stopped goes on where it was.
 
 import dataclasses
 import hashlib
+import io
 import json
 import signal
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from unclip_jax.evaluation import comparisons, factors
 from unclip_jax.evaluation.intervals import Result
 from unclip_jax.evaluation.reading import read_pictures
 from unclip_jax.model import Model
-from unclip_jax.paths import to_path
+from unclip_jax.paths import to_path, write_bytes
 
 CONFIGS = {  # model of a cascade → its config, where an arm names no other
     "clip": "clip", "prior": "prior_diffusion", "decoder": "decoder", "noised_clip": "clip_noised",
@@ -206,14 +206,11 @@ class Lab:
         key = _hash([cascade.identities(), _plain(arm.sampling), _plain(arm.options), arm.name, self._about()])
         path = self.workdir / "values" / f"{arm.name}-{key[:12]}.npz"
         if not path.exists():
-            began = time.monotonic()
-            values = dict(self.experiment.measure(self, cascade, arm))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".part.npz")
-            np.savez_compressed(beside, seconds=np.float64(time.monotonic() - began), **values)
-            beside.rename(path)
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name != "seconds"}
+            packed = io.BytesIO()
+            np.savez_compressed(packed, **self.experiment.measure(self, cascade, arm))
+            write_bytes(path, packed.getvalue())
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
 
     def _about(self) -> list[Any]:
         e = self.experiment
