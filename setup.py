@@ -28,7 +28,8 @@ setup(
         *["unclip_jax.configs", "unclip_jax.experiments"],
         *(f"unclip_jax.experiments.{name}" for name in experiments),
     ],
-    package_data={"unclip_jax.evaluation": ["study_page.html"]},
+    package_data={"unclip_jax.evaluation": ["study_page.html"]}
+    | {f"unclip_jax.experiments.{name}": ["results.jsonl"] for name in experiments},
     # So that --config=configs/… and experiments are found without a checkout.
     package_dir={"unclip_jax.configs": "configs", "unclip_jax.experiments": "experiments"},
     entry_points={"console_scripts": ["unclip = unclip_jax.__main__:main"]},
@@ -57,7 +58,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10.2"],  # needs a driver for CUDA 13
         "cuda12": ["jax[cuda12]>=0.10.2"],
         "evaluate": evaluate,
-        "wandb": ["wandb>=0.19"],
+        "wandb": ["wandb>=0.19", "tensorboard>=2.15"],  # which it reads what goes to TensorBoard by
         "hub": hub,
         "gcs": gcs,
         "tpu": ["jax[tpu]>=0.10.2", *gcs],

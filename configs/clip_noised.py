@@ -8,7 +8,7 @@ small  Emoji scenes of two objects at 64 px, for one GPU.
 tiny   Emoji scenes of one object at 16 px, what the tiny decoder draws, for two CPU cores. Took 11 minutes
        on cores that were busy with other work; then, among 64 held-out pictures and captions, finds its own in 93 %
        without noise, 85, 73 and 34 % at a quarter, half and three quarters of the timesteps, 2 % (chance) at the last.
-shipped  The noised CLIP of the weights that come with this package, for their GLIDE and decoder at 32 px.
+shipped  The noised CLIP of the cascade of experiments/, for their GLIDE and decoder at 32 px.
 """
 
 from unclip_jax import config

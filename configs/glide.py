@@ -18,7 +18,7 @@ small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores. It predicts x0, which learns faster in a short run than the
        papers' eps with a learned variance. Took 27 minutes on cores that were half busy with other work; for the first
        half it draws objects at random, and in the end the right one for 63 of 64 held-out captions.
-shipped  The GLIDE of the weights that come with this package: the decoder's network, data and steps.
+shipped  The GLIDE of the cascade of experiments/: the decoder's network, data and steps.
 """
 
 from unclip_jax import config

@@ -10,7 +10,7 @@ small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores; trains its CLIP first if none is named. Took 7 minutes
        on cores that were busy with other work; cosine to the true embedding 0.85 on held-out captions, where the codes
        of the true embeddings themselves keep 0.99.
-shipped  The autoregressive prior of the weights that come with this package.
+shipped  The autoregressive prior of the cascade of experiments/.
 """
 
 from unclip_jax import config

@@ -7,7 +7,7 @@ paper  192 channels, 282,064,326 parameters (unCLIP, appendix C, table 3). Its i
 small  Emoji scenes of two objects, for one GPU; BSR as well.
 tiny   Emoji scenes of one object, for two CPU cores: 143 s. Its input is blurred, as the first upsampler's is.
        PSNR of held-out patches 23.5 dB, of interpolation 22.9 dB.
-shipped  The second upsampler of the weights that come with this package: 128 → 512 px.
+shipped  The second upsampler of the cascade of experiments/: 128 → 512 px.
 """
 
 from unclip_jax import config

@@ -6,7 +6,7 @@ paper  320 channels, 729,710,726 parameters (unCLIP, appendix C, table 3; the sp
 small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores: 144 s.
        PSNR of held-out patches 14.6 dB, of interpolation 15.2 dB: it draws edges, not means.
-shipped  The first upsampler of the weights that come with this package: 32 → 128 px.
+shipped  The first upsampler of the cascade of experiments/: 32 → 128 px.
 """
 
 from unclip_jax import config

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -22,7 +23,7 @@ SAY = '''
 from unclip_jax.trials import Arm, Claim, Experiment
 
 EXPERIMENT = Experiment(
-    question="Is two more?", paper="none", models=("clip",),
+    question="Is two more?", paper="none", models=("clip", "decoder"),
     arms=(Arm("one", "the one", x=1), Arm("two", "the other", x=2)),
     measures={"height": "how high"}, claims=(Claim("It is.", "height", "two", "one"),), axis="number", captions=3,
 )
@@ -85,6 +86,27 @@ def test_a_mistake_is_one_line(words, message, tmp_path, monkeypatch):
         run(*words)
 
 
+@pytest.mark.parametrize("place", ["hf:me/tiny/experiment.py", "gs://bucket/experiment.py"])
+def test_no_program_is_run_from_afar(place, tmp_path):
+    with pytest.raises(UserError, match="is a program, which is run from a disk alone"):
+        run(place, "--workdir", tmp_path)
+
+
+def test_values_that_are_not_there_are_null(own, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Lab, "run", lambda self, arm: {"height": np.full((1, 3, 4), np.nan)})
+    assert run(own, "--workdir", tmp_path) == 0
+    text = (tmp_path / "own/results.jsonl").read_text()
+    assert "NaN" not in text and json.loads(text.splitlines()[0])["value"] is None
+    assert "| the one | — |" in (tmp_path / "own/results.md").read_text() and not list(recwarn)
+
+
+def test_results_are_kept_by_the_experiment_s_own_name(own, tmp_path, monkeypatch):
+    shutil.copy(own, tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
+    assert run("mine.py", "--workdir", "work") == 0
+    assert (tmp_path / "work/mine/results.jsonl").exists()
+
+
 def test_a_file_without_an_experiment_is_refused(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("x = 1\n")
@@ -111,13 +133,28 @@ def test_experiments_ask_for_what_there_is(path, tmp_path):
         assert set(arm.sampling) <= {"decoder", "prior"} and set(arm.configs) | set(arm.changes) <= set(found.models)
 
 
+def test_numbers_that_were_not_measured_are_noticed(own, tmp_path):
+    assert run(own, "--workdir", tmp_path, "--publish") == 0
+    table = own.with_name("results.md").read_text()
+    own.with_name("README.md").write_text(f"# Two\n\n{table}\n**Reproduced**: 2.000 is more than 1.000.\n")
+    check_published(own)
+    for wrong in ("**Reproduced**: 0.731 is more.", "**Cannot tell**"):
+        own.with_name("README.md").write_text(f"{table}\n{wrong}\n")
+        with pytest.raises(AssertionError):
+            check_published(own)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
 def test_what_is_said_of_an_experiment_is_what_was_measured(path):
     """results.md and the folder's README hold the numbers of results.jsonl, and no others."""
-    stored = path.with_name(experiment.RESULTS)
-    if not stored.exists():
+    if path.with_name(experiment.RESULTS).exists():
+        check_published(path)
+    else:
         assert not path.with_name("README.md").exists(), "a README without results"
-        return
+
+
+def check_published(path):
+    stored = path.with_name(experiment.RESULTS)
     found, results = experiment.load(path), [json.loads(line) for line in stored.read_text().splitlines()]
     table = experiment.table(found, results)
     assert path.with_name(experiment.TABLE).read_text() == table
@@ -140,6 +177,6 @@ def test_configs_of_shipped_models_belong_together():
 
 
 def test_an_arm_may_be_of_another_config(tmp_path):
-    found = dataclasses.replace(experiment.load(FILES[0]), models=("decoder",))
+    found = dataclasses.replace(experiment.load(FILES[0]), models=("clip", "prior", "decoder"))
     config = Lab(found, tmp_path, "data", None).config(Arm("glide", "GLIDE", {"decoder": "glide"}), "decoder")
     assert config.stage == "glide"

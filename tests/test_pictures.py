@@ -80,7 +80,7 @@ def test_letters_that_no_font_has_are_named(capsys):
     grid(noise(2, 64, 64), 2, ["café", "red"])
     assert "no font here has é" not in capsys.readouterr().err or not Path(DEJAVU).exists()
     grid(noise(2, 64, 64), 2, ["a \U000f1234 cat", "red"])
-    assert "no font here has \U000f1234: captions show boxes for them" in capsys.readouterr().err
+    assert "no font here has \\U000f1234: captions show boxes for them" in capsys.readouterr().err
     grid(noise(2, 64, 64), 2, ["a cat", "red, with 3 dots ..."])
     assert capsys.readouterr().err == ""
 

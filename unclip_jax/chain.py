@@ -292,11 +292,11 @@ def _check_text(text: str, kind: str, limits: Mapping[str, tuple[Any, int]]) -> 
     limits: name of a model → its tokenizer, and how many tokens it reads.
     """
     if not text.strip():
-        raise UserError(f"the {kind} is empty: say what to draw")
+        raise UserError(f"the {kind} is empty: write one")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # how Python hands over bytes of the command line that are no UTF-8
-        raise UserError(f"the {kind} {text[:40]!a} is not text in UTF-8: set the terminal to it") from error
+        raise UserError(f"the {kind} {text[:40]!a} is not text in UTF-8") from error
     for name, (tokenizer, limit) in limits.items():
         count = tokenizer.count(text)
         if count > limit:

@@ -64,6 +64,9 @@ def main(argv: list[str]) -> int:
     from unclip_jax.trials import Lab, Stopped, compare, verdict
 
     path = find(args.name)
+    name = path.stem if path.name != FILE else path.resolve().parent.name
+    if args.publish and (Path(__file__).parent / "experiments").is_dir():
+        raise UserError("--publish writes beside experiment.py, for a checkout: this package is installed from a wheel")
     given = {name: getattr(args, name) for name in ("captions", "draws") if getattr(args, name)}
     experiment = dataclasses.replace(load(path), **given)
     workdir = output_folder(args.workdir, "--workdir")
@@ -83,17 +86,19 @@ def main(argv: list[str]) -> int:
         FIGURE: figure(experiment, results),
         TABLE: table(experiment, results).encode(),
     }
-    folders = [workdir / path.parent.name, *([path.parent] if args.publish else [])]
+    folders = [workdir / name, *([path.parent] if args.publish else [])]
     for folder in folders:
-        for name in PUBLISHED:
-            write_bytes(folder / name, content[name])
+        for file in PUBLISHED:
+            write_bytes(folder / file, content[file])
     print(content[TABLE].decode())
     print(f"{verdict(results)}, after {(time.monotonic() - began) / 60:.1f} minutes: {folders[-1]}", file=sys.stderr)
     return 0
 
 
 def find(name: str) -> Path:
-    """Finds the file of an experiment, by its name or path. Raises UserError where there is none."""
+    """Finds the file of an experiment, by its name or its path on a disk: it is run. Raises UserError for none."""
+    if ":" in name:
+        raise UserError(f"{name}: an experiment is a program, which is run from a disk alone: copy it there first")
     path = to_path(name)
     if path.suffix == ".py" and path.is_file():
         return path
@@ -140,6 +145,8 @@ def table(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> str
             measure = experiment.measures.get(line["measure"], line["measure"])
             of = f"{measure}: {labels[line['larger']]} − {labels[line['smaller']]}"
             lines.append(_row(line["claim"], _number(line), of, f"{line['n']:,}", line["verdict"]))
+    trainings = "one training run" if experiment.seeds == 1 else f"{experiment.seeds} training runs"
+    lines += ["", f"{experiment.captions} captions, {experiment.draws} pictures of each, {trainings} of each model."]
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +155,7 @@ def _row(*cells: str) -> str:
 
 
 def _number(line: Mapping[str, Any]) -> str:
-    return f"{line['value']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+    return "—" if line["value"] is None else f"{line['value']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
 
 
 def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> bytes:
@@ -170,7 +177,7 @@ def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> by
         for series in dict.fromkeys(arm.series for arm in experiment.arms):
             arms = [(at, arm) for at, arm in enumerate(experiment.arms) if arm.series == series]
             found = [[lines[arm.name][part] for _, arm in arms] for part in ("value", "low", "high")]
-            value, low, high = map(np.array, found)
+            value, low, high = np.array(found, np.float64)  # None becomes NaN, which is not drawn
             bars = np.abs([low - value, high - value])
             if over_x:
                 panel.errorbar([arm.x for _, arm in arms], value, yerr=bars, marker="o", capsize=3, label=series)

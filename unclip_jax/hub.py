@@ -15,7 +15,7 @@ from typing import NamedTuple
 from unclip_jax.errors import UserError
 
 PREFIX = "hf:"
-FETCHED = ("*.json", "*.safetensors", "*.model")  # patterns of the files of bundles
+ENDINGS = (".json", ".safetensors", ".model")  # of the files of bundles
 
 
 class Place(NamedTuple):
@@ -45,7 +45,9 @@ def pull(text: str) -> Path:
 
     where = place(text)
     within = f"{where.folder}/" if where.folder else ""
-    patterns = [within + pattern for pattern in FETCHED] + ([where.folder] if where.folder else [])
+    patterns = [f"{within}*{ending}" for ending in ENDINGS]
+    if where.folder.endswith(ENDINGS):  # a file
+        patterns.append(where.folder)
     with _hub_errors(text):
         folder = Path(snapshot_download(where.repository, revision=where.revision, allow_patterns=patterns))
     found = folder / where.folder
@@ -54,10 +56,11 @@ def pull(text: str) -> Path:
     return found
 
 
-def push(folder: Path, text: str, card: str, private: bool) -> str:
-    """Uploads the models of a folder, with a README.md, to a repository, which is made if need be; returns its address.
+def push(folder: Path, files: list[str], text: str, card: str, private: bool) -> str:
+    """Uploads files of a folder, and then a README.md, to a repository, which is made if need be, and so is a branch;
+    returns the address of the commit.
 
-    Raises UserError where the Hub refuses.
+    files: by their places below the folder. Raises UserError where the Hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -66,9 +69,11 @@ def push(folder: Path, text: str, card: str, private: bool) -> str:
         raise UserError(f"{text}: give the whole repository, hf:OWNER/NAME")
     with _hub_errors(text):
         api.create_repo(where.repository, private=private, exist_ok=True)
-        files = {"repo_id": where.repository, "revision": where.revision}
-        api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **files)
-        done = api.upload_folder(folder_path=folder, allow_patterns=list(FETCHED), **files)
+        if where.revision:
+            api.create_branch(where.repository, branch=where.revision, exist_ok=True)
+        known = {"repo_id": where.repository, "revision": where.revision}
+        api.upload_folder(folder_path=folder, allow_patterns=files, **known)
+        done = api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", **known)
     return str(done.commit_url)
 
 
@@ -88,3 +93,9 @@ def _hub_errors(text: str) -> Iterator[None]:
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         said = str(error).strip().splitlines()
         raise UserError(f"{text}: the Hub says: {said[0] if said else type(error).__name__}") from error
+    except Exception as error:
+        # Errors of the library that huggingface_hub sends by, which is another from version to version.
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "requests", "urllib3"):
+            raise
+        kind = type(error).__name__
+        raise UserError(f"{text}: the Hub cannot be reached ({kind}): is this machine online?") from error

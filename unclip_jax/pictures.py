@@ -4,17 +4,20 @@ import io
 import json
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from unclip_jax.errors import one_line
 from unclip_jax.paths import to_path, write_bytes
 
 NAME_BYTES = 120  # of a file's name, which may have 255 in all
 # Fonts with more letters than Pillow's own, where one is installed.
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc",
               "DejaVuSans.ttf")  # fmt: skip
+UNSEEN = ("Cc", "Cf", "Mn", "Zl", "Zp", "Zs")  # categories of Unicode that are not drawn, or upon letters
 GAP = 4  # pixels between pictures of a grid
 INK, PAPER = (40, 40, 40), (255, 255, 255)  # colours of a grid, red, green, blue
 
@@ -102,15 +105,16 @@ def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
         if not lacking:
             break
     if lacking:
-        print(f"no font here has {lacking[:20]}: captions show boxes for them; the text in each file is whole",
-              file=sys.stderr)  # fmt: skip
+        few = one_line(lacking[:20])
+        print(f"no font here has {few}: captions show boxes for them; texts in files are whole", file=sys.stderr)
     return best
 
 
 def _lacking(font: ImageFont.FreeTypeFont, text: str) -> str:
     """Lists the letters of a text for which a font draws what it draws for a character that there is not."""
     nothing = bytes(font.getmask("\U0010fffe"))
-    return "".join(sorted(c for c in set(text) if not c.isspace() and bytes(font.getmask(c)) == nothing))
+    seen = (c for c in set(text) if unicodedata.category(c) not in UNSEEN)
+    return "".join(sorted(c for c in seen if bytes(font.getmask(c)) == nothing))
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

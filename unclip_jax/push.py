@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip_jax import __version__, cli, hub
-from unclip_jax.bundle import CONFIG, Bundle, load_bundle
+from unclip_jax.bundle import CONFIG, TOKENIZERS, WEIGHTS, Bundle, load_bundle
 from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path
 from unclip_jax.training.leaves import named_leaves
@@ -51,12 +51,13 @@ def main(argv: list[str]) -> int:
     if args.dry_run:
         print(text)
         return 0
-    print(hub.push(folder, args.place, text, args.private))
+    files = [f"{name}/{file}".removeprefix("./") for name in bundles for file in (CONFIG, WEIGHTS, *TOKENIZERS)]
+    print(hub.push(folder, files, args.place, text, args.private))
     return 0
 
 
 def bundle_folders(folder: Path) -> dict[str, Path]:
-    """Finds the bundles in a folder by their places below it, "" being the folder itself. Raises UserError for none."""
+    """Finds the bundles in a folder by their places below it, "." being itself. Raises UserError for none."""
     found = {str(path.parent.relative_to(folder)): path.parent for path in sorted(folder.rglob(CONFIG))}
     if not found:
         raise UserError(f"{folder} holds no bundle: expected the folder of a cascade, or of one model's bundle")
@@ -75,14 +76,16 @@ def read_evaluation(name: str) -> list[dict[str, Any]]:
 
 def card(place: str, licence: str, bundles: Mapping[str, Bundle], results: Sequence[Mapping[str, Any]]) -> str:
     """Writes the card of a cascade in Markdown, with the Hub's own header."""
-    glide = any(bundle.stage == "glide" for bundle in bundles.values())
-    paper = "GLIDE" if glide else "unCLIP"
+    decoder = bundles.get("decoder")
+    paper = "GLIDE" if (decoder or next(iter(bundles.values()))).stage == "glide" else "unCLIP"
     name = hub.place(place).repository
-    header = ["---", f"license: {licence}", "library_name: unclip_jax", "pipeline_tag: text-to-image", "tags:"]
-    header += ["- unclip_jax", "- jax", f"- {paper.lower()}", "---"]
+    header = ["---", f"license: {licence}", "library_name: unclip_jax", "tags:"]
+    header += ["- unclip_jax", "- jax", f"- {paper.lower()}"]
+    header += [*(["pipeline_tag: text-to-image"] if decoder else []), "---"]
     text = [*header, "", f"# {name.rpartition('/')[2]}", ""]
     text += [f"Models of [{paper}]({PAPERS[paper]}) for unclip_jax, written by version {__version__}.", ""]
-    text += ["```bash", f'unclip sample --bundle {place} --prompt "…"', "```", "", "## Models", ""]
+    text += ["```bash", f'unclip sample --bundle {place} --prompt "…"', "```", ""] if decoder else []
+    text += ["## Models", ""]
     text += ["| folder | stage | parameters | data | steps × batch |", "|---|---|--:|---|--:|"]
     for folder, bundle in bundles.items():
         count = sum(array.size for array in named_leaves(bundle.params).values())

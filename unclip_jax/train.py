@@ -117,18 +117,13 @@ def run(config: ConfigDict, workdir: str, profile: int = 0, wandb: str = "") -> 
         upstream = _upstream(config, workdir, mesh)
         if isinstance(upstream, signal.Signals):
             return upstream
-        with preflight.Watchdog(config.train.watchdog_minutes) as watchdog, tracked(wandb, workdir, config):
-            return _run(config, workdir, mesh, upstream, stop, watchdog, profile)
+        with preflight.Watchdog(config.train.watchdog_minutes) as watchdog:
+            return _run(config, workdir, mesh, upstream, stop, watchdog, profile, wandb)
 
 
 def _run(
-    config: ConfigDict,
-    workdir: str,
-    mesh: Mesh,
-    upstream: Upstream,
-    stop: "_Stop",
-    watchdog: preflight.Watchdog,
-    profile: int,
+    config: ConfigDict, workdir: str, mesh: Mesh, upstream: Upstream, stop: "_Stop", watchdog: preflight.Watchdog,
+    profile: int, wandb: str,
 ) -> Report | signal.Signals:
     # Everything that can be wrong is found here, before anything is computed.
     stage, train_step = _assemble(config, upstream.stage, mesh)
@@ -168,9 +163,10 @@ def _run(
             state = _prepared(state, stage, config, frozen, inputs.first_batches(mesh))
     del origin  # its parameters need as much memory again
     steps, data = config.train.steps, inputs.batches(start, mesh)
-    expected, profiler = ExpectedLoss(config.train.expected_loss), Profiler(workdir, start, profile)
+    expected = ExpectedLoss(config.train.expected_loss)
     about = config.train.batch_size, start, to_path(workdir).name, _utilization(config, stage)
-    with MetricLogger(workdir, steps, *about) as log:
+    profiler = Profiler(workdir, start, profile)
+    with tracked(wandb, workdir, config), profiler, MetricLogger(workdir, steps, *about) as log:
 
         def log_step(k: int, skips: Skips, metrics: Metrics) -> None:
             """Logs step k; warns of skipped updates and of a loss outside of what is expected."""

@@ -1,9 +1,9 @@
 """Experiments: arms that differ in how models are trained or drawn from, and what is measured of the pictures.
 
-An experiment is a value, which `get_experiment(size)` in experiments/NAME/experiment.py returns. An arm says only what
-is other than in the cascade that comes with this package. `Lab` trains what an arm lacks: a model is known by a digest
-of its config and of its CLIP, so nothing is trained twice, by any experiment. What was drawn and measured is kept in
-the same folder, so an experiment that was stopped goes on where it was.
+An experiment is a value, `EXPERIMENT` in experiments/NAME/experiment.py. An arm says only what is other than in the
+cascade of the configs of size "shipped". `Lab` trains what an arm lacks: a model is known by a digest of its config and
+of its CLIP, so nothing is trained twice, by any experiment. What was drawn and measured is kept in the same folder too,
+so an experiment that was stopped goes on where it was.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import io
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ CONFIGS = {  # model of a cascade → its config, where an arm names no other
 # Keys that say where a run's data and CLIP lie or how it is done, not what comes of it.
 UNTOLD = ("data.data_dir", "data.threads", "data.workers", "clip.", "mesh.", "train.log_every", "train.checkpoint_",
           "train.keep", "train.watchdog_minutes", "train.expected_loss", "train.sample_every", "train.measure",
-          "train.eval_size", "train.draw_size")  # fmt: skip
+          "train.draw_size")  # fmt: skip
 Values = Mapping[str, np.ndarray]  # measure → (captions, draws), NaN where a picture has no value
 
 
@@ -100,6 +100,28 @@ class Experiment:
     measure: "Callable[[Lab, Cascade, Arm], Values]" = lambda lab, cascade, arm: lab.scene_values(cascade, arm)
     axis: str = ""
 
+    def __post_init__(self) -> None:
+        """Raises UserError for arms, models, measures and claims that do not go together."""
+        names = [arm.name for arm in self.arms]
+        _known("the name of an arm, which another has", [name for name in names if names.count(name) > 1], ())
+        _known("a model", self.models, CONFIGS)
+        if "decoder" not in self.models:
+            raise UserError(f"models are {', '.join(self.models)}: an experiment needs a decoder")
+        for arm in self.arms:
+            _known(f"a model that arm {arm.name} changes", [*arm.configs, *arm.changes], self.models)
+            sampled = {"decoder", "prior"} & {*self.models}
+            _known(f"a model that arm {arm.name} samples otherwise", arm.sampling, sampled)
+        for claim in self.claims:
+            _known("an arm of a claim", (claim.larger, claim.smaller), names)
+            _known("the measure of a claim", [claim.measure], self.measures)
+
+
+def _known(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises UserError for the first name that is none of those expected."""
+    for name in found:
+        if name not in expected:
+            raise UserError(f"{name!r} is {what}: expected one of {', '.join(expected) or 'no two alike'}")
+
 
 class Lab:
     """Trains, draws and measures for one experiment, below a folder that all experiments share.
@@ -117,11 +139,12 @@ class Lab:
         self.scenes, self.named, self.captions = zip(
             *(varied_scenes.scene_at("test", index) for index in range(experiment.captions)), strict=True
         )
-        self.training_seconds: dict[str, float] = {}
 
     def run(self, arm: Arm) -> dict[str, np.ndarray]:
-        """Returns each measure's values of an arm, (training seeds, captions, draws)."""
-        found = [self._values(arm, seed) for seed in range(self.experiment.seeds)]
+        """Returns each measure's values of an arm, (training seeds, captions, draws). An arm of which nothing is
+        trained by several seeds has one."""
+        seeds = self.experiment.seeds if {*self.experiment.seeded, *arm.changes, *arm.configs} else 1
+        found = [self._values(arm, seed) for seed in range(seeds)]
         return {name: np.stack([values[name] for values in found]) for name in found[0]}
 
     def cascade(self, arm: Arm, seed: int = 0) -> Cascade:
@@ -153,8 +176,8 @@ class Lab:
                 raise UserError(f"arm {arm.name} changes {key}, which {spec} does not have")
             config.update_from_flattened_dict({key: value})
         config.data.data_dir = self._data_dir
-        if arm.changes.get(name) or name in self.experiment.seeded:
-            config.train.seed = seed
+        if name in (*arm.changes, *arm.configs, *self.experiment.seeded):
+            config.train.seed += seed
         if self._steps:  # everything is to be quick, the search for a prior's analytic variances too
             config.train.steps, config.train.eval_size, config.train.draw_size = self._steps, 8, 8
             if config.stage == "prior_diffusion":
@@ -179,7 +202,6 @@ class Lab:
             if isinstance(report, signal.Signals):
                 raise Stopped(report)
             jax.clear_caches()  # the programs of several trainings would fill the memory
-        self.training_seconds[folder.name] = _seconds(folder / "metrics.jsonl")
         return folder / "bundle"
 
     def draw(self, cascade: Cascade, arm: Arm) -> np.ndarray:
@@ -213,8 +235,10 @@ class Lab:
             return {name: file[name] for name in file.files}
 
     def _about(self) -> list[Any]:
+        """Collects what else values depend on: the code that measures too, by the file that it stands in."""
         e = self.experiment
-        return [e.captions, e.draws, e.measure.__module__, e.measure.__qualname__]
+        code = to_path(e.measure.__code__.co_filename).read_bytes()
+        return [e.captions, e.draws, e.measure.__qualname__, hashlib.sha256(code).hexdigest(), __version__]
 
 
 class Stopped(Exception):
@@ -289,7 +313,8 @@ def verdict(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _line(result: Result) -> dict[str, Any]:
-    numbers = {name: round(getattr(result, name), 4) for name in ("value", "low", "high")}
+    values = {name: getattr(result, name) for name in ("value", "low", "high")}
+    numbers = {name: round(value, 4) if np.isfinite(value) else None for name, value in values.items()}
     return {"measure": result.name} | numbers | {"n": result.n} | result.card
 
 
@@ -304,11 +329,6 @@ def _by_digest(folder: Path) -> dict[str, Path]:
                 config.clip.bundle = str(clip)
             found[digest(config)] = path
     return found
-
-
-def _seconds(metrics: Path) -> float:
-    """Reads how long a training took, from its metrics.jsonl."""
-    return json.loads(metrics.read_text().splitlines()[-1])["seconds"]
 
 
 def _plain(given: Mapping[str, Any]) -> Any:

@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import measure
@@ -37,32 +38,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, help="keeps what is made; default: a temporary folder")
     args = parser.parse_args()
+    report = {"machine": measure.machine(), "records": args.records, "steps": args.steps}
     with tempfile.TemporaryDirectory() as temporary:
-        report = run(args.folder or Path(temporary), args.records, args.steps)
-    report = {"machine": measure.machine(), "records": args.records, "steps": args.steps} | report
-    (HERE / "large_dataset.json").write_text(json.dumps(report, indent=1) + "\n")
+        for name, found in run(args.folder or Path(temporary), args.records, args.steps):
+            report[name] = found
+            (HERE / "large_dataset.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 
-def run(folder: Path, records: int, steps: int) -> dict:
-    """Draws, builds, trains a CLIP for a few steps, embeds, and trains a prior."""
+def run(folder: Path, records: int, steps: int) -> Iterator[tuple[str, dict]]:
+    """Draws, builds, trains a CLIP for a few steps, embeds, and trains a prior; yields what was measured of each."""
     write_tars(folder / "tars", records)
     tfds, clip, prior = (str(folder / name) for name in ("tfds", "clip", "prior"))
     data = ["--config.data.source=tfds:many", f"--config.data.data_dir={tfds}", "--config.data.workers=0"]
-    report = {}
     source = f"tars:{folder / 'tars'}/*.tar"
     build = ["data", "build", "--source", source, "--out", tfds, "--name", "many", "--workers", "2"]
-    report["build"] = timed([*build, "--exact-duplicates"], records)
+    yield "build", timed([*build, "--exact-duplicates"], records)
     text = ["--config.model.text.context=36"]
     timed(["train", "--config=configs/clip.py:tiny", f"--workdir={clip}", *data, *text, "--config.train.steps=20"], 0)
     given = ["--config=configs/prior_diffusion.py:tiny", *data, f"--config.clip.bundle={clip}/bundle"]
     given += ["--config.model.context=36"]
-    report["embed"] = timed(["data", "embed", *given, "--out", f"{folder}/embeddings"], records)
+    yield "embed", timed(["data", "embed", *given, "--out", f"{folder}/embeddings"], records)
     given += [f"--config.data.embeddings={folder}/embeddings", f"--config.train.steps={steps}"]
     # Without the analytic variances, which are found after the last step.
     given += ["--config.sampling.sampler=ddim", "--config.train.batch_size=32", "--config.optim.warmup_steps=0"]
-    report["train"] = timed(["train", *given, f"--workdir={prior}"], 32 * steps, Path(prior) / "metrics.jsonl")
-    return report
+    yield "train", timed(["train", *given, f"--workdir={prior}"], 32 * steps, Path(prior) / "metrics.jsonl")
 
 
 def write_tars(folder: Path, records: int) -> None:
@@ -106,11 +106,9 @@ def timed(words: list[str], records: int, metrics: Path | None = None) -> dict:
         raise SystemExit(f"{' '.join(words[:2])} ended with status {status}")
     seconds = time.monotonic() - began
     found = {"seconds": round(seconds, 1), "records_per_second": round(records / seconds, 1)}
-    found["most_mib"] = round(max(mib for _, mib in looks))
+    found["most_mib"] = round(max((mib for _, mib in looks), default=0))
     if metrics:
-        last = looks[-1][0]
-        found["mib_by_step"] = {step: round(mib) for step, mib in looks if step}
-        found["mib_by_step"] = tenths(found["mib_by_step"], last)
+        found["mib_by_step"] = tenths({step: round(mib) for step, mib in looks if step}, last_step(metrics))
     return found
 
 
@@ -118,8 +116,9 @@ def tenths(by_step: dict[int, int], last: int) -> dict[int, int]:
     """Keeps the first look after each tenth of the steps."""
     found = {}
     for k in range(1, 10):
-        step = min(step for step in by_step if step >= k * last / 10)
-        found[step] = by_step[step]
+        later = [step for step in by_step if step >= k * last / 10]
+        if later:
+            found[min(later)] = by_step[min(later)]
     return found
 
 

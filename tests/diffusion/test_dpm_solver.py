@@ -8,7 +8,7 @@ from test_samplers import COSINE, KEY, LINEAR, V, gaussian, oracle, start
 
 from unclip_jax.diffusion.process import Prediction
 from unclip_jax.diffusion.samplers import ddim_step, dpm_solver_step, sample
-from unclip_jax.diffusion.schedule import respace
+from unclip_jax.diffusion.schedule import first_steps, respace
 
 
 def error(schedule, step, looks_back=False):
@@ -56,3 +56,10 @@ def test_a_step_in_between_by_the_papers_formula(i):
     prediction = Prediction(*map(jnp.float32, (x0, x0)), None, jnp.float32(previous))
     found = dpm_solver_step(jnp.float32(x_t), i, prediction, schedule, jnp.float32(x_t))
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_a_chain_that_starts_within_begins_with_ddims_step():
+    schedule, (x_t, x0) = first_steps(respace(COSINE, "9"), 5), jax.random.normal(KEY, (2, 3, 8))
+    prediction = oracle(schedule, x0)(x_t, 4)._replace(previous_x0=jnp.zeros_like(x0))
+    found = dpm_solver_step(x_t, 4, prediction, schedule, x_t)
+    np.testing.assert_allclose(found, ddim_step(0.0)(x_t, 4, prediction, schedule, x_t), rtol=1e-4, atol=1e-5)

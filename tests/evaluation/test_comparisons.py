@@ -59,3 +59,10 @@ def test_values_that_are_not_there_do_not_count():
 def test_arms_of_other_captions_are_refused():
     with pytest.raises(ValueError, match="same seeds and captions"):
         difference("", np.zeros((1, 3, 2)), np.zeros((1, 4, 2)))
+
+
+def test_one_trained_model_is_compared_with_several():
+    captions = np.random.default_rng(5).normal(size=(1, 200, 1))
+    found = difference("", np.concatenate([captions + gap for gap in (0.4, 0.5, 0.6)]), captions)
+    assert found.value == pytest.approx(0.5) and found.n == 200
+    assert 0.3 < found.low < 0.5 < found.high < 0.7, "the same captions, so that the models alone differ"

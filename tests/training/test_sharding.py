@@ -1,8 +1,8 @@
+import dataclasses
 import os
 import socket
 import subprocess
 import sys
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,8 @@ def test_mesh_takes_the_devices_that_fsdp_leaves():
     assert dict(make_mesh(sizes(8, 1)).shape) == {"data": 8, "fsdp": 1}
 
 
-class OfSlice(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class OfSlice:
     """A chip of one of several TPU slices, as mesh_utils looks at it."""
 
     id: int
@@ -61,8 +62,13 @@ def test_a_copy_of_the_state_lies_in_one_slice(data, fsdp):
     np.testing.assert_array_equal(slices, np.repeat([0, 1], 4).reshape(8 // fsdp, fsdp))
 
 
+def test_gpus_of_several_hosts_are_no_slices():
+    chips = [OfSlice(k, k % 2, platform="gpu", device_kind="any") for k in range(8)]
+    assert dict(make_mesh(sizes(-1, 8), chips).shape) == {"data": 1, "fsdp": 8}
+
+
 def test_a_copy_that_would_lie_in_two_slices_is_refused():
-    with pytest.raises(UserError, match=r"mesh\.fsdp=8 spreads a copy of the state over two of 2 slices: .* 4 devices"):
+    with pytest.raises(UserError, match=r"mesh\.fsdp=8 spreads a copy .* over some of 2 slices: .* 4 devices"):
         make_mesh(sizes(-1, 8), [OfSlice(k, k % 2) for k in range(8)])
 
 

@@ -9,6 +9,7 @@ import pytest
 from shrink import save_pictures, small_config
 
 from unclip_jax import train
+from unclip_jax.errors import UserError
 from unclip_jax.training import tracking
 from unclip_jax.training.tracking import Profiler, tracked
 
@@ -55,13 +56,15 @@ def test_no_trace_without_being_asked(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_trace_of_a_run_in_a_bucket_is_copied_there(bucket):
+def test_a_trace_of_a_run_in_a_bucket_is_copied_there(bucket, tmp_path, monkeypatch):
     from unclip_jax.paths import files_below, to_path
 
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     profiler = Profiler(bucket, 0, 1)
     for k in range(1, 13):
         profiler.step(k, None)
     assert any(name.endswith(".xplane.pb") for name in files_below(to_path(bucket) / "profile"))
+    assert not list(tmp_path.iterdir()), "nothing stays on the disk"
 
 
 @pytest.fixture
@@ -70,10 +73,12 @@ def started(monkeypatch):
     calls = []
 
     def init(**given):
+        if given["project"] == "refused":
+            raise RuntimeError("no tensorboard package")
         calls.append(given)
-        return SimpleNamespace(finish=lambda: calls.append("ended"))
+        return SimpleNamespace(finish=lambda exit_code: calls.append(["ended", "failed"][exit_code]))
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=RuntimeError))
     return calls
 
 
@@ -88,6 +93,14 @@ def test_a_resumed_run_goes_on_under_its_first_id(tmp_path, started):
     assert (first["project"], first["name"], first["config"]) == ("pictures", "run", config.to_dict())
     with tracked("pictures", str(tmp_path / "other"), config):
         assert started[-1]["id"] != first["id"]
+
+
+def test_a_run_that_fails_is_not_said_to_have_ended_well(tmp_path, started):
+    with pytest.raises(ValueError, match="lost"), tracked("pictures", str(tmp_path), small_config("clip")):
+        raise ValueError("lost")
+    assert started[-1] == "failed"
+    with pytest.raises(UserError, match="--wandb refused: no tensorboard package"):
+        tracked("refused", str(tmp_path), small_config("clip")).__enter__()
 
 
 def test_nobody_is_told_without_a_project(tmp_path, started):

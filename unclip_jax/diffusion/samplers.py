@@ -64,15 +64,12 @@ def dpm_solver_step(x_t: Rows, i: StepIndex, prediction: Prediction, schedule: N
     It is of second order in the log-SNR, by the x0 that was predicted at the step before. The first step, which has
     none, and the last, which ends without noise, are of first order: that is DDIM. A predicted variance is not used.
     """
-    sigma, sigma_prev = jnp.sqrt(schedule.beta_bars), jnp.sqrt(schedule.beta_bars_prev)
-    signal = jnp.sqrt(schedule.alpha_bars_prev) - jnp.sqrt(schedule.alpha_bars) * sigma_prev / sigma
     x0 = prediction.x0
-    if prediction.previous_x0 is not None and schedule.num_steps > 2:
-        log_snr = 0.5 * (jnp.log(jnp.asarray(schedule.alpha_bars)) - jnp.log(jnp.asarray(schedule.beta_bars)))
-        h = log_snr[:-1] - log_snr[1:]  # of the step to i, from i + 1
-        weight = jnp.concatenate([jnp.zeros(1), 0.5 * h[:-1] / h[1:], jnp.zeros(1)])
-        x0 = x0 + table_at(weight, i, x_t) * (x0 - prediction.previous_x0)
-    return table_at(sigma_prev / sigma, i, x_t) * x_t + table_at(signal, i, x_t) * x0
+    if prediction.previous_x0 is not None:
+        # A chain whose noisiest steps were cut off starts within the table.
+        ratio = jnp.where(i == schedule.num_steps - 1, 0.0, table_at(schedule.log_snr_ratio, i, x_t))
+        x0 = x0 + ratio * (x0 - prediction.previous_x0)
+    return table_at(schedule.flow_x_t_weight, i, x_t) * x_t + table_at(schedule.flow_x0_weight, i, x_t) * x0
 
 
 def sample(

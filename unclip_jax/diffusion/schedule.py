@@ -46,6 +46,9 @@ class NoiseSchedule(NamedTuple):
     posterior_x_t_weight: Table
     posterior_variance: Table  # beta-tilde_t; entry 0 is 0
     posterior_log_variance: Table  # log beta-tilde_t; entry 0 is entry 1, since log 0 has no use
+    flow_x0_weight: Table  # on the probability flow of one x_0: x_{t-1} = flow_x0_weight x_0 + flow_x_t_weight x_t
+    flow_x_t_weight: Table
+    log_snr_ratio: Table  # 1/2 the step in log-SNR from t to t-1, over that from t+1 to t; the two ends are 0
 
     @property
     def num_steps(self) -> int:
@@ -137,7 +140,18 @@ def _tables(betas: np.ndarray, timesteps: np.ndarray) -> NoiseSchedule:
         posterior_x_t_weight=np.sqrt(1 - betas) * beta_bars_prev / beta_bars,
         posterior_variance=posterior_variance,
         posterior_log_variance=np.log(clipped),
+        flow_x0_weight=np.sqrt(alpha_bars_prev) - np.sqrt(alpha_bars * beta_bars_prev / beta_bars),
+        flow_x_t_weight=np.sqrt(beta_bars_prev / beta_bars),
+        log_snr_ratio=_log_snr_ratio(alpha_bars, beta_bars),
     )
+
+
+def _log_snr_ratio(alpha_bars: np.ndarray, beta_bars: np.ndarray) -> np.ndarray:
+    log_snr = 0.5 * np.log(alpha_bars / beta_bars)
+    lengths = log_snr[:-1] - log_snr[1:]  # of the step down to t, from t + 1
+    ratio = np.zeros(len(alpha_bars))
+    ratio[1:-1] = 0.5 * lengths[:-1] / lengths[1:]
+    return ratio
 
 
 def _kept_steps(length: int, spec: str) -> list[int]:

@@ -21,14 +21,14 @@ def mean(name: str, values: np.ndarray, **card: Any) -> Result:
 def difference(name: str, first: np.ndarray, second: np.ndarray, **card: Any) -> Result:
     """Computes the mean of `first` less that of `second`, arrays (S, C, D) for the same captions.
 
-    The result's n is the smaller of the two numbers of values. An interval with 0 inside does not tell them apart.
-    Raises ValueError for arrays of two shapes.
+    One of them may have a single training seed. The result's n is the smaller of the two numbers of values. An interval
+    with 0 inside does not tell them apart. Raises ValueError for other captions, pictures or numbers of seeds.
     """
-    if first.shape != second.shape:
+    if first.shape[1:] != second.shape[1:] or (first.shape != second.shape and 1 not in (len(first), len(second))):
         raise ValueError(f"arms of {first.shape} and {second.shape} values: expected the same seeds and captions")
     fewer = min(first, second, key=lambda values: np.isfinite(values).sum())
     found = _result(name, fewer, _means(first) - _means(second), **card)
-    return found._replace(value=float(np.nanmean(first) - np.nanmean(second)))
+    return found._replace(value=float(np.nanmean(first) - np.nanmean(second))) if found.n else found
 
 
 def _result(name: str, values: np.ndarray, means: np.ndarray, **card: Any) -> Result:
@@ -41,14 +41,15 @@ def _result(name: str, values: np.ndarray, means: np.ndarray, **card: Any) -> Re
 
 
 def _means(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Computes the means of so many samples, (draws,). Arrays of one shape are sampled alike."""
-    rng, (seeds, captions, pictures) = np.random.default_rng(seed), values.shape
+    """Computes the means of so many samples, (draws,). Arrays of as many captions get the same captions each time."""
+    seeds, captions, pictures = values.shape
     known = np.isfinite(values)
     values = np.where(known, values, 0.0)
     found = np.empty(draws)
     for k in range(draws):
+        rng = np.random.default_rng((seed, k))
+        c = rng.integers(captions, size=(1, captions, 1))  # the same for all training seeds
         s = rng.integers(seeds, size=(seeds, 1, 1))
-        c = rng.integers(captions, size=(1, captions, 1))  # all seeds have the same captions
         d = rng.integers(pictures, size=(seeds, captions, pictures))
         count = known[s, c, d].sum()
         found[k] = values[s, c, d].sum() / count if count else np.nan

@@ -128,5 +128,9 @@ def slice_devices(name: str) -> list[jax.Device]:
 
 def known_chip(kind: str) -> Chip | None:
     """Finds the chip of a `jax.Device.device_kind`, such as "TPU v5 lite"; None for one that is not listed here."""
-    names = sorted((name for name in CHIP_OF_DEVICE_KIND if kind.startswith(name)), key=len)
+    # Slower relatives have names that begin alike: L40S, H100 PCIe, A100-PCIE-40GB, H100 NVL.
+    if re.search(r"PCIe|NVL\b", kind, re.IGNORECASE):
+        return None
+    end = re.compile(r"\d").match
+    names = sorted((n for n in CHIP_OF_DEVICE_KIND if kind.startswith(n) and not end(kind[len(n) :])), key=len)
     return CHIP_OF_DEVICE_KIND[names[-1]] if names else None

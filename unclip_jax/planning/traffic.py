@@ -13,6 +13,7 @@ BETWEEN_SLICES, MEGASCALE = "transfer between slices", '_xla_host_transfer_handl
 # Operations that name, group or contain others, and move nothing themselves.
 IDLE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
 IDLE |= {"async-start", "async-update", "async-done", "copy-done", "partition-id", "replica-id", "optimization-barrier"}
+IDLE |= {"send-done", "recv-done"}
 SLICES = ("dynamic-slice", "slice", "gather")  # they read no more than they return
 
 
@@ -79,7 +80,7 @@ def _operation_bytes(operation: Operation, near: dict[str, Operation], module: M
     if opcode in IDLE or opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
         return 0
     result = shape_bytes(operation.shape)
-    if opcode.endswith("-start"):  # its result is a tuple that contains its operands
+    if opcode.endswith("-start") or opcode in ("send", "recv"):  # its result is a tuple that contains its operands
         return result
     if opcode in SLICES:
         return 2 * result

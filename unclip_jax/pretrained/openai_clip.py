@@ -123,6 +123,8 @@ def read_folder(source: Path, options: Options) -> Iterator[Converted]:
         config, params = convert_huggingface(weights, hf_config, preprocessor, options.dtype)
     elif (folder / OPEN_CLIP).is_file():
         config, params = convert_open_clip(weights, tokenizers.read_json(folder / OPEN_CLIP), options.dtype)
+    elif path.name in OPEN_CLIP_WEIGHTS:
+        raise UserError(f"no {OPEN_CLIP} in {folder}, which says heads and activation: download it too")
     else:
         config, params = convert(weights, options.dtype, options.head_channels, options.heads)
     yield Converted("", config, params, vocabulary)

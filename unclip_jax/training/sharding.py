@@ -43,10 +43,12 @@ def make_mesh(mesh: ConfigDict, devices: list | None = None) -> Mesh:
 
     # Any sizes are allowed, even those that cut a side of a TPU slice in two. Axes are Auto, since with Explicit ones a
     # convolution with a sharded kernel is an error.
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # GPUs of several hosts have such an index too, and send each other what they like.
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
     if data % slices:
-        raise UserError(f"mesh.fsdp={fsdp} spreads a copy of the state over two of {slices} slices: expected a divisor "
-                        f"of the {count // slices} devices of one")  # fmt: skip
+        raise UserError(f"mesh.fsdp={fsdp} spreads a copy of the state over some of {slices} slices: expected a "
+                        f"divisor of the {count // slices} devices of one")  # fmt: skip
     if slices > 1:
         inside, between = (data // slices, fsdp), (slices, 1)
         placed = create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)

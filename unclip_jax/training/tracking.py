@@ -1,6 +1,7 @@
 """Watches a run from outside: traces some of its steps, and sends its metrics to Weights & Biases."""
 
 import contextlib
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from unclip_jax.errors import UserError
 from unclip_jax.paths import is_remote, to_path, write_bytes
 
 BEFORE = 10  # steps that are not traced: the first ones compile, and fill caches
@@ -42,7 +44,7 @@ class Profiler:
         known = jax.profiler.StepTraceAnnotation(STEP, step_num=step)  # by which xprof tells steps apart
         return known if self._folder else contextlib.nullcontext()
 
-    def close(self, pending: Any) -> None:
+    def close(self, pending: Any = None) -> None:
         """Ends the trace, if one is being made, and writes it."""
         if self._folder is None:
             return
@@ -52,7 +54,14 @@ class Profiler:
             for path in self._folder.rglob("*"):
                 if path.is_file():
                     write_bytes(to_path(self._workdir) / TRACE / path.relative_to(self._folder), path.read_bytes())
+            shutil.rmtree(self._folder)
         self._folder = None
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 @contextlib.contextmanager
@@ -71,8 +80,13 @@ def tracked(project: str, workdir: str, config: ConfigDict) -> Iterator[None]:
     if not place.exists():
         write_bytes(place, uuid.uuid4().hex[:12].encode())
     known = {"id": place.read_text().strip(), "name": to_path(workdir).name, "resume": "allow"}
-    run = wandb.init(project=project, config=config.to_dict(), sync_tensorboard=True, **known)
+    try:
+        run = wandb.init(project=project, config=config.to_dict(), sync_tensorboard=True, **known)
+    except wandb.Error as error:
+        raise UserError(f"--wandb {project}: {error}") from error
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        run.finish()
+        run.finish(exit_code=int(failed))
