@@ -64,6 +64,7 @@ def test_tables_agree_with_bayes(schedule):
     ("ddim15", list(range(0, 939, 67))),
     ("ddim38", list(range(0, 1000, 27))),  # 999 is a multiple of 27: counted from 1 there would be 37
     ("1/4", [0]),
+    ("3,1", [0, 250, 499, 500]),  # the only step of a section is its least noisy
     ("1000", list(range(1000))),
 ])
 def test_respacing_keeps_the_reference_steps(spec, kept):

@@ -12,6 +12,7 @@ from shrink import fake_clip, small_config
 from unclip_jax import train
 from unclip_jax.diffusion.schedule import make_schedule, table_at
 from unclip_jax.errors import UserError
+from unclip_jax.stages import prior_diffusion as module
 from unclip_jax.stages.conditions import Conditions
 from unclip_jax.stages.prior_diffusion import ESTIMATED_FROM, WHITENED_FROM, PriorDiffusion
 
@@ -137,3 +138,19 @@ def test_text_embedding_has_the_scale_of_the_image_embedding(scale):
         assert keep.sum() in range(kept.start, kept.stop)
         full = np.tile(z_t, (len(length) // 64, 1))
         np.testing.assert_allclose(seen, np.where(keep[:, None], scale * full, 0), rtol=1e-6)
+
+
+def test_of_several_draws_the_nearest_to_the_text_embedding_is_kept(monkeypatch):
+    """arXiv 2204.06125, section 2.2: the one of larger dot product with z_t, for each caption on its own."""
+    draws, rows = 3, 8
+    config = small_config("prior_diffusion").unlock()
+    config.model.embedding_dim = DIM
+    config.diffusion.embedding_scale = 2.0
+    config.sampling.update(dict(draws=draws, sampler="ddim"))
+    rng = np.random.default_rng(0)
+    drawn, z_t = (rng.normal(size=shape).astype(np.float32) for shape in ((draws, rows, DIM), (rows, DIM)))
+    monkeypatch.setattr(module, "draw", lambda *_, **__: jnp.asarray(2 * drawn.reshape(-1, DIM)))
+    conditions = Conditions(**{name: array[:rows] for name, array in captions().items()}, text_embedding=z_t)
+    kept = GaussianPrior(config.lock(), CLIP).sample({}, {}, conditions, jax.random.key(0))
+    nearest = [max(drawn[:, k], key=lambda z, k=k: z @ z_t[k]) for k in range(rows)]
+    np.testing.assert_allclose(kept, nearest, rtol=1e-6)

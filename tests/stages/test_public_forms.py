@@ -80,6 +80,19 @@ def test_guidance_scale_one_is_plain_glide():
     assert not np.allclose(many, plain, atol=1e-2)
 
 
+@pytest.mark.parametrize(("drop", "sampling", "given"), [(0.2, 3.0, 3.0), (0.0, 3.0, None), (0.2, None, None)])
+def test_glide_s_examples_are_guided_if_captions_were_dropped_and_there_is_a_scale(drop, sampling, given, monkeypatch):
+    stage, params = glide()
+    config = stage.config.unlock()
+    config.diffusion.drop_caption = drop
+    if sampling is not None:
+        config.sampling.guidance_scale = sampling
+    seen, picture = [], jnp.zeros((2, 8, 8, 3))
+    monkeypatch.setattr(type(stage), "sample", lambda self, p, f, conditions, key: seen.append(conditions) or picture)
+    stage.draw_examples(params, {}, random_batch(stage, 2), jax.random.split(jax.random.key(0), 2))
+    assert seen[0].guidance_scale == given and seen[0].tokens is not None
+
+
 @pytest.mark.parametrize("factor", [0, 4])
 def test_glide_keeps_known_pixels_and_draws_the_others(factor):
     stage, params = glide(factor, inpaint=True)

@@ -33,6 +33,15 @@ def test_batch_spec_and_loss_agree(name):
     assert loss.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_captions_have_start_and_end_tokens_where_clip_reads_them_alone(name):
+    """Bundles hold parameters that learned from the one or the other."""
+    stage = small_stage(name)[0]
+    of_clip = {"tokens"} if name.startswith("clip") else {"clip_tokens"}
+    assert {text for text, (_, _, ends) in stage.texts.items() if ends} == of_clip & set(stage.texts)
+    assert all(whose == ("clip" if text == "clip_tokens" else "own") for text, (whose, _, _) in stage.texts.items())
+
+
 def test_losses_of_the_quarters_make_up_the_loss():
     """Of a network whose x0 is wrong by the share of the timesteps that have passed."""
     config, x0, rows = small_stage("prior_diffusion")[0].config, jnp.zeros((256, 8)), 256

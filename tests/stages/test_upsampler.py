@@ -118,6 +118,7 @@ def test_it_is_guided_only_where_captions_were_dropped(drop, guided, monkeypatch
     monkeypatch.setattr(type(stage), "sample", lambda self, p, f, given, key: seen.append(given) or picture)
     stage.draw_examples(params, {}, random_batch(stage, 2), jax.random.split(jax.random.key(0), 2))
     assert stage.guided == guided and seen[0].tokens is not None
+    assert stage.texts == {"tokens": ("own", 10, False)}  # neither start nor end tokens
     assert seen[0].guidance_scale == (3.0 if guided else None)
 
 

@@ -124,6 +124,8 @@ def test_facts_tell_code_packages_devices_and_every_key(monkeypatch, tmp_path):
     [
         (("host:1", -1, -1), "belong together"),
         (("", 2, 0), "belong together"),
+        (("", 0, -1), "belong together"),
+        (("", -1, 0), "belong together"),
         (("host:1", 2, 2), "expected HOST:PORT and a process below"),
         (("host", 2, 0), "expected HOST:PORT"),
     ],

@@ -132,6 +132,22 @@ def test_metrics_of_a_linear_loss_are_its_closed_form(toy, accumulate):
     assert all(value.dtype == np.float32 and value.shape == () for value in metrics.values())
 
 
+def test_norms_are_of_all_leaves_together(toy):
+    class Halves(Linear):
+        def init(self, key):
+            return {name: jnp.ones((64, 1)) for name in ("left", "right")}
+
+        def loss(self, params, frozen, batch, key):
+            return super().loss({"kernel": jnp.concatenate([params["left"], params["right"]])}, frozen, batch, key)
+
+    mesh = toy.mesh(1, 1)
+    state, (metrics,) = train(toy, Halves(), toy.config(), mesh, 1)
+    mean = np.asarray(toy.batch(0, mesh)["x"], np.float64).mean(0)
+    np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(mean), rtol=1e-5)
+    both = np.concatenate([state.params["left"], state.params["right"]])
+    np.testing.assert_allclose(metrics["param_norm"], np.linalg.norm(both), rtol=1e-5)
+
+
 def test_four_microbatches_equal_one_batch(toy):
     class Quiet(toy.Stage):
         def loss(self, params, frozen, batch, key):
