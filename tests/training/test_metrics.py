@@ -64,7 +64,7 @@ def test_one_json_object_a_line_and_the_same_in_tensorboard(tmp_path, clock):
 
 def test_held_out_numbers_are_in_tensorboard_alone(tmp_path):
     with logger(tmp_path) as log:
-        log.add_held_out(10, {"loss": 0.5, "psnr": 2.0})
+        log.add_held_out(10, {"loss": 0.5, "psnr": 2.0}, {})
     assert sorted(events(tmp_path)) == [(10, "held_out/loss", 0.5), (10, "held_out/psnr", 2.0)]
     assert records(tmp_path) == []
 
@@ -194,7 +194,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
     with logger(tmp_path) as log, log.pause():
         log.log(10, {"loss": 1.0})
-        log.add_held_out(10, {"loss": 1.0})
+        log.add_held_out(10, {"loss": 1.0}, {})
     assert list(tmp_path.iterdir()) == []
 
 
