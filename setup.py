@@ -11,6 +11,7 @@ data += ["opencv-python-headless>=4.11"]  # decodes pictures faster; without it 
 pretrained = ["tokenizers>=0.21", "ftfy>=6.1"]  # and torch, for PyTorch files
 gcs = ["gcsfs>=2026.4", "array_record>=0.8.6"]  # gs:// folders; older readers of records open local files alone
 hub = ["huggingface_hub>=1.0"]
+demo = ["gradio>=6.0"]
 build = ["apache-beam>=2.69", *data]
 evaluate = ["scipy>=1.14", "scikit-learn>=1.6", "faiss-cpu>=1.10", "matplotlib>=3.9"]
 experiments = sorted(path.parent.name for path in here.glob("experiments/*/experiment.py"))
@@ -60,11 +61,12 @@ setup(
         "evaluate": evaluate,
         "wandb": ["wandb>=0.19", "tensorboard>=2.15"],  # which it reads what goes to TensorBoard by
         "hub": hub,
+        "demo": demo,
         "gcs": gcs,
         "tpu": ["jax[tpu]>=0.10.2", *gcs],
         "pretrained": pretrained,
         "test": test,
-        "browser": [*test, "playwright>=1.40"],  # and Chromium, from anywhere
+        "browser": [*test, *demo, "playwright>=1.40"],  # and Chromium, from anywhere
         "parity": [
             *["torch>=2.6", "diffusers>=0.35,<0.43", "transformers>=5.0", "torch-fidelity>=0.4", "prdc>=0.2"],
             *["open_clip_torch>=2.24"],

@@ -20,13 +20,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower numbers may not import higher ones; equals may. A package's command is an entry, above the package's own layer.
 ENTRIES = ("__main__", "train", "sample", "edit", "evaluate", "study", "experiment", "plan", "quickstart", "doctor")
-ENTRIES += ("push", "data.__main__", "pretrained.__main__")
+ENTRIES += ("push", "demo", "data.__main__", "pretrained.__main__")
 LAYERS = {"__init__": 0, "arrays": 0, "config": 0, "errors": 0, "keys": 0, "paths": 0, "npz": 0, "progress": 0}
 LAYERS |= {"diffusion": 1, "models": 1, "data": 1, "training": 1, "cli": 1, "pictures": 1}
 LAYERS |= {"hub": 0, "config_checks": 1, "config_values": 1}
 LAYERS |= {"evaluation": 2, "stages": 2, "bundle": 2, "inputs": 3, "embed": 3, "filter_pictures": 3}
 LAYERS |= {"origin": 3, "run_identity": 2, "held_out": 3, "model": 3, "chain": 3, "cascade": 3, "drawing": 3}
-LAYERS |= {"build_dataset": 3, "clip_steps": 3, "own_tokenizer": 3}
+LAYERS |= {"build_dataset": 3, "clip_steps": 3, "own_tokenizer": 3, "demo_page": 3, "demo_tabs": 3}
 LAYERS |= {"pretrained": 3, "planning": 3, "trials": 4} | dict.fromkeys(ENTRIES, 4)
 FORBIDDEN = {("data", "training"), ("training", "data")} | {("models", p) for p in ("data", "training", "diffusion")}
 LONG_FUNCTIONS = {"train.py": 120, "models/unet.py": 120}  # the training loop and the U-Net's call; 60 elsewhere

@@ -9,7 +9,7 @@ from pathlib import Path
 from unclip_jax import __version__
 
 COMMANDS = ("quickstart", "train", "sample", "edit", "evaluate", "study", "experiment", "plan", "doctor", "data")
-COMMANDS += ("pretrained", "push")
+COMMANDS += ("pretrained", "push", "demo")
 
 
 def main() -> None:

