@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -11,24 +10,11 @@ from PIL import Image
 
 from unclip_jax import pictures, study
 
-sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
 
 PAIRS = 8
 CAPTIONS = [f"caption {i} <b>& 'so on'</b>" for i in range(PAIRS)]
 SHADES = {"light": 200, "dark": 50}  # arm → colour of its first picture; each further one is lighter by 1
-
-
-@pytest.fixture(scope="module")
-def browser():
-    programs = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, programs)), None)
-    if not found:
-        pytest.skip(f"needs one of {', '.join(programs)}")
-    with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture
