@@ -271,7 +271,7 @@ def _picture(label: str, name: str) -> gr.Image:
 
 def _editor(label: str, name: str, brush: gr.Brush, sources: list[str]) -> gr.ImageEditor:
     options = {"type": "numpy", "format": "png", "layers": False, "transforms": (), "buttons": ["fullscreen"]}
-    where = {"canvas_size": (512, 512), "height": 560, "elem_id": f"{name}-picture"}
+    where = {"canvas_size": (512, 512), "height": 460, "elem_id": f"{name}-picture"}
     return gr.ImageEditor(label=label, sources=sources, brush=brush, **options, **where)
 
 
