@@ -263,7 +263,7 @@ def _inversion_steps(cascade: Cascade) -> gr.Dropdown:
 
 def _picture(label: str, name: str) -> gr.Image:
     options = {"type": "filepath", "sources": ["upload", "clipboard"], "buttons": ["fullscreen"]}
-    picture = gr.Image(label=label, elem_id=f"{name}-picture", **options)
+    picture = gr.Image(label=label, elem_id=f"{name}-picture", height=240, **options)
     # The file as it was sent, which `demo_tabs.read` decodes, or refuses in one line.
     picture.preprocess = lambda payload: payload.path if payload else None
     return picture
@@ -288,7 +288,7 @@ def _path(name: str) -> list[Any]:
         gallery, files = _gallery(name), gr.State([])
         slider = gr.Slider(1, 8, 1, step=1, label="Frame", elem_id=f"{name}-slider")
         with gr.Row():
-            plain = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
+            plain = {"interactive": False, "format": "png", "height": 300, "buttons": ["download", "fullscreen"]}
             frame = gr.Image(label="Frame", elem_id=f"{name}-frame", **plain)
             animation = gr.Image(label="GIF", elem_id=f"{name}-gif", **plain | {"format": "gif", "type": "filepath"})
     slider.change(frame_of, [files, slider], frame, queue=False, show_progress="hidden", api_visibility="private")
