@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import measure
 import psutil
@@ -38,11 +39,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, help="keeps what is made; default: a temporary folder")
     args = parser.parse_args()
-    report = {"machine": measure.machine(), "records": args.records, "steps": args.steps}
+    report: dict[str, Any] = {"environment": measure.environment(), "records": args.records, "steps": args.steps}
     with tempfile.TemporaryDirectory() as temporary:
         for name, found in run(args.folder or Path(temporary), args.records, args.steps):
             report[name] = found
-            (HERE / "large_dataset.json").write_text(json.dumps(report, indent=1) + "\n")
+            measure.write(HERE / "large_dataset.json", report)
     print(json.dumps(report, indent=1))
 
 
