@@ -29,7 +29,8 @@ def branches(predicts="eps"):
 
 def halves(predicts="eps"):
     both = branches(predicts)(jnp.concatenate([X, X]), I)
-    return Prediction(*(part[:2] for part in both)), Prediction(*(part[2:] for part in both))
+    parts = both.x0, both.eps, both.log_variance
+    return Prediction(*(part[:2] for part in parts)), Prediction(*(part[2:] for part in parts))
 
 
 @pytest.mark.parametrize("predicts", ["eps", "x0"])
