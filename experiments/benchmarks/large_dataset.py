@@ -29,7 +29,7 @@ from PIL import Image
 from unclip_jax.data import varied_scenes
 
 HERE = Path(__file__).parent
-TAR_RECORDS = 10_000
+TAR_RECORDS, BATCH = 10_000, 8
 EVERY = 1.0  # seconds between two looks at memory
 
 
@@ -62,8 +62,9 @@ def run(folder: Path, records: int, steps: int) -> Iterator[tuple[str, dict]]:
     yield "embed", timed(["data", "embed", *given, "--out", f"{folder}/embeddings"], records)
     given += [f"--config.data.embeddings={folder}/embeddings", f"--config.train.steps={steps}"]
     # Without the analytic variances, which are found after the last step.
-    given += ["--config.sampling.sampler=ddim", "--config.train.batch_size=32", "--config.optim.warmup_steps=0"]
-    yield "train", timed(["train", *given, f"--workdir={prior}"], 32 * steps, Path(prior) / "metrics.jsonl")
+    given += ["--config.sampling.sampler=ddim", f"--config.train.batch_size={BATCH}", "--config.optim.warmup_steps=0"]
+    given += ["--config.train.eval_size=16", "--config.train.draw_size=8"]
+    yield "train", timed(["train", *given, f"--workdir={prior}"], BATCH * steps, Path(prior) / "metrics.jsonl")
 
 
 def write_tars(folder: Path, records: int) -> None:
