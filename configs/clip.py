@@ -7,7 +7,8 @@ paper  ViT-H/16 at 256 px and a causal text tower of 24 layers, 986,339,841 para
 small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores: 108 s; then 100% of
        64 held-out pictures and captions find each other.
-shipped  The CLIP of the cascade of experiments/: emoji scenes, varied and of one object, at 32 px.
+shipped  The CLIP of the cascade of experiments/, which is to ship with this package: emoji scenes, varied and of
+       one object, at 32 px.
 """
 
 from unclip_jax import config

@@ -90,12 +90,10 @@ MINIATURE = dict(
 
 SHIPPED = dict(
     dtype="float32",
-    model=dict(image_size=32, embedding_dim=128, learned_null=True,
-               unet=dict(channels=24, channel_mult=(1, 2, 4), res_blocks=1, attention=(2, 4), head_channels=24,
-                         norm_groups=8, dropout=0.0),
+    model=dict(image_size=32, embedding_dim=128, learned_null=True, unet=TINY["model"]["unet"],
                text=dict(vocab_size=1024, context=36, width=96, depth=3, heads=3)),
-    diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(0.3, 5.0), drop_caption=0.2),
-    sampling=dict(sampler="ddim", steps="25", guidance_scale=1.5),
+    diffusion=TINY["diffusion"] | dict(drop_caption=0.2),
+    sampling=TINY["sampling"],
     clip=dict(config="configs/clip.py:shipped"),
     data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",
               threads=2),

@@ -78,12 +78,10 @@ TINY = dict(
 
 SHIPPED = dict(
     dtype="float32",
-    model=dict(image_size=32,
-               unet=dict(channels=24, channel_mult=(1, 2, 4), res_blocks=1, attention=(2, 4), head_channels=24,
-                         norm_groups=8, dropout=0.0, remat=False),
+    model=dict(image_size=32, unet=TINY["model"]["unet"],
                text=dict(vocab_size=1024, context=36, width=96, depth=3, heads=3)),
-    diffusion=dict(predicts="x0", learned_variance=False, snr_clip=(1.0, 5.0), drop_caption=0.2),
-    sampling=dict(sampler="ddim", steps="25", guidance_scale=2.0),
+    diffusion=TINY["diffusion"],
+    sampling=TINY["sampling"] | dict(guidance_scale=2.0),
     data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",
               threads=2),
     optim=dict(learning_rate=0.002, warmup_steps=200, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.998),

@@ -7,10 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from unclip_jax import pictures
+
 ROOT = Path(__file__).parent.parent
 # Whoever runs the tests in the background may ignore Ctrl-C, which processes inherit.
 PROGRAM = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 PROGRAM += "from unclip_jax.__main__ import main; main()"
+
+
+def save_files(root, wide, square):
+    """Writes wide.png and square.png, noise of these sizes (height, width), and none.png, which is no picture."""
+    rng = np.random.default_rng(0)
+    for name, shape in (("wide.png", wide), ("square.png", square)):
+        pictures.save_png(root / name, rng.integers(0, 256, (*shape, 3)).astype(np.uint8))
+    (root / "none.png").write_text("no picture")
+    return root
 
 
 def free_port():

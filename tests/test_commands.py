@@ -44,6 +44,7 @@ REFUSED = [
     (train, [*TRAIN, "--config.trian.steps=1"], "no key 'trian'; the nearest is --config.train.steps"),
     (train, [*TRAIN, "--config.train.steps=many"], "train.steps"),
     (train, [*TRAIN, "--config.train.steps=0"], "train.steps is 0"),
+    (train, [*TRAIN, "--profile=-1"], "--profile=-1: expected a number of steps, 1 or more, or 0 for no trace"),
     (train, [*TRAIN, "--config.dtype=float16"], "dtype is 'float16'"),
     (train, [*TRAIN, "--config.model.text.heads=3"], "must be a multiple of model.text.heads=3"),
     (train, [*TRAIN, "--workdri=x"], "workdri"),

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from shrink import compilation_cache, save_cascade, small_stage, tokenizer_bytes
 
-from unclip_jax import demo, demo_tabs, pictures
+from unclip_jax import demo, demo_tabs
 from unclip_jax.bundle import save_bundle
 from unclip_jax.cascade import Cascade, scaled_mask
 from unclip_jax.data.transforms import center_square
@@ -54,11 +54,7 @@ def glide(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Two pictures of noise, one wider than high, and a file that is none."""
-    root, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
-    for name, shape in (("wide.png", (24, 32, 3)), ("square.png", (24, 24, 3))):
-        pictures.save_png(root / name, rng.integers(0, 256, shape).astype(np.uint8))
-    (root / "none.png").write_text("no picture")
+    root = demo_server.save_files(tmp_path_factory.mktemp("files"), (24, 32), (24, 24))
     return {path.stem: str(path) for path in root.iterdir()}
 
 

@@ -123,7 +123,7 @@ def test_experiments_ask_for_what_there_is(path, tmp_path):
     assert all(re.fullmatch(r"[a-z0-9_.]+", name) for name in names), "names of files"
     for claim in found.claims:
         assert {claim.larger, claim.smaller} <= set(names) and claim.measure in found.measures
-    laboratory = Lab(found, tmp_path, "data", None)
+    laboratory = Lab(found, tmp_path, "data")
     for arm in found.arms:
         for name in found.models:
             config = laboratory.config(arm, name)  # raises for a key that is not there
@@ -178,5 +178,5 @@ def test_configs_of_shipped_models_belong_together():
 
 def test_an_arm_may_be_of_another_config(tmp_path):
     found = dataclasses.replace(experiment.load(FILES[0]), models=("clip", "prior", "decoder"))
-    config = Lab(found, tmp_path, "data", None).config(Arm("glide", "GLIDE", {"decoder": "glide"}), "decoder")
+    config = Lab(found, tmp_path, "data").config(Arm("glide", "GLIDE", {"decoder": "glide"}), "decoder")
     assert config.stage == "glide"

@@ -50,7 +50,7 @@ def trained(bundles, monkeypatch):
 
 
 def lab(tmp_path, experiment=SMALL, **given):
-    return Lab(experiment, tmp_path, "data", None, **given)
+    return Lab(experiment, tmp_path, "data", **given)
 
 
 def test_nothing_is_trained_or_drawn_twice(tmp_path, trained, monkeypatch):
@@ -93,26 +93,6 @@ def test_each_seed_trains_what_an_arm_changes_and_what_the_experiment_asks_for(t
     values = lab(tmp_path, dataclasses.replace(twice, seeded=("prior",))).run(PLAIN)
     assert ("prior_diffusion", 1) in [(config.stage, config.train.seed) for config in trained]
     assert values["named"].shape == (2, 2, 2)
-
-
-def test_shipped_weights_are_not_trained_again(tmp_path, trained, bundles):
-    """A model is known by its config and its CLIP, wherever its data lie and however often it was saved."""
-    laboratory = lab(tmp_path)
-    for name in ("clip", "decoder"):
-        config = laboratory.config(PLAIN, name).unlock()
-        config.data.data_dir, config.train.checkpoint_every = "/elsewhere", 7
-        if name == "decoder":
-            config.clip.bundle = str(tmp_path / "weights/clip")
-        place = tmp_path / "weights" / name
-        shutil.copytree(bundles / name, place)
-        stored = json.loads((place / "config.json").read_text())
-        (place / "config.json").write_text(json.dumps(stored | {"config": config.to_dict()}))
-    ours = Lab(SMALL, tmp_path, "data", tmp_path / "weights")
-    clip = ours.bundle(ours.config(PLAIN, "clip"))
-    assert clip == tmp_path / "weights/clip"
-    assert ours.bundle(ours.config(PLAIN, "decoder"), clip) == tmp_path / "weights/decoder"
-    ours.bundle(ours.config(TEXT, "decoder"), clip)
-    assert [config.model.embedding for config in trained] == ["text"]
 
 
 def test_what_is_trained_is_in_the_digest():

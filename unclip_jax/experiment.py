@@ -1,17 +1,19 @@
 """Runs an experiment: trains what its arms lack, draws, measures, compares, and says which claims hold.
 
-    python -m unclip_jax.experiment prior_purpose --workdir experiments_runs
+    python -m unclip_jax.experiment prior_purpose --workdir runs/experiments
     python -m unclip_jax.experiment --list
 
 An experiment is a file, experiments/NAME/experiment.py, of arms, measures and claims of a paper; another file may be
-given by its path. WORKDIR keeps models, drawings and measurements, and is shared by all experiments: nothing is trained
-or drawn twice, and stopped by Ctrl-C, SIGTERM or a crash, the same command goes on. WORKDIR/NAME gets results.jsonl,
+given by its path. WORKDIR keeps models, drawings and measurements, and is shared by all experiments: no model is
+trained twice, and stopped by Ctrl-C, SIGTERM or a crash, the same command goes on. WORKDIR/NAME gets results.jsonl,
 figure.svg and results.md; --publish writes them beside experiment.py too. Each number has its 95 % interval, by a
 bootstrap over training seeds, captions and pictures.
 """
 
 import argparse
+import dataclasses
 import importlib.util
+import io
 import json
 import sys
 import time
@@ -48,7 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not args.list and not args.name:
         raise UserError("no experiment: name one of --list")
     if not args.list and not args.workdir:
-        raise UserError("no --workdir: give a folder for models and results, such as --workdir experiments_runs")
+        raise UserError("no --workdir: give a folder for models and results, such as --workdir runs/experiments")
     if args.publish and (args.steps or args.captions or args.draws):
         raise UserError("--publish goes with the whole experiment: leave out --steps, --captions and --draws")
     return args
@@ -59,8 +61,6 @@ def main(argv: list[str]) -> int:
     if args.list:
         print(overview())
         return 0
-    import dataclasses
-
     from unclip_jax.trials import Lab, Stopped, compare, verdict
 
     path = find(args.name)
@@ -71,8 +71,7 @@ def main(argv: list[str]) -> int:
     experiment = dataclasses.replace(load(path), **given)
     workdir = output_folder(args.workdir, "--workdir")
     cli.enable_compilation_cache()
-    weights = None if args.steps else _weights()
-    lab = Lab(experiment, workdir, args.data_dir or str(workdir / "data"), weights, args.steps)
+    lab = Lab(experiment, workdir, args.data_dir or str(workdir / "data"), args.steps)
     began, values = time.monotonic(), {}
     for i, arm in enumerate(experiment.arms):
         print(f"[{i + 1}/{len(experiment.arms)}] {arm.label}", file=sys.stderr, flush=True)
@@ -160,8 +159,6 @@ def _number(line: Mapping[str, Any]) -> str:
 
 def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> bytes:
     """Draws the measures of the arms with their intervals as SVG: a panel for each, over x or arm by arm."""
-    import io
-
     import matplotlib
 
     matplotlib.use("svg")
@@ -202,12 +199,6 @@ def _folder() -> Path:
     package = Path(__file__).parent
     inside = package / "experiments"
     return inside if inside.is_dir() else package.parent / "experiments"
-
-
-def _weights() -> Path | None:
-    """Returns the folder of the weights that come with this package, if they do."""
-    folder = Path(__file__).parent / "weights"
-    return folder if folder.is_dir() else None
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from unclip_jax import __version__, cli, pictures
+from unclip_jax.config_values import SAMPLERS
 from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder, to_path
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from unclip_jax.cascade import Cascade
 
 SCALES = ("guidance", "prior_guidance", "clip_guidance")
-SOURCES, SAMPLERS = ("prior", "text", "caption"), ("ddpm", "ddim", "dpm++", "analytic")
+SOURCES = ("prior", "text", "caption")
 OF_PRIOR = ("prior_guidance", "prior_steps", "dot_percentile")
 
 

@@ -78,6 +78,8 @@ def parse(argv: list[str]) -> "cli.FlagValues":
     flags = cli.parse(argv, FLAGS)
     if not flags.workdir:
         raise UserError("no --workdir: give the folder that the run writes to, such as --workdir=runs/decoder")
+    if flags.profile < 0:
+        raise UserError(f"--profile={flags.profile}: expected a number of steps, 1 or more, or 0 for no trace")
     # What losses to expect was seen on the config's own data.
     if "config.data.source" in flags and "config.train.expected_loss" not in flags:
         with flags.config.unlocked():

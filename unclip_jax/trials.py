@@ -42,6 +42,7 @@ CONFIGS = {  # model of a cascade → its config, where an arm names no other
 UNTOLD = ("data.data_dir", "data.threads", "data.workers", "clip.", "mesh.", "train.log_every", "train.checkpoint_",
           "train.keep", "train.watchdog_minutes", "train.expected_loss", "train.sample_every", "train.measure",
           "train.draw_size")  # fmt: skip
+MEASURES = ("named", "all", "binding", "readable", "variety")  # of `Lab.scene_values`, besides the factors
 Values = Mapping[str, np.ndarray]  # measure → (captions, draws), NaN where a picture has no value
 
 
@@ -82,8 +83,7 @@ class Experiment:
     paper: where the claims stand, such as "unCLIP, section 5.1, figure 8". models: of each arm's cascade. measures:
     name → label of what tables and figures show. captions: how many, of those that were held out. draws: pictures of
     each. seeds: how often models are trained, each time by another seed: those that an arm changes, and for every arm
-    those in `seeded`. measure: what is measured of an
-    arm's cascade. axis: name of the arms' x.
+    those in `seeded`. size: of the configs. measure: what is measured of an arm's cascade. axis: name of the arms' x.
     """
 
     question: str
@@ -126,16 +126,12 @@ def _known(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
 class Lab:
     """Trains, draws and measures for one experiment, below a folder that all experiments share.
 
-    data_dir: where datasets are drawn. shipped: folder of bundles that were trained by the configs of size "shipped".
-    steps: train each model for so many steps only, to try everything out.
+    data_dir: where datasets are drawn. steps: train each model for so many steps only, to try everything out.
     """
 
-    def __init__(
-        self, experiment: Experiment, workdir: Path, data_dir: str, shipped: Path | None, steps: int | None = None
-    ):
+    def __init__(self, experiment: Experiment, workdir: Path, data_dir: str, steps: int | None = None):
         self.experiment, self.workdir = experiment, workdir
         self._data_dir, self._steps = data_dir, steps
-        self._shipped = {} if steps or shipped is None else _by_digest(shipped)
         self.scenes, self.named, self.captions = zip(
             *(varied_scenes.scene_at("test", index) for index in range(experiment.captions)), strict=True
         )
@@ -192,10 +188,7 @@ class Lab:
         if "clip" in config:
             with config.unlocked():
                 config.clip.bundle = str(clip)
-        name = digest(config)
-        if name in self._shipped:
-            return self._shipped[name]
-        folder = self.workdir / "runs" / f"{config.stage}-{name[:12]}"
+        folder = self.workdir / "runs" / f"{config.stage}-{digest(config)[:12]}"
         if not (folder / "bundle" / CONFIG).exists():
             print(f"training {folder.name}", file=sys.stderr, flush=True)
             report = train.run(config, str(folder))
@@ -280,9 +273,6 @@ def scene_values(
     return found
 
 
-MEASURES = ("named", "all", "binding", "readable", "variety")  # of `Lab.scene_values`, besides the factors
-
-
 def compare(experiment: Experiment, values: Mapping[str, Values]) -> list[dict[str, Any]]:
     """Computes the mean of each arm's measures, and for each claim the difference and a verdict, as JSON objects.
 
@@ -316,19 +306,6 @@ def _line(result: Result) -> dict[str, Any]:
     values = {name: getattr(result, name) for name in ("value", "low", "high")}
     numbers = {name: round(value, 4) if np.isfinite(value) else None for name, value in values.items()}
     return {"measure": result.name} | numbers | {"n": result.n} | result.card
-
-
-def _by_digest(folder: Path) -> dict[str, Path]:
-    """Finds the bundles in a folder by the digests of their configs."""
-    found = {}
-    clip = folder / "clip"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if (path / CONFIG).exists():
-            config = cli.load_config(str(path / CONFIG)).unlock()
-            if "clip" in config:
-                config.clip.bundle = str(clip)
-            found[digest(config)] = path
-    return found
 
 
 def _plain(given: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Attribute binding and written words: unCLIP against GLIDE, and the decoder without captions."""
+"""Attribute binding and written words: unCLIP against GLIDE."""
 
 from unclip_jax.trials import Arm, Claim, Experiment
 

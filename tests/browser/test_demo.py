@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 from shrink import save_cascade
 
-from unclip_jax import pictures
 from unclip_jax.data.transforms import center_square
 
 pytest.importorskip("gradio")
@@ -60,11 +59,7 @@ def visit(browser, address):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    root, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
-    for name, shape in (("wide.png", (120, 160, 3)), ("square.png", (90, 90, 3))):
-        pictures.save_png(root / name, rng.integers(0, 256, shape).astype(np.uint8))
-    (root / "none.png").write_text("no picture")
-    return root
+    return demo_server.save_files(tmp_path_factory.mktemp("files"), (120, 160), (90, 90))
 
 
 def open_tab(page, name):
@@ -213,3 +208,4 @@ def test_a_file_that_is_no_picture_is_one_line(visit, files):
     page.wait_for_timeout(1500)
     page.click("#vary-button")
     page.wait_for_selector("[data-testid=toast-body]:has-text('the picture cannot be read')")
+    assert "Traceback" not in page.content() and not page.locator("#vary-shown img").count()

@@ -146,8 +146,13 @@ def _tables(betas: np.ndarray, timesteps: np.ndarray) -> NoiseSchedule:
     )
 
 
+def _log_snr(alpha_bars: np.ndarray, beta_bars: np.ndarray) -> np.ndarray:
+    """Computes the log-SNR, which falls from step to step."""
+    return 0.5 * np.log(alpha_bars / beta_bars)
+
+
 def _log_snr_ratio(alpha_bars: np.ndarray, beta_bars: np.ndarray) -> np.ndarray:
-    log_snr = 0.5 * np.log(alpha_bars / beta_bars)
+    log_snr = _log_snr(alpha_bars, beta_bars)
     lengths = log_snr[:-1] - log_snr[1:]  # of the step down to t, from t + 1
     ratio = np.zeros(len(alpha_bars))
     ratio[1:-1] = 0.5 * lengths[:-1] / lengths[1:]
@@ -175,8 +180,7 @@ def _even_steps(schedule: NoiseSchedule, count: int) -> np.ndarray:
     """Finds different steps whose log-SNR is nearest to evenly spaced values."""
     if not 2 <= count <= schedule.num_steps:
         raise ValueError(f"respacing 'logsnr{count}': expected 2 to {schedule.num_steps} steps")
-    alpha_bars, beta_bars = np.asarray(schedule.alpha_bars, np.float64), np.asarray(schedule.beta_bars, np.float64)
-    log_snr = 0.5 * np.log(alpha_bars / beta_bars)  # falls from step to step
+    log_snr = _log_snr(np.asarray(schedule.alpha_bars, np.float64), np.asarray(schedule.beta_bars, np.float64))
     wanted = np.linspace(log_snr[0], max(log_snr[-1], LEAST_LOG_SNR), count)
     nearest = np.abs(log_snr[None] - wanted[:, None]).argmin(axis=1)
     for k in range(1, count):  # where values lie closer together than steps

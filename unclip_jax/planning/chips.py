@@ -131,6 +131,5 @@ def known_chip(kind: str) -> Chip | None:
     # Slower relatives have names that begin alike: L40S, H100 PCIe, A100-PCIE-40GB, H100 NVL.
     if re.search(r"PCIe|NVL\b", kind, re.IGNORECASE):
         return None
-    end = re.compile(r"\d").match
-    names = sorted((n for n in CHIP_OF_DEVICE_KIND if kind.startswith(n) and not end(kind[len(n) :])), key=len)
+    names = sorted((name for name in CHIP_OF_DEVICE_KIND if re.match(rf"{name}(?!\d)", kind)), key=len)
     return CHIP_OF_DEVICE_KIND[names[-1]] if names else None

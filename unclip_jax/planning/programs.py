@@ -152,7 +152,7 @@ def train_step_flops(config: ConfigDict, params: dict[str, Any]) -> int:
 
     params: the stage's parameters as ShapeDtypeStructs.
     """
-    stage = checked_stage(without_remat(config))
+    stage = make_stage(without_remat(config), find_clip(config), embedded(config))
     rest = _frozen_params(stage), stage.batch_spec(config.train.batch_size), jax.eval_shape(lambda: root_key(0))
     jaxpr = jax.make_jaxpr(lambda *arguments: stage.loss(*arguments)[0])(params, *rest)
     inputs = jax.tree.leaves((changed(params, config.optim), jax.tree.map(lambda _: False, rest)))
