@@ -184,10 +184,11 @@ def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> by
             panel.set(xlabel=experiment.axis, ylabel=label)
         else:
             panel.set(xlabel=label, yticks=range(len(labels)), yticklabels=labels)
+            panel.margins(y=0.15)
     if not over_x:
         panels[0][0].invert_yaxis()
     elif experiment.arms[0].series:
-        panels[0][0].legend()
+        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=count)
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     plt.close(figure)
