@@ -29,7 +29,7 @@ setup(
         *["unclip_jax.configs", "unclip_jax.experiments"],
         *(f"unclip_jax.experiments.{name}" for name in experiments),
     ],
-    package_data={"unclip_jax.evaluation": ["study_page.html"]}
+    package_data={"unclip_jax.evaluation": ["study_page.html"], "unclip_jax": ["weights/*", "weights/*/*"]}
     | {f"unclip_jax.experiments.{name}": ["results.jsonl"] for name in experiments},
     # So that --config=configs/… and experiments are found without a checkout.
     package_dir={"unclip_jax.configs": "configs", "unclip_jax.experiments": "experiments"},

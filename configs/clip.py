@@ -62,7 +62,7 @@ SHIPPED = dict(
     data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",
               threads=2),
     optim=dict(learning_rate=0.001, warmup_steps=200, weight_decay=0.05, clip_norm=1.0, ema_decay=0.995, sam_rho=0.0),
-    train=dict(steps=3000, batch_size=256, checkpoint_every=500, sample_every=1000, eval_size=512, keep=2),
+    train=dict(steps=1200, batch_size=256, checkpoint_every=500, sample_every=1000, eval_size=512, keep=2),
 )
 
 

@@ -51,6 +51,25 @@ def test_bucket_round_trip(bucket, tmp_path, model):
         load_bundle(f"{bucket}/runs/b")
 
 
+def test_half_as_large_a_bundle_is_the_rounded_model(tmp_path, model):
+    """Its identity is that of the same numbers in float32, so that models trained against either go together."""
+    config, params = model
+    identity = save_bundle(tmp_path / "half", "clip", config, params, b"pieces", "", {}, half=True)
+    half = load_bundle(tmp_path / "half")
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16).astype(np.float32), params)
+    assert half.identity == identity == save(tmp_path / "b", (config, rounded)) != save(tmp_path / "c", model)
+    for found, expected in zip(jax.tree.leaves(half.params), jax.tree.leaves(rounded), strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+    sizes = [(tmp_path / name / "weights.safetensors").stat().st_size for name in ("half", "b")]
+    saved = 2 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert abs(sizes[1] - sizes[0] - saved) <= 8  # to which a header is filled up
+    with pytest.raises(UserError, match="text/block_0/kernel holds numbers beyond float16: store this model in fl"):
+        params["text"]["block_0"]["kernel"] *= 1e6
+        save_bundle(tmp_path / "large", "clip", config, params, b"pieces", "", {}, half=True)
+    assert not (tmp_path / "large").exists()
+
+
 def test_bundle_in_a_bucket_is_none_until_it_is_complete(bucket, model, monkeypatch):
     """Cut off after one of its files: neither the old bundle nor the new one, but no mixture of them."""
     save(f"{bucket}/b", model)

@@ -227,7 +227,6 @@ def test_flags_are_checked():
     parsed = demo.parse(["demo", "--bundle", "b"])
     assert (parsed.host, parsed.port, parsed.share) == ("127.0.0.1", 7860, False)
     for arguments, says in (
-        (["--port", "80"], "no --bundle"),
         (["--bundle", "b", "--port", "0"], "expected a whole number from 1 to 65,535"),
         (["--bundle", "b", "--port", "x"], "'x'"),
         (["--bundle", "b", "--prot", "1"], "--prot"),

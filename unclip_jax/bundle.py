@@ -1,7 +1,8 @@
 """Saves and loads bundles: trained models on a disk or in a bucket, which need no other file to be used.
 
     DIR/config.json           stage, config, identity of the CLIP, and the sha256 of the whole
-    DIR/weights.safetensors   float32 arrays, named by their "/"-joined paths in the parameters
+    DIR/weights.safetensors   float32 arrays, named by their "/"-joined paths in the parameters; or float16 ones, which
+                              are read as float32 and then are the same model
     DIR/tokenizer.model       for models that read text: sentencepiece; or tokenizer.json, a byte-pair encoding
 
 There is no pickle, and a bundle loads as a whole or not at all: names, shapes and checksum must agree.
@@ -51,12 +52,15 @@ def save_bundle(
     tokenizer_bytes: bytes | None,
     clip_identity: str,
     extra: dict[str, Any],
+    half: bool = False,
 ) -> str:
     """Writes a bundle and returns its identity, a hex sha256. Either all of it appears at `directory` or nothing does.
 
     directory: on a disk, or gs://...; an older bundle there is replaced. params: nested dict of arrays that this
-    process can read as a whole; stored as float32. The others are as in `Bundle`.
-    Raises UserError where anything but a bundle is at `directory`, and for a config or extra that JSON cannot hold.
+    process can read as a whole; stored as float32. half: round them to float16 and store them as such; the identity is
+    that of the rounded model. The others are as in `Bundle`.
+    Raises UserError where anything but a bundle is at `directory`, for a config or extra that JSON cannot hold, and for
+    weights beyond float16, before anything is written.
     """
     target = to_path(directory)
     if target.exists() and not (target / CONFIG).exists() and not _is_empty_folder(target):
@@ -64,7 +68,7 @@ def save_bundle(
     if is_remote(target):
         with tempfile.TemporaryDirectory() as local:
             place = to_path(local) / "bundle"
-            identity = save_bundle(place, stage_name, config, params, tokenizer_bytes, clip_identity, extra)
+            identity = save_bundle(place, stage_name, config, params, tokenizer_bytes, clip_identity, extra, half)
             _upload(place, target)
         return identity
     target = target.absolute()
@@ -79,6 +83,10 @@ def save_bundle(
         "extra": extra,
     }
     _to_json(description)  # raises before anything is written
+    leaves = named_leaves(params)
+    for name in leaves if half else ():
+        if np.abs(leaves[name]).max(initial=0) > np.finfo(np.float16).max:
+            raise UserError(f"{name} holds numbers beyond float16: store this model in float32")
 
     target.parent.mkdir(parents=True, exist_ok=True)
     # The new bundle is written beside the target, because a rename is atomic only within one file system.
@@ -87,7 +95,7 @@ def save_bundle(
         new, old = beside / "new", beside / "old"
         new.mkdir()
         with open(new / WEIGHTS, "wb") as file:
-            weights = _written(file, named_leaves(params))
+            weights = _written(file, leaves, "F16" if half else "F32")
             description["identity"] = _identity(stage_name, config, weights, tokenizer_bytes)
         if tokenizer_bytes is not None:
             (new / TOKENIZERS[is_json(tokenizer_bytes)]).write_bytes(tokenizer_bytes)
@@ -123,7 +131,7 @@ def load_bundle(directory: str | Path) -> Bundle:
     description = load_description(folder)
     try:
         with local_copy(folder / WEIGHTS) as file:
-            weights = load_file(file)
+            weights = {name: value.astype(np.float32, copy=False) for name, value in load_file(file).items()}
     except FileNotFoundError as error:
         raise UserError(f"bundle {folder} lacks {WEIGHTS}: copy it again") from error
     except SafetensorError as error:
@@ -183,22 +191,24 @@ def _upload(local: Path, target: Path) -> None:
     copy_folder(local, target, CONFIG)
 
 
-def _written(file: BinaryIO, leaves: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Writes leaves as a safetensors file of float32, and yields each name and array after it is written.
+def _written(file: BinaryIO, leaves: dict[str, Any], kind: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Writes leaves as a safetensors file, and yields each name and its array of float32 after it is written.
 
-    One leaf at a time, because the safetensors library would hold all the weights in memory a second time, as bytes.
+    kind: "F32" or "F16". One leaf at a time, because the safetensors library would hold all the weights in memory a
+    second time, as bytes.
     """
+    dtype = np.dtype({"F32": np.float32, "F16": np.float16}[kind])
     header, end = {}, 0
     for name, leaf in leaves.items():
-        start, end = end, end + 4 * int(np.prod(leaf.shape, dtype=np.int64))
-        header[name] = {"dtype": "F32", "shape": list(leaf.shape), "data_offsets": [start, end]}
+        start, end = end, end + dtype.itemsize * int(np.prod(leaf.shape, dtype=np.int64))
+        header[name] = {"dtype": kind, "shape": list(leaf.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name, leaf in leaves.items():
-        value = np.asarray(leaf, np.float32, order="C")
+        value = np.asarray(leaf, dtype, order="C")
         file.write(value.reshape(-1).view(np.uint8).data)
-        yield name, value
+        yield name, value.astype(np.float32, copy=False)
 
 
 def _identity(stage: str, config: dict, weights: Iterable[tuple[str, np.ndarray]], tokenizer: bytes | None) -> str:

@@ -27,14 +27,12 @@ PORT = 7860  # Gradio's own
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("demo", __doc__)
-    parser.add_argument("--bundle", help="folder of a trained cascade; gs:// and hf:OWNER/NAME too")
+    text = "folder of a trained cascade; gs:// and hf:OWNER/NAME too; default: the one in this package"
+    parser.add_argument("--bundle", default="", help=text)
     parser.add_argument("--host", default="127.0.0.1", help="address of this machine to serve at; 0.0.0.0: all it has")
     parser.add_argument("--port", type=cli.whole(1, 2**16 - 1), default=PORT)
     parser.add_argument("--share", action="store_true", help="ask Gradio for a public address, which holds for a week")
-    args = parser.parse_args(argv[1:])
-    if not args.bundle:
-        raise UserError("no --bundle: name the folder of a trained cascade, such as --bundle quickstart/bundle")
-    return args
+    return parser.parse_args(argv[1:])
 
 
 def main(argv: list[str]) -> int:

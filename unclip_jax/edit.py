@@ -55,7 +55,7 @@ FLAGS: dict[str, dict[str, Any]] = {  # flag → what argparse is told of it
     "theta": {"type": cli.number(0, 1), "help": "how far, from 0 to 1"},
     "label": {"action": "append", "help": "may be repeated"},
     "template": {"action": "append", "help": "caption with {} for a label; may be repeated"},
-    "components": {"action": "append", "type": cli.whole(1, 2**16), "help": "how many to keep; may be repeated"},
+    "components": {"action": "append", "type": cli.whole(0, 2**16), "help": "how many to keep; may be repeated"},
     "pca": {"help": "bundle of an autoregressive prior beside this CLIP, or folder of this CLIP's embeddings"},
     "n": {"type": cli.whole(1, cli.MOST_PICTURES), "help": "pictures"},
     "one_noise": {"action": "store_true", "help": "fresh noise, the same for all frames"},
@@ -109,7 +109,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line: the flags of the command alone. Raises UserError for what is wrong with it."""
     parser = cli.Parser("edit", __doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--bundle", required=True, help="folder of a trained cascade")
+    parser.add_argument("--bundle", default="", help="folder of a trained cascade; default: the one in this package")
     parser.add_argument("--image", action="append", required=True, help="picture to start from; of interpolate, two")
     parser.add_argument("--out", default="edits", help="folder to write to")
     for name, told in FLAGS.items():

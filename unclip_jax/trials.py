@@ -2,8 +2,8 @@
 
 An experiment is a value, `EXPERIMENT` in experiments/NAME/experiment.py. An arm says only what is other than in the
 cascade of the configs of size "shipped". `Lab` trains what an arm lacks: a model is known by a digest of its config and
-of its CLIP, so nothing is trained twice, by any experiment. What was drawn and measured is kept in the same folder too,
-so an experiment that was stopped goes on where it was.
+of its CLIP, so nothing is trained twice, by any experiment, nor what comes with this package. What was drawn and
+measured is kept in the same folder too, so an experiment that was stopped goes on where it was.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from unclip_jax import __version__, cli, train
+from unclip_jax import __version__, cli, shipped, train
 from unclip_jax.bundle import CONFIG, load_description
 from unclip_jax.cascade import Cascade
 from unclip_jax.chain import PRIORS, UPSAMPLERS
@@ -181,14 +181,18 @@ class Lab:
         return config.lock()
 
     def bundle(self, config: ConfigDict, clip: Path | None = None) -> Path:
-        """Returns the folder of the model that a config gives; trains it first where there is none.
+        """Returns the folder of the model that a config gives: that of this package, or else its own. Trains it first
+        where there is none.
 
         clip: the bundle for config.clip. Raises Stopped where a signal stopped the training.
         """
         if "clip" in config:
             with config.unlocked():
                 config.clip.bundle = str(clip)
-        folder = self.workdir / "runs" / f"{config.stage}-{digest(config)[:12]}"
+        known = digest(config)
+        if found := shipped.find(known):
+            return found
+        folder = self.workdir / "runs" / f"{config.stage}-{known[:12]}"
         if not (folder / "bundle" / CONFIG).exists():
             print(f"training {folder.name}", file=sys.stderr, flush=True)
             report = train.run(config, str(folder))

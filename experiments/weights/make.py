@@ -1,0 +1,106 @@
+"""Trains models of the cascade that comes with this package, and puts them into unclip_jax/weights.
+
+    python experiments/weights/make.py clip prior decoder --workdir runs/weights
+    python experiments/weights/make.py --measure
+
+Each model is trained by its config of size "shipped", against the CLIP in unclip_jax/weights: clip comes first. The
+same command continues a training that was stopped. Weights are rounded to float16. --measure draws captions that were
+held out, and writes how many pictures show them into the manifest.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import platform
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+
+from unclip_jax import cli, shipped, train
+from unclip_jax.bundle import load_bundle, save_bundle
+from unclip_jax.cascade import Cascade
+from unclip_jax.data import emoji_scenes, varied_scenes
+from unclip_jax.evaluation import scene_scores
+from unclip_jax.paths import to_path
+from unclip_jax.trials import CONFIGS, digest
+
+MODELS = CONFIGS | {"prior_ar": "prior_ar", "glide": "glide"}
+PICTURES = 512  # of each kind of scenes
+ROWS = 64  # that are drawn at once
+
+
+def make(name: str, workdir: str, data_dir: str) -> None:
+    """Trains a model, or goes on with it, and stores it as unclip_jax/weights/NAME."""
+    config = cli.load_config(f"configs/{MODELS[name]}.py:shipped").copy_and_resolve_references()
+    stored = config.copy_and_resolve_references()  # without this machine's folders
+    with config.unlocked():
+        config.data.data_dir = data_dir
+        if "clip" in config:
+            config.clip.bundle = str(shipped.FOLDER / "clip")
+    began = time.monotonic()
+    report = train.run(config, f"{workdir}/{name}")
+    if isinstance(report, signal.Signals):
+        sys.exit(train.exit_status(report))
+    trained, folder = load_bundle(f"{workdir}/{name}/bundle"), shipped.FOLDER / name
+    parts = trained.params, trained.tokenizer_bytes, trained.clip_identity, trained.extra
+    save_bundle(folder, trained.stage, stored, *parts, half=True)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    write(
+        name,
+        digest=digest(config),
+        sha256={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+        bytes=sum(map(len, files.values())),
+        made=f"{datetime.date.today()}, Python {platform.python_version()}, jax {jax.__version__}",
+        minutes=round((time.monotonic() - began) / 60),
+    )
+
+
+def measure() -> None:
+    """Draws scenes of the test splits with the cascade, and writes what is right of them into the manifest."""
+    cascade = Cascade.load()
+    single = [text for _, text in emoji_scenes.scenes("single", "test")]
+    varied = [varied_scenes.scene_at("test", index)[2] for index in range(PICTURES)]
+    found = {}
+    for kind, captions in {"single": single * (PICTURES // len(single)), "varied": varied}.items():
+        began = time.monotonic()
+        images = []
+        for start in range(0, PICTURES, ROWS):
+            rows = range(start, start + ROWS)
+            images.append(cascade.generate(captions[start : start + ROWS], 0, rows=rows).images)
+        found[kind] = {"seconds": round(time.monotonic() - began)}
+        for result in scene_scores.score(np.concatenate(images), captions):
+            found[kind][result.name] = {"value": round(result.value, 4), "n": result.n}
+            print(kind, result)
+    write("decoder", measured=found)
+
+
+def write(name: str, **known) -> None:
+    """Updates what the manifest knows of a model."""
+    new = shipped.manifest()
+    new[name] = new.get(name, {}) | known
+    shipped.MANIFEST.write_text(json.dumps(new, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help=f"some of {', '.join(MODELS)}")
+    parser.add_argument("--workdir", default="runs/weights")
+    parser.add_argument("--data-dir", help="folder of the datasets; default: WORKDIR/data")
+    parser.add_argument("--measure", action="store_true")
+    args = parser.parse_args()
+    for name in args.models:
+        if name not in MODELS:
+            parser.error(f"no model {name!r}: expected some of {', '.join(MODELS)}")
+    to_path(args.workdir).mkdir(parents=True, exist_ok=True)
+    for name in args.models:
+        make(name, args.workdir, args.data_dir or f"{args.workdir}/data")
+    if args.measure:
+        measure()
+
+
+if __name__ == "__main__":
+    main()
