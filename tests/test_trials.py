@@ -5,17 +5,23 @@ import importlib.util
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 from shrink import compilation_cache, save_cascade
 
-from unclip_jax import cli, trials
+from unclip_jax import cli, experiment, trials
 from unclip_jax.data import varied_scenes
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import factor_scores, factors
 from unclip_jax.trials import Arm, Claim, Experiment, Lab, Stopped, compare, digest, scene_values, verdict
 
+MEASURED = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "experiments").glob(f"*/{experiment.FILE}"))
+    if "measure=measure" in path.read_text()
+]
 FOLDERS = {"clip": "clip", "prior_diffusion": "prior", "decoder": "decoder", "upsampler": "upsampler_256"}
 PLAIN = Arm("plain", "as it comes")
 GUIDED = Arm("guided", "guided", options={"guidance_scale": 4.0}, x=4.0)
@@ -46,6 +52,7 @@ def trained(bundles, monkeypatch):
         return {"sha256": "", "metrics": {}}
 
     monkeypatch.setattr(trials.train, "run", run)
+    monkeypatch.setattr(trials.shipped, "find", lambda known: None)  # nothing comes with the package
     return configs
 
 
@@ -66,6 +73,25 @@ def test_nothing_is_trained_or_drawn_twice(tmp_path, trained, monkeypatch):
         for name, values in again.run(arm).items():
             np.testing.assert_array_equal(values, before[name])
     assert len(trained) == 4
+
+
+def test_a_model_that_comes_with_the_package_is_not_trained(tmp_path, trained, bundles, monkeypatch):
+    asked = []
+    monkeypatch.setattr(trials.shipped, "find", lambda known: asked.append(known) or bundles / "clip")
+    laboratory = lab(tmp_path)
+    config = laboratory.config(PLAIN, "clip")
+    assert laboratory.bundle(config) == bundles / "clip" and asked == [digest(config)] and not trained
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.parent.name)
+def test_measures_of_each_experiment_are_of_each_picture(path, tmp_path, trained, monkeypatch):
+    """Those that an experiment brings itself, of a few scenes."""
+    found = experiment.load(path)
+    monkeypatch.setitem(found.measure.__globals__, "TRAINING", 8)
+    few = dataclasses.replace(found, captions=3)
+    laboratory = lab(tmp_path, few)
+    values = few.measure(laboratory, laboratory.cascade(few.arms[-1]), few.arms[-1])
+    assert all(values[name].shape == (3, few.draws) for name in few.measures)
 
 
 def test_arms_draw_as_they_say(tmp_path, trained):

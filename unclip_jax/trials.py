@@ -211,6 +211,10 @@ class Lab:
         images = np.stack([picture.image for picture in read_pictures(str(folder), None)])
         return images.reshape(len(self.captions), self.experiment.draws, *images.shape[1:])
 
+    def pictures(self) -> list[np.ndarray]:
+        """Renders the scenes of the captions: uint8 (64, 64, 3) each."""
+        return [varied_scenes.render(scene, varied_scenes.FRAME) for scene in self.scenes]
+
     def scene_values(self, cascade: Cascade, arm: Arm) -> Values:
         """Draws the captions and reads the pictures' factors: "named", the share of named factors that are right;
         "all", whether all are; "binding", of `factor_scores.binding`; "readable"; "variety", the share of factors left
@@ -275,6 +279,11 @@ def scene_values(
             found["variety"][row, k] = np.mean(differ) if differ else np.nan
     found["readable"] = reading.readable.reshape(len(scenes), draws).astype(np.float64)
     return found
+
+
+def every_factor(scenes: Sequence[varied_scenes.Scene]) -> list[tuple[str, ...]]:
+    """Names all factors of each scene but the object, for `scene_values` of pictures that are to be as their scenes."""
+    return [tuple(name for name in varied_scenes.factors() if name != "object")] * len(scenes)
 
 
 def compare(experiment: Experiment, values: Mapping[str, Values]) -> list[dict[str, Any]]:
