@@ -26,6 +26,7 @@ from unclip_jax.cascade import Cascade
 from unclip_jax.data import emoji_scenes, varied_scenes
 from unclip_jax.evaluation import scene_scores
 from unclip_jax.paths import to_path
+from unclip_jax.training.metrics import read_log
 from unclip_jax.trials import CONFIGS, digest
 
 MODELS = CONFIGS | {"prior_ar": "prior_ar", "glide": "glide"}
@@ -41,7 +42,6 @@ def make(name: str, workdir: str, data_dir: str) -> None:
         config.data.data_dir = data_dir
         if "clip" in config:
             config.clip.bundle = str(shipped.FOLDER / "clip")
-    began = time.monotonic()
     report = train.run(config, f"{workdir}/{name}")
     if isinstance(report, signal.Signals):
         sys.exit(train.exit_status(report))
@@ -55,7 +55,7 @@ def make(name: str, workdir: str, data_dir: str) -> None:
         sha256={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
         bytes=sum(map(len, files.values())),
         made=f"{datetime.date.today()}, Python {platform.python_version()}, jax {jax.__version__}",
-        minutes=round((time.monotonic() - began) / 60),
+        minutes=round(read_log(to_path(workdir) / name / "metrics.jsonl")[-1]["seconds"] / 60),
     )
 
 
