@@ -145,7 +145,9 @@ def table(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> str
             of = f"{measure}: {labels[line['larger']]} − {labels[line['smaller']]}"
             lines.append(_row(line["claim"], _number(line), of, f"{line['n']:,}", line["verdict"]))
     trainings = "one training run" if experiment.seeds == 1 else f"{experiment.seeds} training runs"
-    lines += ["", f"{experiment.captions} captions, {experiment.draws} pictures of each, {trainings} of each model."]
+    drawn = f"{experiment.captions} captions, {experiment.draws} pictures of each"
+    counted = drawn if "decoder" in experiment.models else f"{experiment.captions} pictures"
+    lines += ["", f"{counted}, {trainings} of each model."]
     return "\n".join(lines) + "\n"
 
 

@@ -105,8 +105,8 @@ class Experiment:
         names = [arm.name for arm in self.arms]
         _known("the name of an arm, which another has", [name for name in names if names.count(name) > 1], ())
         _known("a model", self.models, CONFIGS)
-        if "decoder" not in self.models:
-            raise UserError(f"models are {', '.join(self.models)}: an experiment needs a decoder")
+        if "decoder" not in self.models and self.measure.__module__ == __name__:
+            raise UserError(f"models are {', '.join(self.models)}: an experiment that draws needs a decoder")
         for arm in self.arms:
             _known(f"a model that arm {arm.name} changes", [*arm.configs, *arm.changes], self.models)
             sampled = {"decoder", "prior"} & {*self.models}
@@ -148,7 +148,7 @@ class Lab:
         that the experiment trains by several seeds."""
         configs = {name: self.config(arm, name, seed) for name in self.experiment.models}
         clip, clip_folder = None, None
-        if configs["decoder"].stage == "glide":
+        if "decoder" in configs and configs["decoder"].stage == "glide":
             configs = {name: config for name, config in configs.items() if name not in ("clip", "prior")}
         else:
             clip_folder = self.bundle(configs.pop("clip"))
@@ -160,7 +160,8 @@ class Lab:
         prior, decoder = load("prior", *PRIORS), load("decoder", "decoder", "glide")
         upsamplers = [load(name, "upsampler", "glide") for name in UPSAMPLERS if name in configs]
         cascade = Cascade(clip, prior, decoder, upsamplers, load("noised_clip", "clip"))
-        return cascade.sampled_by(arm.sampling.get("decoder", {}), arm.sampling.get("prior", {}))
+        sampling = arm.sampling.get("decoder", {}), arm.sampling.get("prior", {})
+        return cascade.sampled_by(*sampling) if arm.sampling else cascade
 
     def config(self, arm: Arm, name: str, seed: int = 0) -> ConfigDict:
         """Makes the config of a model of an arm. Raises UserError for a key that it does not have."""
