@@ -7,13 +7,15 @@ import shutil
 import xml.etree.ElementTree
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from unclip_jax import cli, experiment, trials
+from unclip_jax import cli, experiment, shipped, trials
 from unclip_jax.chain import SOURCES
 from unclip_jax.config import flat_keys
 from unclip_jax.errors import UserError
+from unclip_jax.planning.programs import checked_stage, train_step_flops
 from unclip_jax.trials import CONFIGS, Arm, Lab
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -112,6 +114,36 @@ def test_a_file_without_an_experiment_is_refused(tmp_path):
     path.write_text("x = 1\n")
     with pytest.raises(UserError, match="defines no EXPERIMENT"):
         run(path, "--workdir", tmp_path)
+
+
+def test_the_cost_of_training_is_said_first(tmp_path, monkeypatch, capsys):
+    """By size: the larger ones learn the same scenes."""
+    said = {}
+    monkeypatch.setattr(shipped, "find", lambda known: None)
+    for size in ("", ":small"):
+        assert run(f"binding{size}", "--workdir", tmp_path / "work", "--cost") == 0
+        said[size] = re.search(r"trained: (.+); (.+) FLOPs, or (.+) (core|chip)-hours", capsys.readouterr().err)
+    assert said[""].group(1) == said[":small"].group(1) == "1 × clip, 1 × prior, 2 × decoder"
+    config = cli.load_config("configs/glide.py:shipped")
+    shapes = jax.eval_shape(checked_stage(config).init, jax.random.key(0))
+    one = config.train.steps * train_step_flops(config, shapes)
+    assert one < float(said[""].group(2)) < 4 * one and said[""].group(4) == "core"
+    assert float(said[""].group(3)) == pytest.approx(float(said[""].group(2)) / 40e9 / 3600, rel=0.05)
+    assert float(said[":small"].group(2)) > 100 * one and said[":small"].group(4) == "chip"
+    assert not list((tmp_path / "work").rglob("*.json"))
+
+    small = Lab(dataclasses.replace(experiment.load(FOLDER / "binding" / "experiment.py"), size="small"), tmp_path, "d")
+    config = small.config(small.experiment.arms[0], "decoder")
+    assert config.data.source == "tfds:emoji_scenes/varied_256" and config.model.image_size == 64
+    with pytest.raises(UserError, match="'huge' is no size: expected one of shipped, small, paper"):
+        run("binding:huge", "--workdir", tmp_path / "work", "--cost")
+
+
+def test_what_is_trained_costs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shipped, "find", lambda known: FOLDER)
+    monkeypatch.setattr(trials, "load_description", lambda folder: {"identity": "that of a CLIP"})
+    assert run("binding", "--workdir", tmp_path / "work", "--cost") == 0
+    assert "nothing is to be trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)

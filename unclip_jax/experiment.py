@@ -28,16 +28,18 @@ from unclip_jax.errors import UserError
 from unclip_jax.paths import output_folder, to_path, write_bytes
 
 if TYPE_CHECKING:
-    from unclip_jax.trials import Experiment
+    from unclip_jax.trials import Experiment, Lab
 
 FILE, RESULTS, FIGURE, TABLE = "experiment.py", "results.jsonl", "figure.svg", "results.md"
+CORE = 40e9  # FLOPs that a CPU core does in a second in training: an AMD EPYC's, measured
 PUBLISHED = (RESULTS, FIGURE, TABLE)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("experiment", __doc__)
-    parser.add_argument("name", nargs="?", help="experiment, as of --list, or the path of a file of one")
+    text = "experiment, as of --list, or the path of a file of one; NAME:small and NAME:paper are larger"
+    parser.add_argument("name", nargs="?", help=text)
     parser.add_argument("--list", action="store_true", help="list the experiments, with their questions")
     parser.add_argument("--workdir", help="folder for models, drawings and results, shared by all experiments")
     parser.add_argument("--data-dir", help="folder of the datasets; default: WORKDIR/data")
@@ -45,6 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--draws", type=cli.whole(1, 100), help="as many pictures of each, instead of the experiment's")
     text = "train each model for this many steps only, to try everything out"
     parser.add_argument("--steps", type=cli.whole(1, 10**10), help=text)
+    parser.add_argument("--cost", action="store_true", help="say what its training costs, and end")
     parser.add_argument("--publish", action="store_true", help="write the results beside experiment.py too")
     args = parser.parse_args(argv[1:])
     if not args.list and not args.name:
@@ -63,15 +66,18 @@ def main(argv: list[str]) -> int:
         return 0
     from unclip_jax.trials import Lab, Stopped, compare, verdict
 
-    path = find(args.name)
+    path, size = find(args.name)
     name = path.stem if path.name != FILE else path.resolve().parent.name
     if args.publish and (Path(__file__).parent / "experiments").is_dir():
         raise UserError("--publish writes beside experiment.py, for a checkout: this package is installed from a wheel")
     given = {name: getattr(args, name) for name in ("captions", "draws") if getattr(args, name)}
-    experiment = dataclasses.replace(load(path), **given)
+    experiment = dataclasses.replace(load(path), **given, **({"size": size} if size else {}))
     workdir = output_folder(args.workdir, "--workdir")
     cli.enable_compilation_cache()
     lab = Lab(experiment, workdir, args.data_dir or str(workdir / "data"), args.steps)
+    print(cost(lab), file=sys.stderr, flush=True)
+    if args.cost:
+        return 0
     began, values = time.monotonic(), {}
     for i, arm in enumerate(experiment.arms):
         print(f"[{i + 1}/{len(experiment.arms)}] {arm.label}", file=sys.stderr, flush=True)
@@ -94,15 +100,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def find(name: str) -> Path:
-    """Finds the file of an experiment, by its name or its path on a disk: it is run. Raises UserError for none."""
-    if ":" in name:
+def find(name: str) -> tuple[Path, str]:
+    """Finds the file of an experiment, by its name or its path on a disk, since it is run; and the size after a colon,
+    "" where there is none. Raises UserError where there is no such file."""
+    plain, _, size = name.partition(":")
+    if "/" in size:
         raise UserError(f"{name}: an experiment is a program, which is run from a disk alone: copy it there first")
-    path = to_path(name)
+    name, path = plain, to_path(plain)
     if path.suffix == ".py" and path.is_file():
-        return path
+        return path, size
     if (path := _folder() / name / FILE).is_file():
-        return path
+        return path, size
     known = ", ".join(sorted(path.parent.name for path in _folder().glob(f"*/{FILE}")))
     raise UserError(f"no experiment {name!r}: expected one of {known}, or the path of a file of one")
 
@@ -115,6 +123,28 @@ def load(path: Path) -> "Experiment":
     if not hasattr(module, "EXPERIMENT"):
         raise UserError(f"{path} defines no EXPERIMENT: see experiments/README.md")
     return module.EXPERIMENT
+
+
+def cost(lab: "Lab") -> str:
+    """Says which models an experiment is going to train, and how much work that is, by the plan of each."""
+    import jax
+
+    from unclip_jax.planning.chips import CHIPS
+    from unclip_jax.planning.programs import checked_stage, train_step_flops
+
+    work, names = 0, []
+    for name, config in lab.missing():
+        names.append(name)
+        shapes = jax.eval_shape(checked_stage(config).init, jax.random.key(0))
+        work += config.train.steps * train_step_flops(config, shapes)
+    if not names:
+        return "nothing is to be trained"
+    counted = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+    chips = work / (CHIPS["v5p"].peak_flops / 2) / 3600
+    hours = f"{chips:,.0f} chip-hours of TPU v5p at half its peak"
+    if chips < 1:
+        hours = f"{work / CORE / 3600:.1f} core-hours of a CPU"
+    return f"to be trained: {counted}; {work:.2g} FLOPs, or {hours}"
 
 
 def overview() -> str:
@@ -166,7 +196,8 @@ def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> by
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = "unclip_jax"  # the same results give the same file
+    # The same results give the same file; letters stay text, which keeps it small.
+    matplotlib.rcParams |= {"svg.hashsalt": "unclip_jax", "svg.fonttype": "none"}
     over_x = all(arm.x is not None for arm in experiment.arms)
     count, labels = len(experiment.measures), [arm.label for arm in experiment.arms]
     size = (3.2 * count, 2.8) if over_x else (2.6 * count + 1.5, 0.32 * len(labels) + 1.2)
@@ -184,6 +215,10 @@ def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> by
                 panel.errorbar(value, [at for at, _ in arms], xerr=bars, fmt="o", capsize=3)
         if over_x:
             panel.set(xlabel=experiment.axis, ylabel=label)
+            least, most = (end(arm.x for arm in experiment.arms) for end in (min, max))
+            if least > 0 and most >= 8 * least:
+                panel.set_xscale("log", base=2)
+                panel.xaxis.set_major_formatter("{x:g}")
         else:
             panel.set(xlabel=label, yticks=range(len(labels)), yticklabels=labels)
             panel.margins(y=0.15)

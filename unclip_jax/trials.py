@@ -42,6 +42,10 @@ CONFIGS = {  # model of a cascade → its config, where an arm names no other
 UNTOLD = ("data.data_dir", "data.threads", "data.workers", "clip.", "mesh.", "train.log_every", "train.checkpoint_",
           "train.keep", "train.watchdog_minutes", "train.expected_loss", "train.sample_every", "train.measure",
           "train.draw_size")  # fmt: skip
+SIZES = ("shipped", "small", "paper")
+# What models of the larger sizes learn here too, with a vocabulary that its captions can fill.
+SCENES = {"data.source": "tfds:emoji_scenes/varied_256", "data.crop": "center", "model.vocab_size": 1024,
+          "model.text.vocab_size": 1024}  # fmt: skip
 MEASURES = ("named", "all", "binding", "readable", "variety")  # of `Lab.scene_values`, besides the factors
 Values = Mapping[str, np.ndarray]  # measure → (captions, draws), NaN where a picture has no value
 
@@ -83,7 +87,8 @@ class Experiment:
     paper: where the claims stand, such as "unCLIP, section 5.1, figure 8". models: of each arm's cascade. measures:
     name → label of what tables and figures show. captions: how many, of those that were held out. draws: pictures of
     each. seeds: how often models are trained, each time by another seed: those that an arm changes, and for every arm
-    those in `seeded`. size: of the configs. measure: what is measured of an arm's cascade. axis: name of the arms' x.
+    those in `seeded`. size: of the configs, one of `SIZES`. measure: what is measured of an arm's cascade. axis: name
+    of the arms' x.
     """
 
     question: str
@@ -105,6 +110,7 @@ class Experiment:
         names = [arm.name for arm in self.arms]
         _known("the name of an arm, which another has", [name for name in names if names.count(name) > 1], ())
         _known("a model", self.models, CONFIGS)
+        _known("no size", [self.size], SIZES)
         if "decoder" not in self.models and self.measure.__module__ == __name__:
             raise UserError(f"models are {', '.join(self.models)}: an experiment that draws needs a decoder")
         for arm in self.arms:
@@ -139,18 +145,15 @@ class Lab:
     def run(self, arm: Arm) -> dict[str, np.ndarray]:
         """Returns each measure's values of an arm, (training seeds, captions, draws). An arm of which nothing is
         trained by several seeds has one."""
-        seeds = self.experiment.seeds if {*self.experiment.seeded, *arm.changes, *arm.configs} else 1
-        found = [self._values(arm, seed) for seed in range(seeds)]
+        found = [self._values(arm, seed) for seed in self._seeds(arm)]
         return {name: np.stack([values[name] for values in found]) for name in found[0]}
 
     def cascade(self, arm: Arm, seed: int = 0) -> Cascade:
         """Loads the cascade of an arm, and trains what is missing of it. seed: of the models that the arm changes or
         that the experiment trains by several seeds."""
-        configs = {name: self.config(arm, name, seed) for name in self.experiment.models}
+        configs = self._configs(arm, seed)
         clip, clip_folder = None, None
-        if "decoder" in configs and configs["decoder"].stage == "glide":
-            configs = {name: config for name, config in configs.items() if name not in ("clip", "prior")}
-        else:
+        if "clip" in configs:
             clip_folder = self.bundle(configs.pop("clip"))
             clip = Model.load(clip_folder, ("clip",))
 
@@ -163,11 +166,30 @@ class Lab:
         sampling = arm.sampling.get("decoder", {}), arm.sampling.get("prior", {})
         return cascade.sampled_by(*sampling) if arm.sampling else cascade
 
+    def missing(self) -> list[tuple[str, ConfigDict]]:
+        """Lists the models that are to be trained, each once, by their names and configs."""
+        found: dict[str, tuple[str, ConfigDict]] = {}
+        for arm in self.experiment.arms:
+            for seed in self._seeds(arm):
+                clip = None
+                for name, config in self._configs(arm, seed).items():
+                    # Without its CLIP a model cannot have been trained.
+                    path = self._stored(config, clip) if clip or "clip" not in config else None
+                    if name == "clip":
+                        clip = path
+                    if not path:
+                        found[_hash([name, *flat_items(config)])] = name, config
+        return list(found.values())
+
     def config(self, arm: Arm, name: str, seed: int = 0) -> ConfigDict:
         """Makes the config of a model of an arm. Raises UserError for a key that it does not have."""
         spec = f"configs/{arm.configs.get(name, CONFIGS[name])}.py:{self.experiment.size}"
         config = cli.load_config(spec).copy_and_resolve_references().unlock()
         known = dict(flat_items(config))
+        if self.experiment.size != "shipped":
+            config.update_from_flattened_dict({key: value for key, value in SCENES.items() if key in known})
+            if name == "upsampler_1024":
+                config.data.source = config.data.source.replace("256", "1024")
         for key, value in arm.changes.get(name, {}).items():
             if key not in known:
                 raise UserError(f"arm {arm.name} changes {key}, which {spec} does not have")
@@ -187,19 +209,14 @@ class Lab:
 
         clip: the bundle for config.clip. Raises Stopped where a signal stopped the training.
         """
-        if "clip" in config:
-            with config.unlocked():
-                config.clip.bundle = str(clip)
-        known = digest(config)
-        if found := shipped.find(known):
+        if found := self._stored(config, clip):
             return found
-        folder = self.workdir / "runs" / f"{config.stage}-{known[:12]}"
-        if not (folder / "bundle" / CONFIG).exists():
-            print(f"training {folder.name}", file=sys.stderr, flush=True)
-            report = train.run(config, str(folder))
-            if isinstance(report, signal.Signals):
-                raise Stopped(report)
-            jax.clear_caches()  # the programs of several trainings would fill the memory
+        folder = self._folder(config)
+        print(f"training {folder.name}", file=sys.stderr, flush=True)
+        report = train.run(config, str(folder))
+        if isinstance(report, signal.Signals):
+            raise Stopped(report)
+        jax.clear_caches()  # the programs of several trainings would fill the memory
         return folder / "bundle"
 
     def draw(self, cascade: Cascade, arm: Arm) -> np.ndarray:
@@ -223,6 +240,28 @@ class Lab:
         images = self.draw(cascade, arm)
         reading = factors.read(images.reshape(-1, *images.shape[2:]))
         return scene_values(reading, self.scenes, self.named)
+
+    def _seeds(self, arm: Arm) -> range:
+        """Numbers the trainings of an arm."""
+        return range(self.experiment.seeds if {*self.experiment.seeded, *arm.changes, *arm.configs} else 1)
+
+    def _configs(self, arm: Arm, seed: int) -> dict[str, ConfigDict]:
+        """Makes the configs of the models of an arm. A GLIDE has neither CLIP nor prior."""
+        configs = {name: self.config(arm, name, seed) for name in self.experiment.models}
+        if "decoder" in configs and configs["decoder"].stage == "glide":
+            configs = {name: config for name, config in configs.items() if name not in ("clip", "prior")}
+        return configs
+
+    def _stored(self, config: ConfigDict, clip: Path | None) -> Path | None:
+        """Finds the bundle of a model that is trained; None where there is none yet. Names the CLIP in its config."""
+        if "clip" in config:
+            with config.unlocked():
+                config.clip.bundle = str(clip)
+        own = self._folder(config) / "bundle"
+        return shipped.find(digest(config)) or (own if (own / CONFIG).exists() else None)
+
+    def _folder(self, config: ConfigDict) -> Path:
+        return self.workdir / "runs" / f"{config.stage}-{digest(config)[:12]}"
 
     def _values(self, arm: Arm, seed: int) -> Values:
         """Returns the values of an arm with models trained by `seed`, which are kept in a file."""
