@@ -89,7 +89,6 @@ REFUSED = [
     (plan, [], "no config"),
     (plan, [CLIP, "--config.model.widht=3"], "no key 'model.widht'"),
     (plan, [CLIP, "--config.stage=clop"], "stage 'clop' does not exist"),
-    (sample, ["--prompt=x"], "--bundle"),
     (sample, ["--bundle={empty}"], "--prompt"),
     (sample, ["--bundle={root}/nowhere", "--prompt=x"], "no bundle at .*nowhere"),
     (sample, SAMPLE, "no bundle at .*decoder"),

@@ -35,6 +35,12 @@ def root(request, tmp_path):
     return tmp_path / "root" if request.param == "disk" else to_path(request.getfixturevalue("bucket"))
 
 
+def test_weights_of_the_package_have_names():
+    assert to_path("shipped:clip") == to_path("shipped:") / "clip" == Path(paths.__file__).parent / "weights" / "clip"
+    with pytest.raises(UserError, match="--out shipped:clip: what comes with this package is read only: give a folder"):
+        paths.output_folder("shipped:clip")
+
+
 def test_home_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     assert to_path("~/runs/a") == Path("/home/someone/runs/a") and to_path("a:b/~c") == Path("a:b/~c")

@@ -15,7 +15,6 @@ from typing import Any, Self, TypedDict
 import jax
 import numpy as np
 
-from unclip_jax import shipped
 from unclip_jax.arrays import Key
 from unclip_jax.bundle import load_description
 from unclip_jax.config_checks import check_sampling
@@ -24,7 +23,7 @@ from unclip_jax.errors import UserError
 from unclip_jax.evaluation.features import unit
 from unclip_jax.keys import RowKeys, seed_key
 from unclip_jax.model import Model
-from unclip_jax.paths import to_path
+from unclip_jax.paths import SHIPPED, to_path
 from unclip_jax.pictures import to_float, to_uint8
 from unclip_jax.stages.conditions import Conditions
 
@@ -60,14 +59,14 @@ class Chain:
         self.noised_clip = noised_clip
 
     @classmethod
-    def load(cls, folder: str = "", devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Self:
-        """Reads a folder of bundles, on a disk or gs://...; "": the cascade that comes with this package.
+    def load(cls, folder: str = SHIPPED, devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Self:
+        """Reads a folder of bundles, on a disk or gs://...; by default those that come with this package.
 
         devices: which of this process's rows are split over; None: all rows are on the first. fsdp: so many of them, a
         divisor of their number, share one copy of each model's parameters, for models that do not fit one. Raises
         UserError for what is missing or does not belong together.
         """
-        root = to_path(folder or shipped.FOLDER)
+        root = to_path(folder)
         if not root.is_dir():
             raise UserError(f"no bundle at {root}: expected a folder with decoder/ and what it needs")
         clip = prior = noised_clip = None

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from unclip_jax import cli
 from unclip_jax.errors import UserError
+from unclip_jax.paths import SHIPPED
 
 PORT = 7860  # Gradio's own
 
@@ -27,8 +28,8 @@ PORT = 7860  # Gradio's own
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("demo", __doc__)
-    text = "folder of a trained cascade; gs:// and hf:OWNER/NAME too; default: the one in this package"
-    parser.add_argument("--bundle", default="", help=text)
+    text = "folder of a trained cascade; gs:// and hf:OWNER/NAME too; default: this package's"
+    parser.add_argument("--bundle", default=SHIPPED, help=text)
     parser.add_argument("--host", default="127.0.0.1", help="address of this machine to serve at; 0.0.0.0: all it has")
     parser.add_argument("--port", type=cli.whole(1, 2**16 - 1), default=PORT)
     parser.add_argument("--share", action="store_true", help="ask Gradio for a public address, which holds for a week")

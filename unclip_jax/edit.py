@@ -28,7 +28,7 @@ from unclip_jax import __version__, cli, pictures
 from unclip_jax.data.embeddings import DESCRIPTION, image_embeddings
 from unclip_jax.data.transforms import center_square, decode
 from unclip_jax.errors import UnreadableRecord, UserError
-from unclip_jax.paths import output_folder, to_path
+from unclip_jax.paths import SHIPPED, output_folder, to_path
 
 if TYPE_CHECKING:
     from unclip_jax.cascade import Cascade
@@ -109,7 +109,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line: the flags of the command alone. Raises UserError for what is wrong with it."""
     parser = cli.Parser("edit", __doc__)
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--bundle", default="", help="folder of a trained cascade; default: the one in this package")
+    parser.add_argument("--bundle", default=SHIPPED, help="folder of a trained cascade; default: this package's")
     parser.add_argument("--image", action="append", required=True, help="picture to start from; of interpolate, two")
     parser.add_argument("--out", default="edits", help="folder to write to")
     for name, told in FLAGS.items():

@@ -1,5 +1,5 @@
-"""Decides what is a path: a place on a disk, in a bucket of Google Cloud Storage, gs://BUCKET/FOLDER, or on the Hugging
-Face Hub, hf:OWNER/NAME.
+"""Decides what is a path: a place on a disk, in a bucket of Google Cloud Storage, gs://BUCKET/FOLDER, on the Hugging
+Face Hub, hf:OWNER/NAME, or in this package, shipped:MODEL.
 
 Every path that a user names goes through `to_path`, and is from then on a `pathlib.Path` or, in a bucket, an
 `epath.Path`, which is used in the same way. In this package Path means either. Buckets need
@@ -28,6 +28,7 @@ from pathlib import Path
 from unclip_jax import hub
 from unclip_jax.errors import StorageError, UserError
 
+SHIPPED = "shipped:"  # the weights that come with this package
 SECONDS_BETWEEN_LINES = 10.0
 CHUNK_BYTES = 2**24  # copied at once
 SPARE_BYTES = 2**30  # of a disk, which copies leave free
@@ -39,11 +40,13 @@ STORAGE_ERRORS += [errno.EFBIG, errno.EMFILE, errno.ENAMETOOLONG]
 def to_path(text: str | os.PathLike[str]) -> Path:
     """Makes the path that a user named; ~ is the home folder.
 
-    A place on the Hugging Face Hub, hf:OWNER/NAME, is fetched, and is then a folder on the disk. Raises UserError for a
-    name that is none of these, for what cannot be fetched and, at the first path in a bucket, where that bucket cannot
-    be read.
+    shipped:MODEL is a bundle that comes with this package, and shipped: alone all of them. A place on the Hugging Face
+    Hub, hf:OWNER/NAME, is fetched, and is then a folder on the disk. Raises UserError for a name that is none of these,
+    for what cannot be fetched and, at the first path in a bucket, where that bucket cannot be read.
     """
     text = os.fspath(text)
+    if text.startswith(SHIPPED):
+        return Path(__file__).parent / "weights" / text.removeprefix(SHIPPED)
     if text.startswith(hub.PREFIX):
         return hub.pull(text)
     if in_bucket := re.match("gs://([^/]+)", text):
@@ -74,6 +77,8 @@ def output_folder(name: str, option: str = "--out") -> Path:
     """
     if name.startswith(hub.PREFIX):
         raise UserError(f"{option} {name}: the Hub is read only here: give a folder, and push it there when it is done")
+    if name.startswith(SHIPPED):
+        raise UserError(f"{option} {name}: what comes with this package is read only: give a folder")
     folder = to_path(name)
     if is_remote(folder):
         if folder.is_file():

@@ -28,7 +28,7 @@ from PIL import Image
 from unclip_jax import __version__, cli, pictures
 from unclip_jax.config_values import SAMPLERS
 from unclip_jax.errors import UserError
-from unclip_jax.paths import output_folder, to_path
+from unclip_jax.paths import SHIPPED, output_folder, to_path
 
 if TYPE_CHECKING:
     from unclip_jax.cascade import Cascade
@@ -41,7 +41,7 @@ OF_PRIOR = ("prior_guidance", "prior_steps", "dot_percentile")
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line. Raises UserError for what is wrong with it."""
     parser = cli.Parser("sample", __doc__)
-    parser.add_argument("--bundle", default="", help="folder of a trained cascade; default: the one in this package")
+    parser.add_argument("--bundle", help="folder of a trained cascade; default: the one that comes with this package")
     parser.add_argument("--prompt", action="append", default=[], help="what to draw; may be repeated")
     parser.add_argument("--prompts", help="file of captions: a line each of .txt; field prompt of .jsonl or .csv")
     parser.add_argument("--format", choices=("tar", "png"), default="tar", help="of what --prompts draws")
@@ -54,6 +54,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv[1:])
     if sum(map(bool, (args.prompt, args.prompts, args.again))) != 1:
         raise UserError("give one of --prompt, which may be repeated, --prompts and --again")
+    if not args.again:
+        args.bundle = args.bundle or SHIPPED
     if args.rerank and args.rerank < args.n:
         raise UserError(f"--rerank {args.rerank}: expected at least --n {args.n}, the pictures to be kept")
     if args.rerank and args.prompts:

@@ -3,16 +3,17 @@
     weights/MODEL/          a bundle of each model, in float16
     weights/manifest.json   how each was trained: digest of its config, sha256 of its files, what was measured of it
 
-A cascade that is loaded without a name is this folder's. experiments/weights/make.py makes it.
+The folder is called "shipped:", and is the cascade of commands that are given none. It is made by
+experiments/weights/make.py.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from unclip_jax.paths import to_path
+from unclip_jax.paths import SHIPPED, to_path
 
-FOLDER = to_path(__file__).parent / "weights"
+FOLDER = to_path(SHIPPED)
 MANIFEST = FOLDER / "manifest.json"
 
 
