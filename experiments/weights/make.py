@@ -25,6 +25,7 @@ from unclip_jax.bundle import load_bundle, save_bundle
 from unclip_jax.cascade import Cascade
 from unclip_jax.data import emoji_scenes, varied_scenes
 from unclip_jax.evaluation import scene_scores
+from unclip_jax.evaluation.intervals import Result
 from unclip_jax.paths import to_path
 from unclip_jax.training.metrics import read_log
 from unclip_jax.trials import CONFIGS, digest
@@ -66,16 +67,21 @@ def measure() -> None:
     varied = [varied_scenes.scene_at("test", index)[2] for index in range(PICTURES)]
     found = {}
     for kind, captions in {"single": single * (PICTURES // len(single)), "varied": varied}.items():
-        began = time.monotonic()
-        images = []
+        began, images = time.monotonic(), []
         for start in range(0, PICTURES, ROWS):
             rows = range(start, start + ROWS)
-            images.append(cascade.generate(captions[start : start + ROWS], 0, rows=rows).images)
+            images += [*cascade.generate(captions[start : start + ROWS], 0, rows=rows)["images"][-1]]
+            print(f"{kind}: {len(images)} of {PICTURES}", file=sys.stderr)
         found[kind] = {"seconds": round(time.monotonic() - began)}
-        for result in scene_scores.score(np.concatenate(images), captions):
-            found[kind][result.name] = {"value": round(result.value, 4), "n": result.n}
-            print(kind, result)
+        for part, count in (("all", PICTURES), ("first", ROWS)):
+            results = scene_scores.score(np.stack(images[:count]), captions[:count])
+            found[kind][part] = {result.name: rounded(result) for result in results}
     write("decoder", measured=found)
+
+
+def rounded(result: Result) -> dict[str, float]:
+    """Returns a result with its interval and n, for JSON."""
+    return {part: round(float(getattr(result, part)), 4) for part in ("value", "low", "high")} | {"n": result.n}
 
 
 def write(name: str, **known) -> None:

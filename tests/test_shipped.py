@@ -1,0 +1,64 @@
+"""The weights that come with the package: they are what the manifest says, and what the configs would train."""
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+
+from unclip_jax import cli, shipped
+from unclip_jax.bundle import load_bundle
+from unclip_jax.cascade import Cascade
+from unclip_jax.chain import UPSAMPLERS
+from unclip_jax.data import emoji_scenes
+from unclip_jax.evaluation import scene_scores
+from unclip_jax.trials import CONFIGS, digest
+
+MODELS = shipped.manifest()
+CASCADE = {"clip", "prior", "decoder", "noised_clip", *UPSAMPLERS}
+
+
+def test_there_is_a_cascade_and_it_is_small():
+    assert {"clip", "prior", "decoder"} <= set(MODELS)
+    assert sum(known["bytes"] for name, known in MODELS.items() if name in CASCADE) <= 12e6
+    assert sum(known["bytes"] for known in MODELS.values()) <= 24e6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_files_are_those_of_the_manifest(name):
+    files = {path.name: path.read_bytes() for path in (shipped.FOLDER / name).iterdir()}
+    assert {file: hashlib.sha256(content).hexdigest() for file, content in files.items()} == MODELS[name]["sha256"]
+    assert sum(map(len, files.values())) == MODELS[name]["bytes"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experiments_find_what_their_configs_would_train(name):
+    config = cli.load_config(f"configs/{CONFIGS.get(name, name)}.py:shipped").copy_and_resolve_references()
+    bundle = load_bundle(shipped.FOLDER / name)
+    assert json.dumps(bundle.config.to_dict()) == json.dumps(config.to_dict()), "without folders of the machine"
+    if "clip" in config:
+        with config.unlocked():
+            config.clip.bundle = "shipped:clip"
+        assert bundle.clip_identity == load_bundle(shipped.FOLDER / "clip").identity
+    assert shipped.find(digest(config)) == shipped.FOLDER / name
+    with config.unlocked():
+        config.optim.learning_rate *= 2
+    assert shipped.find(digest(config)) is None
+
+
+def test_the_card_says_what_was_measured():
+    text = (shipped.FOLDER / "README.md").read_text()
+    measured = MODELS["decoder"]["measured"]
+    values = {f"{found['value']:.3f}" for kind in measured.values() for found in kind["all"].values()}
+    assert len(values) > 5 and set(re.findall(r"\b[01]\.\d{3}\b", text)) <= values
+
+
+@pytest.mark.slow
+def test_the_cascade_draws_as_well_as_the_manifest_says():
+    """The first pictures of those that were measured."""
+    captions = [text for _, text in emoji_scenes.scenes("single", "test")]
+    images = Cascade.load().generate(captions, 0)["images"][-1]
+    found = {result.name: result.value for result in scene_scores.score(images, captions)}
+    for name, known in MODELS["decoder"]["measured"]["single"]["first"].items():
+        np.testing.assert_allclose(found[name], known["value"], atol=0.04)
