@@ -1,4 +1,4 @@
-"""Files for clusters in tpu_scripts/: the image, the manifest for Kubernetes, and the SLURM job, whose srun is played."""
+"""Files for clusters in tpu_scripts/: the image, the manifest for Kubernetes, and the SLURM job; srun is played."""
 
 import math
 import os
