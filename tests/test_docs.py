@@ -5,6 +5,7 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import re
 import shlex
 import shutil
@@ -101,13 +102,13 @@ def check_pytest(arguments):
 
 def check_script(name, arguments):
     assert (ROOT / name).is_file(), f"no {name}"
-    if name in ("tpu_scripts/launch.sh", "tpu_scripts/resume.sh"):
+    if name in ("tpu_scripts/launch.sh", "tpu_scripts/resume.sh", "tpu_scripts/slurm.sbatch"):
         check_unclip("train", arguments)
     else:
         assert set(arguments) <= {"--dry-run"}
 
 
-FOREIGN = ("mkdir", "cp", "gcloud", "ssh-add", "git", "pre-commit", "hf", "img2dataset", "tfds")
+FOREIGN = ("mkdir", "cp", "gcloud", "ssh-add", "git", "pre-commit", "hf", "img2dataset", "tfds", "docker", "kubectl")
 
 
 def check_command(words):
@@ -126,10 +127,15 @@ def check_command(words):
         check_pytest(arguments)
     elif name == "ruff":
         assert arguments[:1] == ["check"]
+    elif name == "sbatch":
+        script = next(i for i, word in enumerate(arguments) if not word.startswith("--"))
+        check_script(arguments[script], arguments[script + 1 :])
     elif name.startswith(("tpu_scripts/", ".ci/")) or "/tpu_scripts/" in name:
         check_script(name, arguments)
     else:
         assert name in FOREIGN, f"unknown command: {shlex.join(words)}"
+        files = [b for a, b in itertools.pairwise(arguments) if a == "-f" and "://" not in b]
+        assert all((ROOT / file).is_file() for file in files), f"no {files}"
 
 
 def check_all(found):
@@ -199,6 +205,7 @@ def keys():
 
 OTHERS_OPTIONS = {"--dry-run": "tpu_scripts/common.sh", "--config": ""}  # ours, of absl
 OTHERS_OPTIONS |= dict.fromkeys(("--file_format", "--output_format"), "")  # TFDS's and img2dataset's
+OTHERS_OPTIONS |= dict.fromkeys(("--spot", "--gpus-per-task", "--signal"), "")  # gcloud's and SLURM's
 
 
 def check_key(key, value):

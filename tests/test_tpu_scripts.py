@@ -15,6 +15,7 @@ FOLDER = SCRIPTS[0].parent
 V5P = dict(NAME="big", TYPE="v5p-128", VERSION="v2-alpha-tpuv5", ZONE="us-east5-a")
 V4 = dict(NAME="small", TYPE="v4-8", VERSION="tpu-ubuntu2204-base", ZONE="us-central2-b")
 SPOT = V5P | dict(QUEUED="1", SPOT="1")
+SEVERAL = V5P | dict(SLICES="2")  # which are queued without being asked for
 AWKWARD = ["--workdir=gs://bucket/my runs/a", '--config.data.source=folder:it\'s $HOME; "x" &', "a\nb"]
 
 
@@ -40,7 +41,7 @@ def printed(script, *arguments, **variables):
 
 def on_host(command, home):
     """Runs what a script sends to the hosts, the words after `ssh`, on one whose home folder is `home`."""
-    assert command[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
+    assert command[:3] == ["gcloud", "compute", "tpus"] and command[4] == "ssh"
     sent = next(word for word in command if word.startswith("--command=")).removeprefix("--command=")
     return subprocess.run(["bash", "-c", sent], env=environment(HOME=str(home)), capture_output=True, text=True)
 
@@ -70,10 +71,19 @@ EXPECTED = [
     ("create", V4, [*TPU, "create", C, "small", *V4_RUNTIME]),
     ("create", V4 | dict(SPOT="1"), [*TPU, "create", C, "small", *V4_RUNTIME, "--spot"]),
     ("create", SPOT, [*QUEUE, "create", A, "big", "--node-id=big", *V5P_RUNTIME, "--spot"]),
+    ("create", SEVERAL, [*QUEUE, "create", A, "big", "--node-count=2", "--node-prefix=big", *V5P_RUNTIME]),
+    ("create", V4 | dict(SLICES="1"), [*TPU, "create", C, "small", *V4_RUNTIME]),
     ("delete", V4, [*TPU, "delete", C, "small"]),
+    ("delete", SEVERAL, [*QUEUE, "delete", A, "big", "--force"]),
     ("delete", SPOT, [*QUEUE, "delete", A, "big", "--force"]),
     ("follow", V5P, [*TPU, "ssh", A, "big", "--worker=0", "--command=tail -n 40 -F train.log"]),
     ("follow", V5P | dict(HOST="3"), [*TPU, "ssh", A, "big", "--worker=3", "--command=tail -n 40 -F train.log"]),
+    ("follow", SEVERAL, [*QUEUE, "ssh", A, "big", "--worker=0", "--node=0", "--command=tail -n 40 -F train.log"]),
+    (
+        "follow",
+        SEVERAL | dict(SLICE="1", HOST="3"),
+        [*QUEUE, "ssh", A, "big", "--worker=3", "--node=1", "--command=tail -n 40 -F train.log"],
+    ),
 ]
 
 
@@ -82,22 +92,28 @@ def test_command_is_the_expected(script, variables, command):
     assert printed(script, **variables) == [command]
 
 
-@pytest.mark.parametrize("variables", [V5P, V4, SPOT], ids=["v5p", "v4", "queued"])
+@pytest.mark.parametrize("variables", [V5P, V4, SPOT, SEVERAL], ids=["v5p", "v4", "queued", "several slices"])
 def test_every_host_is_set_up_and_told_the_same(variables):
     place = [f"--zone={variables['ZONE']}", variables["NAME"]]
+    by, every = (QUEUE, ["--worker=all", "--node=all"]) if variables is SEVERAL else (TPU, ["--worker=all"])
     archive, copy, install = printed("setup", **variables)
     assert archive[:2] == ["git", "-C"] and archive[-1] == "HEAD"
     tarball = next(word for word in archive if word.startswith("--output=")).removeprefix("--output=")
-    assert copy == [*TPU, "scp", place[0], tarball, f"{place[1]}:", "--worker=all"]
+    assert copy == [*by, "scp", place[0], tarball, f"{place[1]}:", *every]
     for command in (install, *printed("launch", *AWKWARD, **variables), *printed("stop", **variables)):
-        assert command[:8] == [*TPU, "ssh", *place, "--worker=all"] and len(command) == 9
+        assert command[:-1] == [*by, "ssh", *place, *every]
 
 
-@pytest.mark.parametrize(("variables", "asked"), [(V4, ["tpu-vm"]), (SPOT, ["queued-resources", "tpu-vm"])])
+ASK_ONE = [("tpu-vm", '"/small$"')]
+ASK_QUEUED = [("queued-resources", '"/big$"'), ("tpu-vm", '"/big$"')]
+ASK_SEVERAL = [("queued-resources", '"/big$"'), ("tpu-vm", '"/big-[0-9]+$"')]
+
+
+@pytest.mark.parametrize(("variables", "asked"), [(V4, ASK_ONE), (SPOT, ASK_QUEUED), (SEVERAL, ASK_SEVERAL)])
 def test_resume_looks_deletes_makes_sets_up_and_launches(variables, asked):
     commands = printed("resume", *AWKWARD, **variables)
-    for command, group in zip(commands, asked, strict=False):
-        assert command[:5] == [*TPU[:3], group, "list"] and f'--filter=name~"/{variables["NAME"]}$"' in command
+    for command, (group, names) in zip(commands, asked, strict=False):
+        assert command[:5] == [*TPU[:3], group, "list"] and f"--filter=name~{names}" in command
     delete, create, *others = commands[len(asked) :]
     assert [delete] == printed("delete", "--quiet", **variables) and [create] == printed("create", **variables)
     without_folder = lambda command: [word.partition("/tmp")[0] for word in command]  # noqa: E731
@@ -141,7 +157,8 @@ def test_unknown_arguments_are_refused(script):
     ("NAME", ["a b", "Big", "-a", "a;reboot", "$(reboot)", "a\nb", "x" * 64]),
     ("ZONE", ["us", "us-east5", "us-east5-b;"]), ("TYPE", ["v6e", "v9-8", "v4-0"]), ("VERSION", ["--help", "a b"]),
     ("QUEUED", ["0", "yes"]), ("SPOT", ["false"]), ("HOST", ["all", "-1"]), ("PYTHON", ["3.12; reboot", "2.7"]),
-    ("LOOK_EVERY", ["1m"]), ("STOP_MINUTES", ["x"]),
+    ("LOOK_EVERY", ["1m"]), ("STOP_MINUTES", ["x"]), ("SLICES", ["0", "02", "-1", "two", "1.5", "2; reboot"]),
+    ("SLICE", ["all", "-1", "01", "1", "7"]),
 ])  # fmt: skip
 def test_odd_values_of_variables_are_refused(name, values):
     for value in values:
@@ -212,18 +229,20 @@ def test_a_number_left_by_another_boot_is_nobody(home):
 
 
 GCLOUD = """#!/usr/bin/env bash
-# Notes each command; answers `list` by the next line of states, FAIL by failing.
+# Notes each command; answers `list` by the words in the next line of states, a line each; FAIL by failing.
 case "$*" in
   *" list "*)
     answer=$(head -n 1 states)
     sed -i 1d states
     if [[ $answer == FAIL ]]; then echo 'no network' >&2; exit 1; fi
-    echo "$answer" ;;
+    tr ' ' '\n' <<<"$answer" ;;
   *) echo "$3 $4" >>commands ;;
 esac
 """
 AGAIN = ["tpu-vm scp", "tpu-vm ssh", "tpu-vm ssh"]  # set up and launched
 QUEUED_AGAIN = ["queued-resources create", *AGAIN]
+BOTH_AGAIN = ["queued-resources scp", "queued-resources ssh", "queued-resources ssh"]
+BOTH_MADE = ["queued-resources create", *BOTH_AGAIN]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +259,12 @@ QUEUED_AGAIN = ["queued-resources create", *AGAIN]
         (SPOT, ["SUSPENDING", "SUSPENDED", "ACTIVE", "READY"], ["queued-resources delete", *QUEUED_AGAIN]),
         (SPOT, ["ACTIVE", "PREEMPTED", "ACTIVE", "READY"], ["queued-resources delete", *QUEUED_AGAIN]),
         (SPOT, ["ACTIVE", "FAIL"], ["fails"]),
+        (SEVERAL, ["ACTIVE", "READY READY"], BOTH_AGAIN),
+        (SEVERAL, ["ACTIVE", "READY", "ACTIVE", "READY CREATING", "ACTIVE", "READY READY"], BOTH_AGAIN),
+        (SEVERAL, ["ACTIVE", "READY PREEMPTED", "ACTIVE", "READY READY"], ["queued-resources delete", *BOTH_MADE]),
+        (SEVERAL, ["", "WAITING_FOR_RESOURCES", "ACTIVE", "READY READY"], BOTH_MADE),
+        (SEVERAL, ["SUSPENDED", "ACTIVE", "READY READY"], ["queued-resources delete", *BOTH_MADE]),
+        (SEVERAL, ["ACTIVE", "FAIL"], ["fails"]),
     ],
 )
 def test_resume_goes_by_the_state_of_the_slice(variables, states, commands, tmp_path):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Shows the log of the training as it grows; Ctrl-C leaves the training running.
-#   [UNCLIP_HOST=0] tpu_scripts/follow.sh [--dry-run]
+#   [UNCLIP_SLICE=0] [UNCLIP_HOST=0] tpu_scripts/follow.sh [--dry-run]
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 takes_only -- "$@"
 
-tpu ssh "$NAME" --worker="$HOST" --command="tail -n 40 -F train.log"
+reach ssh "$NAME" "${ONE_HOST[@]}" --command="tail -n 40 -F train.log"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # After a preemption: makes the slice again where it is gone, waits until it is READY, sets it up, and launches the same
 # command, which goes on from the last checkpoint.
-#   [UNCLIP_SPOT=1] [UNCLIP_QUEUED=1] tpu_scripts/resume.sh [--dry-run] ARGUMENTS-OF-LAUNCH
-# A slice that is there stays; `--dry-run` prints what a preempted one takes. All that the arguments name must be in a
-# bucket: the hosts' disks are lost with them.
+#   [UNCLIP_SPOT=1] [UNCLIP_QUEUED=1] [UNCLIP_SLICES=2] tpu_scripts/resume.sh [--dry-run] ARGUMENTS-OF-LAUNCH
+# A slice that is there stays; of several, all are made again where one is gone. `--dry-run` prints what a preempted one
+# takes. All that the arguments name must be in a bucket: the hosts' disks are lost with them.
 set -euo pipefail
 shopt -s inherit_errexit # a state that could not be asked for is not taken for a slice that is gone
 source "$(dirname "$0")/common.sh"
@@ -20,19 +20,32 @@ if [[ $workdir != gs://* ]]; then
   fail "--workdir is '$workdir', which is lost with the slice: give one like gs://BUCKET/clip"
 fi
 
-ask() { # ask GROUP ATTRIBUTE: of the slice or its request; nothing where there is none
-  run gcloud compute tpus "$1" list --zone="$ZONE" --filter="name~\"/$NAME\$\"" --format="value($2)"
+ask_request() { # prints its state; nothing where there is none
+  queue list --filter="name~\"/$NAME\$\"" --format='value(state.state)'
+}
+
+ask_slices() { # prints the state of each that is there, a line each
+  local number=
+  if ((SLICES > 1)); then number='-[0-9]+'; fi
+  tpu list --filter="name~\"/$NAME$number\$\"" --format='value(state)'
 }
 
 state() { # READY, PREEMPTED, ..., or GONE; of one that is queued and not yet there: that of its request
-  local request=ACTIVE slice
-  if [[ $QUEUED ]]; then request=$(ask queued-resources state.state); fi
+  local request=ACTIVE slices slice ready=0
+  if [[ $QUEUED ]]; then request=$(ask_request); fi
   if [[ $request != ACTIVE ]]; then
     echo "${request:-GONE}"
-  else
-    slice=$(ask tpu-vm state)
-    if [[ $QUEUED ]]; then echo "${slice:-ACTIVE}"; else echo "${slice:-GONE}"; fi
+    return
   fi
+  slices=$(ask_slices)
+  for slice in $slices; do # of several, the first that is not READY counts
+    if [[ $slice != READY ]]; then
+      echo "$slice"
+      return
+    fi
+    ready=$((ready + 1))
+  done
+  if ((ready == SLICES)); then echo READY; elif [[ $QUEUED ]]; then echo ACTIVE; else echo GONE; fi
 }
 
 make() {
@@ -41,8 +54,8 @@ make() {
 }
 
 if [[ $dry_run ]]; then
-  if [[ $QUEUED ]]; then ask queued-resources state.state; fi
-  ask tpu-vm state
+  if [[ $QUEUED ]]; then ask_request; fi
+  ask_slices
   make PREEMPTED
 else
   said=''

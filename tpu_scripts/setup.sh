@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts the last commit of this checkout on every host of the slice and installs it there, in ~/venv.
+# Puts the last commit of this checkout on every host of the slice or slices and installs it there, in ~/venv.
 #   tpu_scripts/setup.sh [--dry-run]
 # Run again after a commit, it replaces the code. The files themselves are copied, so no host needs access to git.
 set -euo pipefail
@@ -9,7 +9,7 @@ takes_only -- "$@"
 code=$(mktemp -d)
 trap 'rm -rf "$code"' EXIT
 run git -C "$(dirname "$0")/.." archive --format=tar.gz --output="$code/$FOLDER.tar.gz" HEAD
-tpu scp "$code/$FOLDER.tar.gz" "$NAME:" --worker=all
+reach scp "$code/$FOLDER.tar.gz" "$NAME:" "${EVERY_HOST[@]}"
 on_all_hosts "set -e
 $STOP_IF_RUNNING
 rm -rf ~/$FOLDER && mkdir ~/$FOLDER && tar -xzf ~/$FOLDER.tar.gz -C ~/$FOLDER

@@ -99,9 +99,9 @@ def main(argv: list[str]) -> int:
 
 
 def exit_status(stopped_by: signal.Signals) -> int:
-    """Exit status of a stopped run: 0 after SIGTERM, by which machines are taken away in good order; 130 after Ctrl-C,
-    as shells expect."""
-    return 0 if stopped_by == signal.SIGTERM else 130
+    """Exit status of a stopped run, as shells have it: 130 after Ctrl-C, 143 after SIGTERM. It is never 0, by which
+    Kubernetes and SLURM know a run that is finished and need not be started again."""
+    return 128 + stopped_by
 
 
 def run(config: ConfigDict, workdir: str, profile: int = 0, wandb: str = "") -> Report | signal.Signals:

@@ -1,14 +1,19 @@
 """The reader of compiled programs: on a text in the TPU compiler's manner, and on programs compiled here."""
 
+import inspect
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unclip_jax.errors import UserError
 from unclip_jax.planning import hlo, traffic
-from unclip_jax.planning.chips import CHIPS, parse_slices, parse_topology
+from unclip_jax.planning.chips import CHIPS, parse_slices, parse_topology, slice_devices
 
 # As libtpu writes it, shortened: a loop of 24 turns over a stack of weights, with a collective in each turn.
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,128]{1,0:T(8,128)})->f32[8,128]{1,0}}
@@ -207,3 +212,25 @@ def test_topologies_may_be_several_slices(name, slices, kind, chips):
 def test_other_counts_of_slices_are_refused(name):
     with pytest.raises(UserError, match="topology"):
         parse_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("v5p:4x4x4", dict(topology_name="v5p:4x4x4")),
+        ("2xv5p:4x4x4", dict(topology_name="v5p:4x4x4", kwargs=dict(num_slices=2))),
+        ("2xv4:2x2x2", dict(topology_name="v4:2x2x2", kwargs=dict(num_slices=2, chip_config_name="megacore"))),
+    ],
+)
+def test_jax_is_asked_for_the_slices_by_its_own_names(name, asked, monkeypatch):
+    signature, calls = inspect.signature(topologies.get_topology_desc), []
+
+    def played(*args, **kwargs):
+        calls.append(signature.bind(*args, **kwargs).arguments)
+        return topologies.TopologyDescription(["chip"])
+
+    monkeypatch.setattr(topologies, "get_topology_desc", played)
+    monkeypatch.setitem(sys.modules, "libtpu", types.ModuleType("libtpu"))
+    monkeypatch.setattr("unclip_jax.planning.chips.LIBTPU_ENVIRONMENT", {})
+    assert slice_devices(name) == ["chip"]
+    assert calls == [asked | dict(platform="tpu")]

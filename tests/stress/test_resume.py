@@ -62,7 +62,7 @@ def test_on_other_meshes_the_losses_are_the_same(runs, straight):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_sigterm_at_any_time_saves_and_exits_0(runs, straight, seed):
+def test_sigterm_at_any_time_saves_and_exits_143(runs, straight, seed):
     """Once training has begun: before that, nothing is there to save."""
     workdir, rng = f"terminated_{seed}", random.Random(seed)
     run = runs.start(workdir)
@@ -70,9 +70,10 @@ def test_sigterm_at_any_time_saves_and_exits_0(runs, straight, seed):
     time.sleep(rng.uniform(0, 4))
     told = time.monotonic()
     run.terminate()
-    assert run.wait(60) == 0, run.log.read_text()[-3000:]
+    status = run.wait(60)
     took, said = time.monotonic() - told, run.log.read_text()
-    if "state sha256" not in said:  # else it had ended by itself
+    assert status == (0 if "state sha256" in said else 143), said[-3000:]
+    if status:  # else it had ended by itself
         step = int(said.split("stopped at step ")[1].split()[0])
         assert runs.saved(workdir)[-1] == step and not runs.saving(workdir)
     assert took < 20
@@ -94,7 +95,7 @@ def test_sigterm_while_reading_hangs_saves_and_ends(runs, straight):
         assert run.poll() is None and logged < 30
         told = time.monotonic()
         run.terminate()
-        assert run.wait(60) == 0, run.log.read_text()[-3000:]
+        assert run.wait(60) == 143, run.log.read_text()[-3000:]
         assert time.monotonic() - told < 40
         assert "stopped at step" in run.log.read_text()
     finally:

@@ -121,7 +121,7 @@ def slice_devices(name: str) -> list[jax.Device]:
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     options |= {"num_slices": slices} if slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc("tpu", f"{kind}:{shape}", **options).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"topology {name!r} does not exist: {str(error).splitlines()[0]}") from error
 
