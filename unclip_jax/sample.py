@@ -12,6 +12,8 @@ programs compiled, whatever the prompt, seed and guidance scales.
 --prompts takes a file of captions (.txt, .jsonl or .csv), which all devices of all processes draw, into tars of
 WebDataset or, by --format png, a file each. Stopped, the same command draws what is missing.
 
+--preview shows what becomes of the pictures while they are drawn. --profile traces where the time goes.
+
 --fsdp N splits the parameters of models that do not fit one device over N. The pictures are the same.
 """
 

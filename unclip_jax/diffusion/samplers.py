@@ -113,11 +113,11 @@ def sample_part(
     x_T: Rows,
     key: Key,
     step: Step,
-    state: Float[Array, "state *dims"],
+    state: Float[Array, " state *dims"],
     first: StepIndex,
     count: Int[Array, ""],
     looks_back: bool = False,
-) -> Float[Array, "state *dims"]:
+) -> Float[Array, " state *dims"]:
     """Takes `count` of the steps of `sample`, from the one with index `first` on, and returns the state to go on from.
 
     A state is x_t and, below it, the x0 that was predicted last. The first of all steps makes its own of x_T.

@@ -51,7 +51,7 @@ class Conditions(NamedTuple):
     clip_scale: Float[Array, ""] | None = None
     # Steps of the chain to take alone, from the index `first` on, and the state of those before: the result is then a
     # state too, as `samplers.sample_part` has it.
-    state: Float[Array, "state *shape"] | None = None
+    state: Float[Array, " state *shape"] | None = None
     first: Int[Array, ""] | None = None
     count: Int[Array, ""] | None = None
 

@@ -63,13 +63,15 @@ def traced(folder: Path) -> Iterator[None]:
     """Traces what runs inside into a folder, on a disk or in a bucket, for xprof or TensorBoard."""
     remote = is_remote(folder)
     local = to_path(tempfile.mkdtemp()) if remote else folder
-    with jax.profiler.trace(str(local)):
-        yield
-    if remote:
-        for path in local.rglob("*"):
+    try:
+        with jax.profiler.trace(str(local)):
+            yield
+        for path in local.rglob("*") if remote else ():
             if path.is_file():
                 write_bytes(folder / path.relative_to(local), path.read_bytes())
-        shutil.rmtree(local)
+    finally:
+        if remote:
+            shutil.rmtree(local)
 
 
 @contextlib.contextmanager
