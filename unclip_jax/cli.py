@@ -158,16 +158,21 @@ def enable_compilation_cache() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(to_path(CACHE)))
     folder = jax.config.jax_compilation_cache_dir
-    own = None if is_remote(folder) else to_path(folder) / "programs"
-    for place in (own.parent, own) if own else ():
-        if written_by_others(place):
-            raise UserError(
-                f"others may write to the compilation cache {place}, and what they put there would be run: "
-                f"chmod go-w {place}, or set JAX_COMPILATION_CACHE_DIR to a folder of your own"
-            )
-    programs.folder = own
+    programs.folder = None
+    if not is_remote(folder):
+        _check_own(below := to_path(folder))
+        below = below / "programs"
+        if below.exists() or os.access(below.parent, os.W_OK):
+            _check_own(below)
+            programs.folder = below
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _check_own(folder: Path) -> None:
+    if written_by_others(folder):
+        raise UserError(f"others may write to the compilation cache {folder}, and what they put there would be run: "
+                        f"chmod go-w {folder}, or set JAX_COMPILATION_CACHE_DIR to a folder of your own")  # fmt: skip
 
 
 class CompileCount:

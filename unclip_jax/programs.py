@@ -57,11 +57,11 @@ class Kept:
         return self._ready[name](*args)
 
     def _compiled(self, path: Path, args: tuple) -> Callable:
-        """Compiles a program and keeps it, unless it is of a kind that cannot be kept."""
+        """Compiles a program and keeps it, if it is of a kind that can be kept and there is room."""
         with _compiles, _without_cache():
             program = self.jitted().lower(*args).compile()
         jax.monitoring.record_event(COMPILED)
-        with contextlib.suppress(ValueError, NotImplementedError):
+        with contextlib.suppress(ValueError, NotImplementedError, OSError):
             write_bytes(path, zlib.compress(serialize_executable.serialize(program)[0], 1))
         return program
 
@@ -72,10 +72,11 @@ def kept_value(make: Callable[[], Any], *about: str) -> Any:
     if folder is None or not environment(device):
         return make()
     path = folder / _digest(environment(device), *_settings(), *about)
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_bytes())
     value = make()
-    write_bytes(path, json.dumps(value).encode())
+    with contextlib.suppress(OSError):
+        write_bytes(path, json.dumps(value).encode())
     return value
 
 
@@ -85,9 +86,7 @@ def _read(path: Path, args: tuple, device: jax.Device) -> Callable | None:
     try:
         content = zlib.decompress(path.read_bytes())
         program = serialize_executable.deserialize_and_load(content, *trees, execution_devices=[device])
-    except FileNotFoundError:
-        return None
-    except Exception:  # a damaged file, of whatever is in it
+    except Exception:  # there is no file, or a damaged one, whatever is in it
         return None
     jax.monitoring.record_event(FOUND)
     return program
