@@ -88,7 +88,7 @@ class Cascade(Chain):
         conditions = self._captions(model, [""] * len(embeddings))
         conditions = conditions._replace(image_embedding=embeddings, x_T=x_T, eta=np.float32(eta))
         key_decoder, key_upsampler = RowKeys.of(seed_key(seed), len(embeddings)).split(2)
-        small = self._draw(model, conditions, key_decoder, guidance_scale)
+        small = self._draw("decoder", model, conditions, key_decoder, guidance_scale)
         larger = self._upsample(small, [""] * len(small), key_upsampler)
         return {"embeddings": embeddings, "images": [to_uint8(images) for images in (small, *larger)]}
 

@@ -26,6 +26,7 @@ from unclip_jax.model import Model
 from unclip_jax.paths import SHIPPED, to_path
 from unclip_jax.pictures import to_float, to_uint8
 from unclip_jax.stages.conditions import Conditions
+from unclip_jax.watching import Watch
 
 UPSAMPLERS = ("upsampler_256", "upsampler_1024")
 PRIORS = ("prior_diffusion", "prior_ar")
@@ -44,8 +45,10 @@ class Chain:
     of unit norm where the CLIP's are.
 
     A cascade without a prior draws pictures for given embeddings or by another `source`, one without a CLIP for
-    captions alone.
+    captions alone. watch: looks on while it draws.
     """
+
+    watch = Watch()
 
     def __init__(
         self,
@@ -117,7 +120,8 @@ class Chain:
 
     def text_embeddings(self, texts: list[str]) -> np.ndarray:
         """CLIP text embeddings (N, dim)."""
-        return self.clip.embed_texts(texts)
+        with self.watch.stage("clip"):
+            return self.clip.embed_texts(texts)
 
     def image_embeddings(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """CLIP image embeddings (N, dim) of the squares in the middle of pictures, uint8 (H, W, 3) of any size.
@@ -134,7 +138,7 @@ class Chain:
         if not self.prior:
             raise UserError("this cascade has no prior/, which draws embeddings for captions")
         conditions = self._captions(self.prior, texts)._replace(text_embedding=self.text_embeddings(texts))
-        return self._draw(self.prior, conditions, key, guidance_scale)
+        return self._draw("prior", self.prior, conditions, key, guidance_scale)
 
     def decode(
         self, embeddings: np.ndarray | None, texts: list[str], key: Key | RowKeys, guidance_scale: float | None = None
@@ -231,10 +235,10 @@ class Chain:
         check_finite(clip_guidance_scale=clip_guidance_scale)
         conditions = self._captions(model, texts)._replace(image_embedding=embeddings, **(fields or {}))
         if not clip_guidance_scale:
-            return self._draw(model, conditions, key, guidance_scale)
+            return self._draw("decoder", model, conditions, key, guidance_scale)
         conditions = conditions._replace(clip_scale=np.float32(clip_guidance_scale))
         noised_text = unit(self.noised_clip.embed_texts(texts))
-        return self._draw(model, conditions, key, guidance_scale, self.noised_clip, noised_text)
+        return self._draw("decoder", model, conditions, key, guidance_scale, self.noised_clip, noised_text)
 
     def _upsample(
         self,
@@ -246,13 +250,13 @@ class Chain:
         """Enlarges float32 pictures by each upsampler in turn. known: as in `_generate`."""
         sizes = []
         keys = RowKeys.of(key, len(images)).split(len(self.upsamplers) or 1)
-        for own_key, model in zip(keys, self.upsamplers, strict=False):
+        for name, own_key, model in zip(UPSAMPLERS, keys, self.upsamplers, strict=False):
             images = np.clip(images, -1, 1)
             if model.stage.config.model.round_low_res:
                 images = to_float(to_uint8(images))
             fields = known(images.shape[1] * model.stage.config.model.factor)
             conditions = self._captions(model, texts)._replace(low_res=images, **fields)
-            images = self._draw(model, conditions, own_key, None)
+            images = self._draw(name, model, conditions, own_key, None)
             sizes.append(images)
         return sizes
 
@@ -266,6 +270,7 @@ class Chain:
 
     def _draw(
         self,
+        name: str,
         model: Model,
         conditions: Conditions,
         key: Key | RowKeys,
@@ -273,7 +278,8 @@ class Chain:
         noised_clip: Model | None = None,
         noised_text: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Draws by a model, guided where it can be; guidance_scale None is its config's. Rest: of `Model.draw`."""
+        """Draws by a model, guided where it can be; guidance_scale None is its config's. name: as in `models`.
+        Rest: of `Model.draw`."""
         sampling = model.stage.config.sampling
         check_finite(guidance_scale=guidance_scale)
         if not model.stage.guided and guidance_scale not in (None, 1.0):
@@ -283,7 +289,9 @@ class Chain:
             scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
             conditions = conditions._replace(guidance_scale=np.float32(scale))
         frozen = self.clip.params if model.stage.needs_clip else {}
-        return model.draw(frozen, conditions, key, noised_clip, noised_text)
+        with self.watch.stage(name):
+            watch = None if name == "prior" else self.watch
+            return model.draw(frozen, conditions, key, noised_clip, noised_text, watch)
 
 
 def _check_text(text: str, kind: str, limits: Mapping[str, tuple[Any, int]]) -> None:

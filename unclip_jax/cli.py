@@ -146,20 +146,33 @@ def _leave_soon(status: int) -> None:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs for later processes, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache/unclip_jax.
+    """Keeps compiled programs for later processes, in JAX_COMPILATION_CACHE_DIR or else in ~/.cache/unclip_jax; on a
+    disk those that draw too, ready to run, below it in programs/.
 
     Raises UserError for a folder on a disk that others may write to: what they put there would be run.
     """
     import jax
 
+    from unclip_jax import programs
+
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(to_path(CACHE)))
     folder = jax.config.jax_compilation_cache_dir
-    if not is_remote(folder) and written_by_others(to_path(folder)):
-        raise UserError(f"others may write to the compilation cache {folder}, and what they put there would be run: "
-                        f"chmod go-w {folder}, or set JAX_COMPILATION_CACHE_DIR to a folder of your own")  # fmt: skip
+    programs.folder = None
+    if not is_remote(folder):
+        _check_own(below := to_path(folder))
+        below = below / "programs"
+        if below.exists() or os.access(below.parent, os.W_OK):
+            _check_own(below)
+            programs.folder = below
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _check_own(folder: Path) -> None:
+    if written_by_others(folder):
+        raise UserError(f"others may write to the compilation cache {folder}, and what they put there would be run: "
+                        f"chmod go-w {folder}, or set JAX_COMPILATION_CACHE_DIR to a folder of your own")  # fmt: skip
 
 
 class CompileCount:
@@ -168,12 +181,16 @@ class CompileCount:
     def __init__(self):
         import jax
 
+        from unclip_jax.programs import COMPILED, FOUND
+
+        self._compiled = "/jax/compilation_cache/cache_misses", COMPILED
+        self._cached = "/jax/compilation_cache/cache_hits", FOUND
         self.compiled = self.cached = 0
         jax.monitoring.register_event_listener(self._count)
 
     def _count(self, event: str, **_: str | int) -> None:
-        self.cached += event == "/jax/compilation_cache/cache_hits"
-        self.compiled += event == "/jax/compilation_cache/cache_misses"
+        self.cached += event in self._cached
+        self.compiled += event in self._compiled
 
     def __str__(self) -> str:
         return f"{self.compiled} programs compiled, {self.cached} from the cache"

@@ -18,11 +18,14 @@ from unclip_jax.data.tokenizer import Tokenizer
 from unclip_jax.errors import UserError
 from unclip_jax.keys import RowKeys
 from unclip_jax.models.mesh import by_rows, jit_on_mesh, one_device, specs
+from unclip_jax.programs import Kept, kept_value
 from unclip_jax.stages import ClipTowers, Stage, make_stage
-from unclip_jax.stages.base import Inverter, Sampler
+from unclip_jax.stages.base import Inverter, Sampler, sampling_schedule
 from unclip_jax.stages.clip import Clip
 from unclip_jax.stages.conditions import Conditions
+from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.sharding import make_mesh, split_kernels
+from unclip_jax.watching import Watch
 
 CHUNK_ROWS = 16  # rows of a device that go through at once, at most: bounds memory, and keeps the compiled shapes few
 
@@ -63,7 +66,7 @@ class Model:
         if bundle.clip_identity and (clip is None or bundle.clip_identity != clip.identity):
             raise UserError(f"{folder} was trained against another CLIP than the one beside it: use the CLIP it knows")
         stage = make_stage(bundle.config, cast(ClipTowers, clip.stage) if clip else None)
-        check_params(bundle.params, jax.eval_shape(stage.init, jax.random.key(0)))
+        check_params(bundle.params, _shapes(stage))
         tokenizer = Tokenizer(bundle.tokenizer_bytes) if bundle.tokenizer_bytes else None
         mesh = make_mesh(ConfigDict(dict(data=-1, fsdp=fsdp)), list(devices or jax.local_devices()[:1]))
         params = split_kernels(bundle.params, mesh)
@@ -87,12 +90,14 @@ class Model:
         key: Key | RowKeys,
         noised_clip: "Model | None" = None,
         noised_text: np.ndarray | None = None,
+        watch: Watch | None = None,
     ) -> np.ndarray:
         """Draws a row for each row of the conditions; fields of no dimension, such as scales, go to all rows.
 
         key: one, whose rows are numbered from 0, or keys of rows: the same key draws the same row in any company.
         noised_clip: guides the drawing to the rows of noised_text (N, dim), its embeddings of the captions, as far as
-        `conditions.clip_scale` says: by x_t if it is a noised CLIP, else by the predicted x0.
+        `conditions.clip_scale` says: by x_t if it is a noised CLIP, else by the predicted x0. watch: looks on while
+        pictures are drawn.
         """
         given = {name: value for name, value in conditions._asdict().items() if value is not None}
         scalars = {name: value for name, value in given.items() if not np.ndim(value)}
@@ -110,12 +115,42 @@ class Model:
             name = "clip_gradient" if noised_clip.stage.config.model.image.timesteps else "x0_gradient"
             scalars[name] = jax.tree_util.Partial(noised_clip._similarity_gradient, noised_clip.params)
 
-        def drawn(rows: jax.Array, draws: jax.Array, *parts: jax.Array) -> jax.Array:
+        # A program that runs another model's function too is not known by this one's stage.
+        sample = self._sample.jitted() if noised_clip else self._sample
+
+        def drawn(start: int, rows: jax.Array, draws: jax.Array, *parts: jax.Array) -> jax.Array | np.ndarray:
             chunk = dict(zip(arrays, parts, strict=True)) | scalars
             text = chunk.pop("noised_text", None)
-            return self._sample(self.params, frozen, Conditions(**chunk), RowKeys(key, rows, draws), text)
+            given, own = Conditions(**chunk), RowKeys(key, rows, draws)
 
-        return fetched(drawn(*chunk) for chunk in self._chunks(keys.rows, keys.draws, *arrays.values()))[:count]
+            def take(**part: jax.Array) -> jax.Array:
+                return sample(self.params, frozen, given._replace(**part), own, text)
+
+            return self._watched(take, given, rows, count - start, watch) if watch else take()
+
+        rows = self._chunks(keys.rows, keys.draws, *arrays.values())
+        starts = range(0, count, chunk_rows(count, self.mesh.size))
+        return fetched(drawn(start, *chunk) for start, chunk in zip(starts, rows, strict=True))[:count]
+
+    def _watched(
+        self, take: Callable, given: Conditions, rows: jax.Array, shown: int, watch: Watch
+    ) -> jax.Array | np.ndarray:
+        """Draws pictures of a chunk in parts. take: takes one. shown: how many rows are to be seen."""
+        m, steps = self.stage.config.model, sampling_schedule(self.stage.config, given.sketch is not None).num_steps
+        if not (at_once := watch.at_once(steps)):
+            return take()
+        sides = (m.image_size,) * 2 if given.low_res is None else (m.factor * side for side in given.low_res.shape[1:3])
+        state = jax.device_put(np.zeros((2 * len(rows), *sides, 3), np.float32), rows.sharding)
+        shape = self.mesh.size, 2, -1, *state.shape[1:]  # each device's x_t, then its x0
+        for first in range(steps - 1, -1, -at_once):
+            part = np.int32(first), np.int32(min(at_once, first + 1))
+            part = jax.device_put(part, NamedSharding(self.mesh, P()))
+            with watch.step(steps - 1 - first):
+                state = jax.block_until_ready(take(state=state, first=part[0], count=part[1]))
+            if watch.sees:
+                x0 = np.asarray(state).reshape(shape)[:, 1]
+                watch.see(x0.reshape(-1, *state.shape[1:])[:shown])
+        return np.asarray(state).reshape(shape)[:, 0].reshape(-1, *state.shape[1:])
 
     def invert(self, frozen: Params, conditions: Conditions, images: np.ndarray) -> np.ndarray:
         """DDIM-inverts pictures, float32 (N, R, R, 3) in [-1, 1], to their x_T."""
@@ -138,24 +173,27 @@ class Model:
         return fetched(self._embed_images(self.params, chunk) for chunk in self._chunks(images))[: len(images)]
 
     @functools.cached_property
-    def _sample(self) -> Callable:
-        return jitted_sample(self.stage, self.mesh)
+    def _sample(self) -> Kept:
+        return Kept(lambda: jitted_sample(self.stage, self.mesh), self.mesh, "sample", self.stage.description)
 
     @functools.cached_property
     def _invert(self) -> Callable:
-        return self._jitted(lambda shared, rows: cast(Inverter, self.stage).invert(*shared, *rows))
+        return self._jitted("invert", lambda shared, rows: cast(Inverter, self.stage).invert(*shared, *rows))
 
     @functools.cached_property
     def _embed_texts(self) -> Callable:
-        return self._jitted(lambda params, rows: cast(Clip, self.stage).embed_texts(params, *rows))
+        return self._jitted("texts", lambda params, rows: cast(Clip, self.stage).embed_texts(params, *rows))
 
     @functools.cached_property
     def _embed_images(self) -> Callable:
-        return self._jitted(lambda params, rows: cast(Clip, self.stage).embed_images(params, *rows))
+        return self._jitted("images", lambda params, rows: cast(Clip, self.stage).embed_images(params, *rows))
 
-    def _jitted(self, function: Callable) -> Callable:
-        options = self.stage.tpu_options, self.stage.config.dtype
-        return jit_on_mesh(functools.partial(by_rows, function), self.mesh, *options)
+    def _jitted(self, name: str, function: Callable) -> Callable:
+        def make() -> Callable:
+            options = self.stage.tpu_options, self.stage.config.dtype
+            return jit_on_mesh(functools.partial(by_rows, function), self.mesh, *options)
+
+        return Kept(make, self.mesh, name, self.stage.description)
 
     def _chunks(self, *arrays: np.ndarray) -> Iterator[list[jax.Array]]:
         """Splits arrays into chunks, and the rows of each chunk over the devices."""
@@ -173,6 +211,17 @@ class Model:
             return back(clip.similarity_gradient(params, seen, t, text))[0]
 
         return gradient
+
+
+def _shapes(stage: Stage) -> dict[str, jax.ShapeDtypeStruct]:
+    """Finds the shapes of a stage's parameters, by their names."""
+
+    def traced() -> dict[str, list[int]]:
+        found = jax.eval_shape(lambda: stage.init(jax.random.key(0)))
+        return {name: list(leaf.shape) for name, leaf in named_leaves(found).items()}
+
+    kept = kept_value(traced, "init", stage.description)
+    return {name: jax.ShapeDtypeStruct(tuple(shape), np.float32) for name, shape in kept.items()}
 
 
 def jitted_sample(stage: Stage, mesh: Mesh) -> Callable:

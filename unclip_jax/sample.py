@@ -12,6 +12,8 @@ programs compiled, whatever the prompt, seed and guidance scales.
 --prompts takes a file of captions (.txt, .jsonl or .csv), which all devices of all processes draw, into tars of
 WebDataset or, by --format png, a file each. Stopped, the same command draws what is missing.
 
+--preview shows what becomes of the pictures while they are drawn. --profile traces where the time goes.
+
 --fsdp N splits the parameters of models that do not fit one device over N. The pictures are the same.
 """
 
@@ -19,6 +21,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 SCALES = ("guidance", "prior_guidance", "clip_guidance")
 SOURCES = ("prior", "text", "caption")
+TRACE = "profile"  # below OUT
 OF_PRIOR = ("prior_guidance", "prior_steps", "dot_percentile")
 
 
@@ -51,6 +55,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rerank", type=cli.whole(0, cli.MOST_PICTURES), default=0, help=text)
     add_drawing_flags(parser)
     parser.add_argument("--out", default="samples", help="folder to write to")
+    parser.add_argument("--preview", action="store_true", help="show what becomes of the pictures in OUT/preview.png")
+    text = "trace the steps, once all is compiled, into FOLDER (default: OUT/profile), for xprof or TensorBoard"
+    parser.add_argument("--profile", nargs="?", const="", metavar="FOLDER", help=text)
     args = parser.parse_args(argv[1:])
     if sum(map(bool, (args.prompt, args.prompts, args.again))) != 1:
         raise UserError("give one of --prompt, which may be repeated, --prompts and --again")
@@ -58,8 +65,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.bundle = args.bundle or SHIPPED
     if args.rerank and args.rerank < args.n:
         raise UserError(f"--rerank {args.rerank}: expected at least --n {args.n}, the pictures to be kept")
-    if args.rerank and args.prompts:
-        raise UserError("--rerank goes with --prompt alone: leave it out beside --prompts")
+    for name in ("rerank", "preview", "profile"):
+        if getattr(args, name) not in (0, False, None) and not args.prompt:
+            beside = "--prompts" if args.prompts else "--again"
+            raise UserError(f"--{name} goes with --prompt alone: leave it out beside {beside}")
+    if args.preview and args.profile is not None:
+        raise UserError("give one of --preview and --profile: to show pictures takes time that a trace would hold")
     return args
 
 
@@ -83,6 +94,7 @@ def add_drawing_flags(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> int:
     args = parse(argv)
     out = output_folder(args.out)
+    profile = output_folder(args.profile or str(out / TRACE), "--profile") if args.profile is not None else None
     if args.again:
         return _again(args, out)
     if args.prompts:
@@ -103,7 +115,11 @@ def main(argv: list[str]) -> int:
     places = [(row, draw) for row in range(len(args.prompt)) for draw in range(count)]
     texts = [args.prompt[row] for row, _ in places]
     rows, draws = zip(*places, strict=True)
-    images = cascade.generate(texts, args.seed, **_options(vars(args)), rows=rows, draws=draws)["images"][-1]
+
+    def drawn() -> np.ndarray:
+        return cascade.generate(texts, args.seed, **_options(vars(args)), rows=rows, draws=draws)["images"][-1]
+
+    images = _watched(cascade, drawn, out, args.preview, profile)
     if args.rerank:
         kept = _best(cascade, images, args)
         images, texts, places = images[kept], [texts[i] for i in kept], [places[i] for i in kept]
@@ -119,6 +135,24 @@ def main(argv: list[str]) -> int:
     print(pictures.add_file(out / "grid.png", grid))
     print(f"{len(images)} pictures in {time.monotonic() - began:.1f} s, {compiles}", file=sys.stderr)
     return 0
+
+
+def _watched(
+    cascade: "Cascade", drawn: Callable[[], np.ndarray], out: Path, preview: bool, profile: Path | None
+) -> np.ndarray:
+    """Draws pictures by `drawn`, and shows them meanwhile in OUT/preview.png or traces the steps into a folder."""
+    from unclip_jax.training.tracking import traced
+    from unclip_jax.watching import Preview, Profile
+
+    if preview:
+        with Preview(out) as cascade.watch:
+            return drawn()
+    if not profile:
+        return drawn()
+    cascade.watch = Profile()
+    drawn()  # compiles
+    with traced(profile):
+        return drawn()
 
 
 def _load(bundle: str, fsdp: int, count: int) -> "tuple[Cascade, cli.CompileCount]":

@@ -43,7 +43,7 @@ from unclip_jax.stages.base import ClipTowers, Metrics, trained
 from unclip_jax.training import preflight
 from unclip_jax.training.checkpoint import Checkpointer, SaveClock
 from unclip_jax.training.metrics import ExpectedLoss, MetricLogger
-from unclip_jax.training.sharding import global_batch, make_mesh, replicated
+from unclip_jax.training.sharding import global_batch, make_mesh, replicated, to_host
 from unclip_jax.training.state import (
     Skips,
     TrainState,
@@ -53,7 +53,6 @@ from unclip_jax.training.state import (
     make_train_step,
     root_key,
     skipped,
-    to_host,
 )
 from unclip_jax.training.tracking import Profiler, tracked
 from unclip_jax.training.tuning import merged, trained_part

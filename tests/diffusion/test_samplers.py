@@ -8,7 +8,14 @@ import pytest
 
 from unclip_jax.diffusion.guidance import classifier_free, clip_x0
 from unclip_jax.diffusion.process import Prediction, eps_from_x0, make_denoiser, q_sample
-from unclip_jax.diffusion.samplers import ddim_invert, ddim_step, ddpm_step, sample
+from unclip_jax.diffusion.samplers import (
+    ddim_invert,
+    ddim_step,
+    ddpm_step,
+    dpm_solver_step,
+    sample,
+    sample_part,
+)
 from unclip_jax.diffusion.schedule import make_schedule, respace, table_at
 
 COSINE, LINEAR = make_schedule("cosine", 1000), make_schedule("linear", 1000)
@@ -165,3 +172,29 @@ def test_one_program_serves_all_settings():
                for seed, (scale, eta) in enumerate([(1.0, 0.0), (2.0, 0.5), (4.0, 1.0)])
                for schedule in (respace(COSINE, "10"), respace(LINEAR, "4,3,3"))]
     assert len(traces) == 1 and all(np.all(np.isfinite(output)) for output in outputs)
+
+
+@pytest.mark.parametrize(("step", "looks_back"), [(ddpm_step, False), (ddim_step(0.5), False), (dpm_solver_step, True)])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_steps_taken_in_parts_are_the_same(step, looks_back, at_once):
+    """By one program for all parts; below each state is the x0 that the last step was led by."""
+    schedule = respace(make_schedule("cosine", 100), "7")
+    x_T, seen = jax.random.normal(KEY, (2, 5)), []
+
+    def denoiser(x, i):
+        x0 = jnp.tanh(x)
+        return Prediction(x0, eps_from_x0(schedule, x0, x, i), None)
+
+    @jax.jit
+    def part(state, first, count):
+        seen.append(1)
+        return sample_part(denoiser, schedule, x_T, KEY, step, state, first, count, looks_back)
+
+    state = jnp.full((4, 5), jnp.nan)  # what the first part gets is not read
+    for first in range(6, -1, -at_once):
+        before, state = state, part(state, jnp.int32(first), jnp.int32(min(at_once, first + 1)))
+    expected = jax.jit(lambda: sample(denoiser, schedule, x_T, KEY, step, looks_back=looks_back))()
+    np.testing.assert_array_equal(state[:2], expected)
+    assert len(seen) == 1
+    # The last part is of one step, which starts from the x_t before.
+    np.testing.assert_allclose(state[2:], np.tanh(before[:2]), rtol=1e-6)

@@ -9,6 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from unclip_jax.models import layers
+from unclip_jax.models import tpu_attention as kernel
 from unclip_jax.models.layers import Mask
 from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.models.tpu_attention import supported, tpu_attention
@@ -90,7 +91,7 @@ def test_a_transformer_on_several_devices_trains_alike_with_the_kernel(monkeypat
     plainly = gradients()
     kernels = []
     monkeypatch.setattr(layers, "platform", lambda: "tpu")
-    monkeypatch.setattr(layers, "tpu_attention", lambda *x: kernels.append(x) or tpu_attention(*x))
+    monkeypatch.setattr(kernel, "tpu_attention", lambda *x: kernels.append(x) or tpu_attention(*x))
     fused = gradients()
     assert kernels
     jax.tree.map(lambda a, b: close(b, a, 0.03), plainly, fused)

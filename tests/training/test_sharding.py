@@ -115,9 +115,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
 from jax.sharding import Mesh
-from unclip_jax.training.sharding import BATCH_AXES, global_batch, own_rows
+from unclip_jax.training.sharding import BATCH_AXES, global_batch, own_rows, to_host
 from unclip_jax.training.checkpoint import SaveClock
-from unclip_jax.training.state import to_host
 assert to_host(jax.numpy.arange(3)).tolist() == [0, 1, 2]  # one's own array is nobody else's
 for order in ([0, 1, 2, 3], [0, 2, 1, 3], [3, 0, 1, 2]):
     mesh = Mesh(np.array(jax.devices())[order].reshape(2, 2), BATCH_AXES)

@@ -11,8 +11,8 @@ from unclip_jax.errors import UserError
 from unclip_jax.training.checkpoint import Checkpointer
 from unclip_jax.training.gradients import gradients
 from unclip_jax.training.leaves import named_leaves
-from unclip_jax.training.sharding import make_mesh
-from unclip_jax.training.state import abstract_state, digest, init_state, make_train_step, root_key, to_host
+from unclip_jax.training.sharding import make_mesh, to_host
+from unclip_jax.training.state import abstract_state, digest, init_state, make_train_step, root_key
 from unclip_jax.training.tuning import FACTORS, merged, overlaid, trained_part, with_factors
 
 OTHERS = [name for name in CONFIGS if name != "prior_diffusion"]

@@ -99,13 +99,52 @@ def sample(
         if step_noise is None:
             assert key is not None, "a key, or the noise of every step"
             step_noise = draw_rows(jax.random.normal, fold_in(key, i), x_t.shape)
-        prediction = denoiser(x_t, i)._replace(previous_x0=previous_x0)
-        x_t = step(x_t, i, prediction, schedule, step_noise)
-        return (x_t, prediction.x0 if looks_back else None), None
+        x_t, x0 = _taken(denoiser, schedule, step, x_t, previous_x0, i, step_noise)
+        return (x_t, x0 if looks_back else None), None
 
     indices = jnp.arange(schedule.num_steps - 1, -1, -1, dtype=jnp.int32)
     first: tuple[Rows, Rows | None] = (x_T, jnp.zeros_like(x_T) if looks_back else None)
     return jax.lax.scan(body, first, (indices, noise))[0][0]
+
+
+def sample_part(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x_T: Rows,
+    key: Key,
+    step: Step,
+    state: Float[Array, " state *dims"],
+    first: StepIndex,
+    count: Int[Array, ""],
+    looks_back: bool = False,
+) -> Float[Array, " state *dims"]:
+    """Takes `count` of the steps of `sample`, from the one with index `first` on, and returns the state to go on from.
+
+    A state is x_t and, below it, the x0 that was predicted last. The first of all steps makes its own of x_T.
+    """
+    begins = first == schedule.num_steps - 1
+    x_t, x0 = jnp.split(state, 2)
+
+    def body(k: Int[Array, ""], rows: tuple[Rows, Rows]) -> tuple[Rows, Rows]:
+        noise = draw_rows(jax.random.normal, fold_in(key, first - k), x_T.shape)
+        return _taken(denoiser, schedule, step, rows[0], rows[1] if looks_back else None, first - k, noise)
+
+    start = jnp.where(begins, x_T, x_t), jnp.where(begins, jnp.zeros_like(x0), x0)
+    return jnp.concatenate(jax.lax.fori_loop(0, count, body, start))
+
+
+def _taken(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    step: Step,
+    x_t: Rows,
+    previous_x0: Rows | None,
+    i: StepIndex,
+    noise: Rows,
+) -> tuple[Rows, Rows]:
+    """Takes step i: x_{t-1}, and the x0 that it was led by."""
+    prediction = denoiser(x_t, i)._replace(previous_x0=previous_x0)
+    return step(x_t, i, prediction, schedule, noise), prediction.x0
 
 
 def ddim_invert(denoiser: Denoiser, schedule: NoiseSchedule, x_0: Rows) -> Rows:

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Float32, Int
 
 from unclip_jax.arrays import Array, Key
 from unclip_jax.models.mesh import compute_capability, platform
-from unclip_jax.models.tpu_attention import supported, tpu_attention
 
 # Uniform in +-1/sqrt(fan_in): PyTorch's default, which the papers' code keeps for convolutions and linear layers.
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -77,8 +76,11 @@ def attention(
     weights to memory: on a TPU our own, on an NVIDIA GPU cuDNN's (from Ampere on).
     """
     mask = mask or Mask()
-    if platform() == "tpu" and supported(query, key):
-        return tpu_attention(query, key, value, mask.dense(query.shape[1], key.shape[1]))
+    if platform() == "tpu":
+        from unclip_jax.models.tpu_attention import supported, tpu_attention  # it imports Pallas, which takes long
+
+        if supported(query, key):
+            return tpu_attention(query, key, value, mask.dense(query.shape[1], key.shape[1]))
     if _cudnn_takes(query):
         return _cudnn_attention(query, key, value, mask)
     dense = mask.dense(query.shape[1], key.shape[1])

@@ -1,6 +1,7 @@
 """Base of every stage, and the few lines that all diffusion stages share."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -29,8 +30,9 @@ from unclip_jax.diffusion.samplers import (
     ddpm_step,
     dpm_solver_step,
     sample,
+    sample_part,
 )
-from unclip_jax.diffusion.schedule import Table, first_steps, make_schedule, respace, respacing
+from unclip_jax.diffusion.schedule import NoiseSchedule, Table, first_steps, make_schedule, respace, respacing
 from unclip_jax.keys import draw_rows, split
 from unclip_jax.stages.conditions import Conditions
 
@@ -107,6 +109,12 @@ class Stage:
     needs_clip: ClassVar[bool] = False
     adapts: ClassVar[tuple[str, ...]] = ()  # config keys that `adapt_params` may change, such as "model.inpaint"
     tpu_options: ClassVar[dict[str, str]] = {}  # to the TPU compiler
+
+    @property
+    def description(self) -> str:
+        """Says all that its functions depend on besides their arguments."""
+        configs = [part.config.to_dict() for part in (self, self.clip) if part]
+        return json.dumps([self.config.stage, self.embedded, configs], sort_keys=True)
 
     @property
     def images(self) -> dict[str, int]:
@@ -284,7 +292,7 @@ def draw(
     C: of the sampler "analytic" (arXiv 2201.06503), a number for each timestep of the whole chain.
     """
     s, d = config.sampling, config.diffusion
-    schedule = respace(make_schedule(d.schedule, d.timesteps), respacing(s.sampler, s.steps))
+    schedule = sampling_schedule(config, conditions.sketch is not None)
 
     # The start: noise, or a noised sketch some way down the chain.
     key_start, key_steps = split(key)
@@ -292,7 +300,6 @@ def draw(
     if x_T is None:
         x_T = s.temperature * draw_rows(jax.random.normal, key_start, shape)
     if conditions.sketch is not None:
-        schedule = first_steps(schedule, max(1, round(s.start * schedule.num_steps)))
         x_T = q_sample(schedule, conditions.sketch, jnp.int32(schedule.num_steps - 1), x_T)
 
     # The denoiser: guidance first, as the papers clip what is guided.
@@ -322,7 +329,18 @@ def draw(
             denoiser = known_pixels(denoiser, schedule, x0, known)
         else:
             step = known_states(step, x0, known)
-    return sample(denoiser, schedule, x_T, key_steps, step, looks_back=s.sampler == "dpm++")
+    looks_back = s.sampler == "dpm++"
+    if conditions.state is not None:
+        part = conditions.state, conditions.first, conditions.count
+        return sample_part(denoiser, schedule, x_T, key_steps, step, *part, looks_back)
+    return sample(denoiser, schedule, x_T, key_steps, step, looks_back=looks_back)
+
+
+def sampling_schedule(config: ConfigDict, sketched: bool = False) -> NoiseSchedule:
+    """Makes the steps of `config.sampling`; of a chain that starts from a sketch, those from there on."""
+    s, d = config.sampling, config.diffusion
+    schedule = respace(make_schedule(d.schedule, d.timesteps), respacing(s.sampler, s.steps))
+    return first_steps(schedule, max(1, round(s.start * schedule.num_steps))) if sketched else schedule
 
 
 def _step(sampling: ConfigDict, eta: Any, C: Table | None) -> Step:

@@ -49,6 +49,11 @@ class Conditions(NamedTuple):
     # x0 and led back to x_t through the network.
     x0_gradient: Callable[..., jax.Array] | None = None
     clip_scale: Float[Array, ""] | None = None
+    # Steps of the chain to take alone, from the index `first` on, and the state of those before: the result is then a
+    # state too, as `samplers.sample_part` has it.
+    state: Float[Array, " state *shape"] | None = None
+    first: Int[Array, ""] | None = None
+    count: Int[Array, ""] | None = None
 
 
 def captions(source: Mapping[str, Array] | Conditions) -> dict[str, Any]:

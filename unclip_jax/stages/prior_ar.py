@@ -28,7 +28,7 @@ from unclip_jax.stages import codes
 from unclip_jax.stages.base import Metrics, Scalars, trained
 from unclip_jax.stages.conditions import Conditions
 from unclip_jax.stages.prior import Prior, mean_cosine
-from unclip_jax.training.state import to_host
+from unclip_jax.training.sharding import to_host
 
 
 class PriorAR(Prior):

@@ -29,7 +29,7 @@ from unclip_jax.models.prior_diffusion import DiffusionPrior
 from unclip_jax.stages.base import Metrics, Scalars, diffusion_loss, draw, empty_caption, trained
 from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.stages.prior import Prior
-from unclip_jax.training.state import to_host
+from unclip_jax.training.sharding import to_host
 
 WHITENED_FROM = 16_384  # training embeddings at least, of which mean and standard deviation are found
 ESTIMATED_FROM = 512  # noised embeddings at each timestep, of which the variances are estimated

@@ -135,3 +135,12 @@ def global_batch(arrays: Tree, mesh: Mesh) -> Any:
         return jax.make_array_from_process_local_data(sharding, rows, (total, *rows.shape[1:]))
 
     return jax.tree.map(globalize, arrays)
+
+
+def to_host(leaf: Any) -> np.ndarray:
+    """Fetches the whole leaf to this host; every process must call this."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)

@@ -20,7 +20,7 @@ from unclip_jax.models.mesh import jit_on_mesh
 from unclip_jax.training.gradients import gradients
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.optimizer import ema_update, learning_rate, make_optimizer
-from unclip_jax.training.sharding import batch_sharding, param_shardings, replicated
+from unclip_jax.training.sharding import batch_sharding, param_shardings, replicated, to_host
 from unclip_jax.training.tuning import merged, overlaid, trained_part, with_factors
 
 
@@ -190,12 +190,3 @@ def _counted(state: TrainState, batch: Batch, finite: jax.Array, stuck: jax.Arra
 
 def _shardings(abstract: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
-def to_host(leaf: Any) -> np.ndarray:
-    """Fetches the whole leaf to this host; every process must call this."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)

@@ -27,7 +27,8 @@ class Profiler:
 
     def __init__(self, workdir: str, start: int, count: int):
         self._workdir, self._first, self._last = workdir, start + BEFORE + 1, start + BEFORE + count
-        self._folder: Path | None = None  # while it traces
+        self._trace = contextlib.ExitStack()
+        self._tracing = False
 
     def step(self, step: int, pending: Any) -> contextlib.AbstractContextManager:
         """Begins or ends the trace, as is due before `step`, and returns the context to take the step in.
@@ -36,32 +37,41 @@ class Profiler:
         """
         if step == self._first <= self._last:
             jax.block_until_ready(pending)
-            remote = is_remote(self._workdir)
-            self._folder = to_path(tempfile.mkdtemp()) if remote else to_path(self._workdir) / TRACE
-            jax.profiler.start_trace(str(self._folder))
-        elif self._folder and step > self._last:
+            self._trace.enter_context(traced(to_path(self._workdir) / TRACE))
+            self._tracing = True
+        elif self._tracing and step > self._last:
             self.close(pending)
         known = jax.profiler.StepTraceAnnotation(STEP, step_num=step)  # by which xprof tells steps apart
-        return known if self._folder else contextlib.nullcontext()
+        return known if self._tracing else contextlib.nullcontext()
 
     def close(self, pending: Any = None) -> None:
         """Ends the trace, if one is being made, and writes it."""
-        if self._folder is None:
-            return
-        jax.block_until_ready(pending)
-        jax.profiler.stop_trace()
-        if is_remote(self._workdir):
-            for path in self._folder.rglob("*"):
-                if path.is_file():
-                    write_bytes(to_path(self._workdir) / TRACE / path.relative_to(self._folder), path.read_bytes())
-            shutil.rmtree(self._folder)
-        self._folder = None
+        if self._tracing:
+            jax.block_until_ready(pending)
+            self._trace.close()
+            self._tracing = False
 
     def __enter__(self) -> "Profiler":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def traced(folder: Path) -> Iterator[None]:
+    """Traces what runs inside into a folder, on a disk or in a bucket, for xprof or TensorBoard."""
+    remote = is_remote(folder)
+    local = to_path(tempfile.mkdtemp()) if remote else folder
+    try:
+        with jax.profiler.trace(str(local)):
+            yield
+        for path in local.rglob("*") if remote else ():
+            if path.is_file():
+                write_bytes(folder / path.relative_to(local), path.read_bytes())
+    finally:
+        if remote:
+            shutil.rmtree(local)
 
 
 @contextlib.contextmanager
