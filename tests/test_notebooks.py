@@ -71,7 +71,7 @@ def test_all_are_installed_and_set_in_the_same_way(name):
     [
         (0, {}, [], "cuda12"),
         (9, {}, [], ""),  # nvidia-smi is there, and finds no GPU
-        (None, {}, [], ""),
+        (None, {"COLAB_TPU_1VM": "", "TPU_SKIP_MDS_QUERY": "1"}, [], ""),  # of Colab, of jax
         (None, {"COLAB_TPU_ADDR": "10.0.0.2:8470"}, [], "tpu"),
         (None, {"TPU_ACCELERATOR_TYPE": "v5e-1"}, [], "tpu"),
         (None, {}, ["/dev/vfio/0"], "tpu"),
@@ -97,6 +97,7 @@ def test_the_installation_is_of_this_checkout_and_asks_for_a_restart(monkeypatch
     monkeypatch.setattr("importlib.metadata.version", lambda name: next(versions) if name == "numpy" else "1")
     monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command))
     monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("glob.glob", lambda pattern: [])
     with pytest.raises(SystemExit, match="Restart the session, then run all cells again: numpy"):
         exec(source, {})
     assert commands[-1][-1] == f"{ROOT}[data,evaluate]"
@@ -127,7 +128,7 @@ def weights(tmp_path_factory):
         config = cli.load_config(f"configs/{config_name}.py:shipped").copy_and_resolve_references().unlock()
         config.model.update(CHANGES[config_name])
         text = config.model if config_name == "prior_diffusion" else config.model.text
-        text.context = 40
+        text.context, text.heads = 40, 2
         if "steps" in config.get("sampling", {}):
             config.sampling.steps = "3"
         stage = make_stage(config.lock(), clip)

@@ -45,8 +45,9 @@ def accelerator() -> str:
     """Finds the extra that holds jax for this machine's GPU or TPU: "" if it has none."""
     if shutil.which("nvidia-smi") and not subprocess.run("nvidia-smi", capture_output=True).returncode:
         return "cuda12"  # runs by the drivers of Colab and Kaggle, which are for CUDA 12, and by newer ones
-    named = any(name.startswith("TPU_") or name == "COLAB_TPU_ADDR" for name in os.environ)
-    return "tpu" if named or glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*") else ""
+    names = "COLAB_TPU_ADDR", "COLAB_TPU_1VM", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID"  # or empty
+    there = any(map(os.environ.get, names)) or glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return "tpu" if there else ""
 
 
 if any(importlib.util.find_spec(name) is None for name in NEEDED):
