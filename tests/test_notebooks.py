@@ -114,7 +114,7 @@ def test_the_list_of_notebooks_links_to_each(name):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder as unclip_jax/weights is, of random models that are smaller than those there, and the manifest of these."""
+    """A folder as unclip_jax/weights is, of smaller, random models, with the digests of those there in its manifest."""
     folder = tmp_path_factory.mktemp("weights")
     captions = [varied_scenes.scene_at("train", index)[2] for index in range(500)]
     tokenizer = train_tokenizer(captions, 512).model_bytes

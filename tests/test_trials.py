@@ -181,21 +181,6 @@ def test_a_try_trains_for_a_few_steps(tmp_path):
     assert (config.train.steps, config.sampling.sampler) == (3, "ddim")
 
 
-def test_what_comes_with_the_package_can_be_asked_for_alone(monkeypatch):
-    arms = (PLAIN, TEXT, Arm("glide", "GLIDE", {"decoder": "glide"}), GUIDED)
-    claims = (Claim("Guided.", "named", "guided", "plain"), Claim("GLIDE.", "named", "glide", "plain"))
-    experiment = dataclasses.replace(SMALL, arms=arms, claims=claims)
-    models = ["clip", "prior", "decoder"]
-    monkeypatch.setattr(trials.shipped, "manifest", lambda: dict.fromkeys(models))
-    found = trials.without_training(experiment)
-    assert found.arms == (PLAIN, GUIDED) and found.claims == claims[:1]
-    models.append("glide")
-    assert len(trials.without_training(experiment).arms) == 3 and found.captions == SMALL.captions
-    models.remove("prior")
-    with pytest.raises(UserError, match=r"no arm can be drawn without training: .* has no prior"):
-        trials.without_training(experiment)
-
-
 def test_values_of_pictures_are_those_of_factor_scores():
     """True pictures, and those of the next caption: equal to what is counted over all of them."""
     scenes, named, _ = zip(*(varied_scenes.scene_at("test", index) for index in range(12)), strict=True)

@@ -122,23 +122,6 @@ class Experiment:
             _known("the measure of a claim", [claim.measure], self.measures)
 
 
-def without_training(experiment: Experiment) -> Experiment:
-    """Keeps the arms of an experiment whose models all come with this package, and the claims that are of these alone.
-
-    Raises UserError where there is no such arm.
-    """
-    def missing(arm: Arm) -> set[str]:
-        return {arm.configs.get(name, name) for name in experiment.models} - shipped.manifest().keys()
-
-    arms = tuple(arm for arm in experiment.arms if not arm.changes and not missing(arm))
-    if not arms:
-        lacking = sorted(set.union(*map(missing, experiment.arms)))
-        raise UserError(f"no arm can be drawn without training: {shipped.FOLDER} has no {', '.join(lacking)}")
-    names = {arm.name for arm in arms}
-    claims = tuple(claim for claim in experiment.claims if {claim.larger, claim.smaller} <= names)
-    return dataclasses.replace(experiment, arms=arms, claims=claims)
-
-
 def _known(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
     """Raises UserError for the first name that is none of those expected."""
     for name in found:

@@ -160,6 +160,9 @@ def train_model(name: str, config_name: str) -> None:
     config.train.steps, config.train.log_every, config.train.expected_loss = STEPS[name], 10, ()
     if "clip" in config:
         config.clip.bundle = str(out / "cascade" / "clip")
+    if SIZE == "smoke":
+        config.train.batch_size, config.train.eval_size = 16, 8
+        config.get("sampling", {}).update(sampler="ddim", steps="4")
     run = out / "runs" / name
     if not (run / "bundle" / "config.json").exists():
         train.run(config.lock(), str(run))
