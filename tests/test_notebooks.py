@@ -148,8 +148,9 @@ def test_it_runs(name, weights, tmp_path_factory, tmp_path, monkeypatch):
         monkeypatch.setenv(variable, str(value))
     settings = f"""
 SIZE, OUT = "smoke", "out"
+BUNDLE = {str(weights)!r}
 from unclip_jax import shipped
-shipped.FOLDER = Path({str(weights)!r})
+shipped.FOLDER = Path(BUNDLE)
 shipped.MANIFEST = shipped.FOLDER / "manifest.json"
 """
     done = run.execute(run.make(SOURCES[name]), tmp_path, settings)

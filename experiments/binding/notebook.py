@@ -84,7 +84,7 @@ from IPython.display import SVG, Markdown
 
 from unclip_jax import cli, experiment
 from unclip_jax.pictures import shown
-from unclip_jax.trials import Arm, Claim, Lab, compare, without_training
+from unclip_jax.trials import Arm, Claim, Lab, compare
 
 cli.enable_compilation_cache()  # what was compiled once is found again
 drive = Path("/content/drive/MyDrive")
@@ -98,25 +98,33 @@ print(f"{jax.device_count()} {jax.default_backend()}; results go to {out}")
 # larger for one arm than for another.
 
 # %%
-path = experiment.find("binding")
+path, _ = experiment.find("binding")
 whole = experiment.load(path)
 print(whole.question, f"({whole.paper})", "", *(f"* {claim.text}" for claim in whole.claims), sep="\n")
 
 # %% [markdown]
 # ## Run it
 #
-# At sizes `smoke` and `default` only what needs no training is run: arms whose models come with the package. `full`
-# trains the others too, which takes hours on a CPU, and draws as many pictures as `unclip experiment binding --workdir
-# FOLDER`. What was trained, drawn or measured once is kept in `OUT`, and shared by all experiments: a stopped run goes
-# on.
+# At sizes `smoke` and `default` only arms are run whose models come with the package, or were trained before. `full`
+# trains the others too, which takes hours on a CPU (`unclip experiment binding --workdir FOLDER --cost` says how many),
+# and draws as many pictures as `unclip experiment binding --workdir FOLDER`. What was trained, drawn or measured once
+# is kept in `OUT`, and shared by all experiments: a stopped run goes on.
 
 # %%
 captions, draws = {"smoke": (2, 1), "default": (96, 2), "full": (whole.captions, whole.draws)}[SIZE]
-part = whole if SIZE == "full" else without_training(whole)
-part = dataclasses.replace(part, captions=captions, draws=draws)
-left_out = [arm.label for arm in whole.arms if arm not in part.arms]
-print(f"{len(part.arms)} arms, {captions} captions, {draws} pictures of each")
-print("left out:", ", ".join(left_out) or "nothing")
+
+
+def trained(arm: Arm) -> bool:
+    """Says whether all models of an arm are there: in the package, or trained before."""
+    return not Lab(dataclasses.replace(whole, arms=(arm,), claims=()), out, str(out / "data")).missing()
+
+
+arms = tuple(arm for arm in whole.arms if SIZE == "full" or trained(arm))
+names = {arm.name for arm in arms}
+claims = tuple(claim for claim in whole.claims if {claim.larger, claim.smaller} <= names)
+part = dataclasses.replace(whole, arms=arms, claims=claims, captions=captions, draws=draws)
+print(f"{len(arms)} arms, {captions} captions, {draws} pictures of each")
+print("left out:", ", ".join(arm.label for arm in whole.arms if arm.name not in names) or "nothing")
 
 # %% [markdown]
 # The decoder reads the caption beside the embedding, and was trained on some pictures without an embedding. So it can
@@ -125,11 +133,11 @@ print("left out:", ", ".join(left_out) or "nothing")
 
 # %%
 caption_alone = Arm("caption", "the caption alone", options={"guidance_scale": 2.0, "source": "caption"})
-claims = (
+of_the_embedding = (
     Claim("Without the embedding, colours are bound better.", "binding", "caption", "unclip"),
     Claim("Without the embedding, words are spelled better.", "word", "caption", "unclip"),
 )
-part = dataclasses.replace(part, arms=(*part.arms, caption_alone), claims=(*part.claims, *claims))
+part = dataclasses.replace(part, arms=(*part.arms, caption_alone), claims=(*part.claims, *of_the_embedding))
 
 # %%
 lab = Lab(part, out, str(out / "data"))

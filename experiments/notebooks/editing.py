@@ -72,7 +72,7 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
 
 # %% tags=["parameters"]
 SIZE = "default"  # "smoke": to try everything out in a minute; "default": for two CPU cores; "full": as the paper does
-BUNDLE = ""  # folder of another cascade, such as one of your own; "": the one that comes with the package
+BUNDLE = "shipped:"  # cascade that comes with the package, or the folder of another, such as one of your own
 PICTURE = ""  # file of a picture; "": one is drawn
 OUT = ""  # folder for results; "": on Drive if it is mounted, else here
 

@@ -70,7 +70,7 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
 
 # %% tags=["parameters"]
 SIZE = "default"  # "smoke": to try everything out in a minute; "default": for two CPU cores; "full": more pictures
-BUNDLE = ""  # folder of another cascade, such as one of your own; "": the one that comes with the package
+BUNDLE = "shipped:"  # cascade that comes with the package, or the folder of another, such as one of your own
 OUT = ""  # folder for results; "": on Drive if it is mounted, else here
 
 # %%

@@ -84,7 +84,7 @@ from unclip_jax.data import varied_scenes
 from unclip_jax.evaluation.features import unit
 from unclip_jax.keys import seed_key
 from unclip_jax.pictures import shown
-from unclip_jax.trials import Lab, compare, without_training
+from unclip_jax.trials import Arm, Lab, compare
 
 cli.enable_compilation_cache()  # what was compiled once is found again
 drive = Path("/content/drive/MyDrive")
@@ -98,25 +98,33 @@ print(f"{jax.device_count()} {jax.default_backend()}; results go to {out}")
 # larger for one arm than for another.
 
 # %%
-path = experiment.find("prior_kind")
+path, _ = experiment.find("prior_kind")
 whole = experiment.load(path)
 print(whole.question, f"({whole.paper})", "", *(f"* {claim.text}" for claim in whole.claims), sep="\n")
 
 # %% [markdown]
 # ## Run it
 #
-# At sizes `smoke` and `default` only what needs no training is run: arms whose models come with the package. `full`
-# trains the others too, which takes hours on a CPU, and draws as many pictures as `unclip experiment prior_kind
-# --workdir FOLDER`. What was trained, drawn or measured once is kept in `OUT`, and shared by all experiments: a stopped
-# run goes on.
+# At sizes `smoke` and `default` only arms are run whose models come with the package, or were trained before. `full`
+# trains the others too, which takes hours on a CPU (`unclip experiment prior_kind --workdir FOLDER --cost` says how
+# many), and draws as many pictures as `unclip experiment prior_kind --workdir FOLDER`. What was trained, drawn or
+# measured once is kept in `OUT`, and shared by all experiments: a stopped run goes on.
 
 # %%
 captions, draws = {"smoke": (2, 1), "default": (48, 2), "full": (whole.captions, whole.draws)}[SIZE]
-part = whole if SIZE == "full" else without_training(whole)
-part = dataclasses.replace(part, captions=captions, draws=draws)
-left_out = [arm.label for arm in whole.arms if arm not in part.arms]
-print(f"{len(part.arms)} arms, {captions} captions, {draws} pictures of each")
-print("left out:", ", ".join(left_out) or "nothing")
+
+
+def trained(arm: Arm) -> bool:
+    """Says whether all models of an arm are there: in the package, or trained before."""
+    return not Lab(dataclasses.replace(whole, arms=(arm,), claims=()), out, str(out / "data")).missing()
+
+
+arms = tuple(arm for arm in whole.arms if SIZE == "full" or trained(arm))
+names = {arm.name for arm in arms}
+claims = tuple(claim for claim in whole.claims if {claim.larger, claim.smaller} <= names)
+part = dataclasses.replace(whole, arms=arms, claims=claims, captions=captions, draws=draws)
+print(f"{len(arms)} arms, {captions} captions, {draws} pictures of each")
+print("left out:", ", ".join(arm.label for arm in whole.arms if arm.name not in names) or "nothing")
 
 # %%
 lab = Lab(part, out, str(out / "data"))
