@@ -111,7 +111,7 @@ print(whole.question, f"({whole.paper})", "", *(f"* {claim.text}" for claim in w
 # is kept in `OUT`, and shared by all experiments: a stopped run goes on.
 
 # %%
-captions, draws = {"smoke": (2, 1), "default": (96, 2), "full": (whole.captions, whole.draws)}[SIZE]
+captions, draws = {"smoke": (2, 1), "default": (192, 2), "full": (whole.captions, whole.draws)}[SIZE]
 
 
 def trained(arm: Arm) -> bool:

@@ -108,7 +108,7 @@ print(whole.question, f"({whole.paper})", "", *(f"* {claim.text}" for claim in w
 # measured once is kept in `OUT`, and shared by all experiments: a stopped run goes on.
 
 # %%
-captions, draws = {"smoke": (2, 1), "default": (48, 2), "full": (whole.captions, whole.draws)}[SIZE]
+captions, draws = {"smoke": (2, 1), "default": (64, 2), "full": (whole.captions, whole.draws)}[SIZE]
 
 
 def trained(arm: Arm) -> bool:
