@@ -139,6 +139,25 @@ def weights(tmp_path_factory):
     return folder
 
 
+# Run after the cell of parameters: the package has the weights of the fixture, and what is trained is small.
+SETTINGS = """
+SIZE, OUT, BUNDLE = "smoke", "out", {weights!r}
+sys.path.append({tests!r})
+from shrink import CHANGES
+from unclip_jax import cli, shipped
+shipped.FOLDER, shipped.MANIFEST = Path(BUNDLE), Path(BUNDLE) / "manifest.json"
+load = cli.load_config
+
+def small(spec):
+    config = load(spec).unlock()
+    if spec.endswith(":tiny"):
+        config.model.update(CHANGES[Path(spec).stem])
+    return config.lock()
+
+cli.load_config = small
+"""
+
+
 @pytest.mark.slow
 @each_notebook
 def test_it_runs(name, weights, tmp_path_factory, tmp_path, monkeypatch):
@@ -146,13 +165,7 @@ def test_it_runs(name, weights, tmp_path_factory, tmp_path, monkeypatch):
     cache.mkdir(mode=0o700, exist_ok=True)
     for variable, value in {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": ROOT}.items():
         monkeypatch.setenv(variable, str(value))
-    settings = f"""
-SIZE, OUT = "smoke", "out"
-BUNDLE = {str(weights)!r}
-from unclip_jax import shipped
-shipped.FOLDER = Path(BUNDLE)
-shipped.MANIFEST = shipped.FOLDER / "manifest.json"
-"""
+    settings = SETTINGS.format(weights=str(weights), tests=str(ROOT / "tests"))
     done = run.execute(run.make(SOURCES[name]), tmp_path, settings)
     codes = [cell for cell in done.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in codes)
