@@ -98,7 +98,7 @@ def test_the_installation_is_of_this_checkout_and_asks_for_a_restart(monkeypatch
     monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command))
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("glob.glob", lambda pattern: [])
-    with pytest.raises(SystemExit, match="Restart the session, then run all cells again: numpy"):
+    with pytest.raises(SystemExit, match="Restart the session and run all cells again: it holds an older numpy"):
         exec(source, {})
     assert commands[-1][-1] == f"{ROOT}[data,evaluate]"
 

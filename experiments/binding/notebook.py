@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # # Experiment: are colours bound to the right things, and are words spelled?
+# # Experiment: are colours bound to the right things, and are words spelled?
 #
 # unCLIP's authors found that it mixes up which colour belongs to which object, and spells worse than GLIDE does
 # (section 7, figures 14 to 16). They suspect the CLIP embedding: it says what is in a picture, but not well what
@@ -62,8 +62,8 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{checkout}[{extras}]"], check=True)
     importlib.invalidate_caches()
     replaced = [name for name, version in before.items() if importlib.metadata.version(packages[name]) != version]
-    if replaced:  # the old versions are in memory
-        raise SystemExit(f"Restart the session, then run all cells again: {', '.join(replaced)} was imported before.")
+    if replaced:
+        raise SystemExit(f"Restart the session and run all cells again: it holds an older {' and '.join(replaced)}.")
 
 # %% [markdown]
 # ## Settings

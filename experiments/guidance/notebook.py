@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # # Experiment: what does guidance gain, and cost?
+# # Experiment: what does guidance gain, and cost?
 #
 # Classifier-free guidance trades diversity for alignment. unCLIP claims to trade it better than GLIDE: its embedding
 # holds what a picture shows, and guidance of the decoder hardly touches that (sections 5.2 and 5.3, figures 9 to 11).
@@ -59,8 +59,8 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{checkout}[{extras}]"], check=True)
     importlib.invalidate_caches()
     replaced = [name for name, version in before.items() if importlib.metadata.version(packages[name]) != version]
-    if replaced:  # the old versions are in memory
-        raise SystemExit(f"Restart the session, then run all cells again: {', '.join(replaced)} was imported before.")
+    if replaced:
+        raise SystemExit(f"Restart the session and run all cells again: it holds an older {' and '.join(replaced)}.")
 
 # %% [markdown]
 # ## Settings

@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # # Editing: change a picture
+# # Editing: change a picture
 #
 # unCLIP's decoder draws a picture from two things: a CLIP image embedding, which says what it shows, and the noise that
 # sampling starts from. For an existing picture both can be computed. Keeping one and changing the other gives the edits
@@ -61,8 +61,8 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{checkout}[{extras}]"], check=True)
     importlib.invalidate_caches()
     replaced = [name for name, version in before.items() if importlib.metadata.version(packages[name]) != version]
-    if replaced:  # the old versions are in memory
-        raise SystemExit(f"Restart the session, then run all cells again: {', '.join(replaced)} was imported before.")
+    if replaced:
+        raise SystemExit(f"Restart the session and run all cells again: it holds an older {' and '.join(replaced)}.")
 
 # %% [markdown]
 # ## Settings

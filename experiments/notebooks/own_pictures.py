@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # # Train on your own pictures
+# # Train on your own pictures
 #
 # This notebook trains a small cascade from nothing: CLIP, then a prior and a decoder for it. It takes a folder of
 # pictures with a caption beside each, or draws one: coloured shapes. The configs are the `tiny` ones, which draw 16
@@ -59,8 +59,8 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{checkout}[{extras}]"], check=True)
     importlib.invalidate_caches()
     replaced = [name for name, version in before.items() if importlib.metadata.version(packages[name]) != version]
-    if replaced:  # the old versions are in memory
-        raise SystemExit(f"Restart the session, then run all cells again: {', '.join(replaced)} was imported before.")
+    if replaced:
+        raise SystemExit(f"Restart the session and run all cells again: it holds an older {' and '.join(replaced)}.")
 
 # %% [markdown]
 # ## Settings

@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # # Public weights: GLIDE, Karlo and CLIP
+# # Public weights: GLIDE, Karlo and CLIP
 #
 # The released weights of OpenAI's GLIDE and CLIP and of Kakao Brain's Karlo, an unCLIP, run here too, and the networks
 # agree with the public PyTorch code up to rounding. This notebook converts them once and draws with them. The files are
@@ -61,8 +61,8 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{checkout}[{extras}]"], check=True)
     importlib.invalidate_caches()
     replaced = [name for name, version in before.items() if importlib.metadata.version(packages[name]) != version]
-    if replaced:  # the old versions are in memory
-        raise SystemExit(f"Restart the session, then run all cells again: {', '.join(replaced)} was imported before.")
+    if replaced:
+        raise SystemExit(f"Restart the session and run all cells again: it holds an older {' and '.join(replaced)}.")
 
 # %% [markdown]
 # ## Settings

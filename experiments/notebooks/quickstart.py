@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # # Quickstart: draw pictures for captions
+# # Quickstart: draw pictures for captions
 #
 # This notebook draws with the unCLIP that comes with the package: a *prior* turns a caption into a CLIP image
 # embedding, and a *decoder* turns the embedding into a picture. The models are small and know *emoji scenes* alone, at
@@ -60,8 +60,8 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{checkout}[{extras}]"], check=True)
     importlib.invalidate_caches()
     replaced = [name for name, version in before.items() if importlib.metadata.version(packages[name]) != version]
-    if replaced:  # the old versions are in memory
-        raise SystemExit(f"Restart the session, then run all cells again: {', '.join(replaced)} was imported before.")
+    if replaced:
+        raise SystemExit(f"Restart the session and run all cells again: it holds an older {' and '.join(replaced)}.")
 
 # %% [markdown]
 # ## Settings

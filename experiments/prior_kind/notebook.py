@@ -9,7 +9,7 @@
 # ---
 
 # %% [markdown]
-# # # Experiment: which prior draws the better embeddings?
+# # Experiment: which prior draws the better embeddings?
 #
 # unCLIP has two priors: one draws the image embedding by diffusion, one as a sequence of quantised principal
 # components. The paper prefers the diffusion prior, for its quality and for what it costs (section 5.2, tables 1 and
@@ -59,8 +59,8 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{checkout}[{extras}]"], check=True)
     importlib.invalidate_caches()
     replaced = [name for name, version in before.items() if importlib.metadata.version(packages[name]) != version]
-    if replaced:  # the old versions are in memory
-        raise SystemExit(f"Restart the session, then run all cells again: {', '.join(replaced)} was imported before.")
+    if replaced:
+        raise SystemExit(f"Restart the session and run all cells again: it holds an older {' and '.join(replaced)}.")
 
 # %% [markdown]
 # ## Settings
