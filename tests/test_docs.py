@@ -12,7 +12,7 @@ import shutil
 
 import pytest
 import yaml
-from documents import ROOT, anchors, blocks, commands, links, shell, spans
+from documents import ROOT, anchors, blocks, cells, commands, links, shell, spans
 from shrink import (
     CONFIGS,
     compilation_cache,
@@ -34,6 +34,7 @@ from unclip_jax.stages import make_stage
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+TEXTS |= {str(path.relative_to(ROOT)): cells(path) for path in sorted((ROOT / "experiments").glob("*/*.ipynb"))}
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*/README.md"))
 ENTRIES = [importlib.import_module(unclip._module(name)) for name in unclip.COMMANDS]
 PACKAGE = ROOT / "unclip_jax"

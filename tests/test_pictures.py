@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.pictures import GAP, PAPER, add_file, file_name, grid, save_png
+from unclip_jax.pictures import GAP, PAPER, add_file, file_name, grid, save_png, shown
 
 DEJAVU = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"
 
@@ -74,6 +74,14 @@ def test_captions_stand_under_their_own_picture():
     assert ink(1) == 0 < ink(3) < ink(0) < ink(2)
     gaps = [sheet[:, :GAP], sheet[:, GAP + side : 2 * GAP + side], sheet[:, -GAP:]]
     assert all((gap == PAPER).all() for gap in gaps), "text leaves its column"
+
+
+def test_small_pictures_are_shown_large():
+    images = noise(2, 32, 32)
+    sheet = np.asarray(shown(images, columns=2))
+    np.testing.assert_array_equal(sheet[GAP : GAP + 128 : 4, GAP : GAP + 128 : 4], images[0])
+    assert sheet.shape == (128 + 2 * GAP, 256 + 3 * GAP, 3)
+    assert shown(noise(1, 200, 200)).size == (200 + 2 * GAP, 200 + 2 * GAP), "large ones stay as they are"
 
 
 def test_letters_that_no_font_has_are_named(capsys):

@@ -25,7 +25,7 @@ from unclip_jax.paths import is_remote, to_path
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 PLUGINS = {"tpu": "libtpu", "cuda12": "jax-cuda12-plugin", "cuda13": "jax-cuda13-plugin"}  # jax's extra → package
 VARIABLES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
-TEST_EXTRAS = ("test", "parity")  # which no command needs
+TEST_EXTRAS = ("test", "parity", "notebooks")  # which no command needs
 SECONDS_FOR_DEVICES = 60  # a TPU that another process holds may never answer
 LIST_DEVICES = """
 import collections, jax, json

