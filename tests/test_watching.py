@@ -88,6 +88,7 @@ def test_rows_on_two_devices_are_seen_in_their_order(folder):
 
     decoder = Model.load(folder / "decoder", ("decoder",), Model.load(folder / "clip", ("clip",)), jax.devices()[:2])
     conditions = Cascade(None, None, decoder, [])._captions(decoder, ["a red fox"] * 4)
+    conditions = conditions._replace(guidance_scale=np.float32(1.5))
     keys, eye = RowKeys.of(seed_key(1), 4), Eye()
     drawn = decoder.draw({}, conditions, keys)
     np.testing.assert_allclose(decoder.draw({}, conditions, keys, watch=eye), drawn, atol=1e-5)

@@ -146,7 +146,7 @@ class Model:
             part = np.int32(first), np.int32(min(at_once, first + 1))
             part = jax.device_put(part, NamedSharding(self.mesh, P()))
             with watch.step(steps - 1 - first):
-                state = jax.block_until_ready(take(state=state, first=part[0], count=part[1]))
+                state = jax.block_until_ready(take(state=state, first=part[0], steps=part[1]))
             if watch.sees:
                 x0 = np.asarray(state).reshape(shape)[:, 1]
                 watch.see(x0.reshape(-1, *state.shape[1:])[:shown])

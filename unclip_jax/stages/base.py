@@ -331,7 +331,7 @@ def draw(
             step = known_states(step, x0, known)
     looks_back = s.sampler == "dpm++"
     if conditions.state is not None:
-        part = conditions.state, conditions.first, conditions.count
+        part = conditions.state, conditions.first, conditions.steps
         return sample_part(denoiser, schedule, x_T, key_steps, step, *part, looks_back)
     return sample(denoiser, schedule, x_T, key_steps, step, looks_back=looks_back)
 

@@ -53,7 +53,7 @@ class Conditions(NamedTuple):
     # state too, as `samplers.sample_part` has it.
     state: Float[Array, " state *shape"] | None = None
     first: Int[Array, ""] | None = None
-    count: Int[Array, ""] | None = None
+    steps: Int[Array, ""] | None = None
 
 
 def captions(source: Mapping[str, Array] | Conditions) -> dict[str, Any]:
