@@ -76,6 +76,14 @@ def test_captions_stand_under_their_own_picture():
     assert all((gap == PAPER).all() for gap in gaps), "text leaves its column"
 
 
+def test_pictures_of_few_pixels_have_room_for_their_captions():
+    images = noise(2, 32, 32)
+    sheet = grid(images, 2, ["a red apple on a blue background"] * 2)
+    np.testing.assert_array_equal(sheet[GAP : GAP + 96 : 3, GAP : GAP + 96 : 3], images[0])
+    assert sheet.shape[1] == 2 * 96 + 3 * GAP
+    assert (sheet[:, 96 + GAP : 96 + 2 * GAP] == PAPER).all(), "text leaves its column"
+
+
 def test_small_pictures_are_shown_large():
     images = noise(2, 32, 32)
     sheet = np.asarray(shown(images, columns=2))

@@ -18,6 +18,7 @@ NAME_BYTES = 120  # of a file's name, which may have 255 in all
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-microhei.ttc", "PingFang.ttc", "msyh.ttc",
               "DejaVuSans.ttf")  # fmt: skip
 UNSEEN = ("Cc", "Cf", "Mn", "Zl", "Zp", "Zs")  # categories of Unicode that are not drawn, or upon letters
+CAPTIONED = 96  # pixels of width that a word of a caption needs
 GAP = 4  # pixels between pictures of a grid
 INK, PAPER = (40, 40, 40), (255, 255, 255)  # colours of a grid, red, green, blue
 
@@ -69,9 +70,13 @@ def gif(frames: np.ndarray, seconds: float = 2.0) -> bytes:
 def grid(images: np.ndarray, columns: int | None = None, captions: list[str] | None = None) -> np.ndarray:
     """Arranges pictures, uint8 (N, H, W, 3), in one picture, uint8 (height, width, 3), each above its caption.
 
-    columns: pictures in a row; by default about as many as there are rows.
+    columns: pictures in a row; by default about as many as there are rows. With captions, pictures that have no room
+    for a word below them are enlarged without smoothing.
     """
     images = np.asarray(images)
+    if captions:
+        times = -(-CAPTIONED // images.shape[2])
+        images = images.repeat(times, axis=1).repeat(times, axis=2)
     count, height, width, _ = images.shape
     columns = columns or int(np.ceil(count**0.5))
     rows = -(-count // columns)
