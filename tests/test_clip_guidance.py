@@ -45,7 +45,7 @@ def test_scale_is_free_and_zero_is_none(folder):
     )
     np.testing.assert_allclose(guided[0], plain, atol=1)
     assert np.abs(guided[1] - plain).max() > 1
-    assert cascade.decoder._sample._cache_size() == 2  # with a noised CLIP and without, whatever the scale
+    assert cascade.decoder._sample.jitted()._cache_size() == 2  # with a noised CLIP and without, whatever the scale
     other = cascade.generate([TEXTS[0], "a green fox"], 0, 1.0, clip_guidance_scale=1e4, embeddings=z)["images"][0]
     np.testing.assert_allclose(other[0], guided[1][0], atol=1)
 
@@ -57,6 +57,7 @@ def test_each_row_follows_the_gradient_of_its_own_caption():
     t = np.full(20, 100, np.int32)
     text = np.random.default_rng(1).normal(size=(20, 8)).astype(np.float32)
     stage = SimpleNamespace(
+        description="",
         tpu_options=None,
         config=SimpleNamespace(dtype="float32"),
         sample=lambda params, frozen, c, key: c.clip_scale * c.clip_gradient(c.x_T, c.tokens_length),

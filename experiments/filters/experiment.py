@@ -9,19 +9,19 @@ from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values
 FOUND = "fox"
 OTHERS = 5  # pictures of something else, for each of what is to be found
 HELD_OUT = 0.2  # share of the labelled pictures by which the bias is set
-NEW = 2048  # pictures of either kind that are counted
 CARD = {"weights": "the CLIP of this package"}
 
 
 def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     """Trains a filter on `arm.x` labelled foxes and counts in new pictures: "missed", foxes that it does not find;
     "lost", other pictures in which it finds one. Of the arm "limit": what is allowed to be missed."""
+    many = lab.experiment.captions
     if arm.name == "limit":
-        return {"missed": np.full((NEW, 1), 0.01), "lost": np.zeros((NEW, 1))}
+        return {"missed": np.full((many, 1), 0.01), "lost": np.zeros((many, 1))}
     count = int(arm.x)
     first = varied_scenes.COUNTS["train"]  # scenes from there on are in no dataset
     foxes = cascade.image_embeddings(scenes(True, 0, count)), cascade.image_embeddings(scenes(False, 0, OTHERS * count))
-    new = [cascade.image_embeddings(scenes(is_fox, first, NEW)) for is_fox in (True, False)]
+    new = [cascade.image_embeddings(scenes(is_fox, first, many)) for is_fox in (True, False)]
     fitted = [rows[int(HELD_OUT * len(rows)) :] for rows in foxes]
     found = filtering.fit(*fitted, CARD).biased(foxes[0][: int(HELD_OUT * count)], 0.01)
     missed, lost = found.scores(new[0], CARD) < 0, found.scores(new[1], CARD) >= 0
@@ -54,7 +54,7 @@ EXPERIMENT = Experiment(
         Claim("Fewer than 1% are missed.", "missed", "limit", f"foxes_{max(COUNTS)}"),
         Claim("More labels cost fewer other pictures.", "lost", f"foxes_{min(COUNTS)}", f"foxes_{max(COUNTS)}"),
     ),
-    captions=NEW,
+    captions=2048,  # new pictures of either kind
     draws=1,
     measure=measure,
     axis="labelled foxes",

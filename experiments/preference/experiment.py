@@ -7,7 +7,6 @@ from unclip_jax.data import varied_scenes
 from unclip_jax.evaluation.probes import fit_preference
 from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values
 
-PAIRS = 1024  # of new pictures
 CARD = {"weights": "the CLIP of this package"}
 
 
@@ -15,10 +14,10 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     """Fits a probe to `arm.x` comparisons by somebody who likes neat pictures. "agrees": whether it prefers
     the same picture in new comparisons. Of the arm "coin": half of them."""
     if arm.name == "coin":
-        return {"agrees": np.full((PAIRS, 1), 0.5)}
+        return {"agrees": np.full((lab.experiment.captions, 1), 0.5)}
     x, y, preferred = comparisons(cascade, 0, int(arm.x))
     probe, _ = fit_preference(x, y, preferred, CARD)
-    x, y, preferred = comparisons(cascade, varied_scenes.COUNTS["train"], PAIRS)
+    x, y, preferred = comparisons(cascade, varied_scenes.COUNTS["train"], lab.experiment.captions)
     return {"agrees": ((probe(y, CARD) > probe(x, CARD)) == preferred)[:, None].astype(np.float64)}
 
 
@@ -57,7 +56,7 @@ EXPERIMENT = Experiment(
         Claim("The probe tells which of two pictures is preferred.", "agrees", f"pairs_{max(COUNTS)}", "coin"),
         Claim("More comparisons make it better.", "agrees", f"pairs_{max(COUNTS)}", f"pairs_{min(COUNTS)}"),
     ),
-    captions=PAIRS,
+    captions=1024,  # new pairs of pictures
     draws=1,
     measure=measure,
     axis="comparisons",
