@@ -8,7 +8,8 @@ small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores: 108 s; then 100% of
        64 held-out pictures and captions find each other.
 shipped  The CLIP of the cascade of experiments/, which is to ship with this package: emoji scenes, varied and of
-       one object, at 32 px.
+       one object, at 32 px. Takes 36 minutes of one CPU core; then 89% of 512 held-out pictures and captions find each
+       other.
 """
 
 from unclip_jax import config
