@@ -71,10 +71,10 @@ def test_variations_differ_and_eta_never_compiles_anew(cascade, pictures):
     first = cascade.variations(pictures[0], 3, 1.0, 0, steps=STEPS)
     assert len({image.tobytes() for image in first["images"][0]}) == 3
     model = cascade.decoder.sampled_by(**ddim_to_and_fro(STEPS, 1000))
-    before = model._sample._cache_size()
+    before = model._sample.jitted()._cache_size()
     assert before
     cascade.variations(pictures[1], 3, 0.5, 1, steps=STEPS, guidance_scale=2.0)
-    assert model._sample._cache_size() == before
+    assert model._sample.jitted()._cache_size() == before
 
 
 def test_interpolation_ends_at_both_pictures(cascade, pictures):
