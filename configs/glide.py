@@ -85,7 +85,7 @@ SHIPPED = dict(
     data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",
               threads=2),
     optim=dict(learning_rate=0.002, warmup_steps=200, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.998),
-    train=dict(steps=12000, batch_size=32, checkpoint_every=500, sample_every=2000, eval_size=256, keep=2),
+    train=dict(steps=3000, batch_size=32, checkpoint_every=500, sample_every=1000, eval_size=256, keep=2),
 )
 
 

@@ -146,6 +146,16 @@ def test_what_is_trained_costs_nothing(tmp_path, monkeypatch, capsys):
     assert "nothing is to be trained" in capsys.readouterr().err
 
 
+def test_arms_whose_models_are_there_can_be_taken_alone(tmp_path, monkeypatch):
+    """A GLIDE is missing: its arm is left out, with the claims on it."""
+    whole = experiment.load(FOLDER / "binding" / "experiment.py")
+    glide = trials.digest(Lab(whole, tmp_path, "d").config(whole.arms[1], "decoder"))
+    monkeypatch.setattr(shipped, "find", lambda known: None if known == glide else FOLDER)
+    monkeypatch.setattr(trials, "load_description", lambda folder: {"identity": "that of a CLIP"})
+    part = trials.trained_already(whole, tmp_path, "d")
+    assert [arm.name for arm in part.arms] == ["unclip"] and part.claims == ()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
 def test_experiments_ask_for_what_there_is(path, tmp_path):
     """Every key of their arms is one of the config that it changes, and every claim is of its own arms."""

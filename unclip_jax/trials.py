@@ -171,13 +171,11 @@ class Lab:
         found: dict[str, tuple[str, ConfigDict]] = {}
         for arm in self.experiment.arms:
             for seed in self._seeds(arm):
-                clip = None
-                for name, config in self._configs(arm, seed).items():
+                configs = self._configs(arm, seed)
+                clip = self._stored(configs["clip"], None) if "clip" in configs else None
+                for name, config in configs.items():
                     # Without its CLIP a model cannot have been trained.
-                    path = self._stored(config, clip) if clip or "clip" not in config else None
-                    if name == "clip":
-                        clip = path
-                    if not path:
+                    if ("clip" in config and not clip) or not self._stored(config, clip):
                         found[_hash([name, *flat_items(config)])] = name, config
         return list(found.values())
 
@@ -280,6 +278,18 @@ class Lab:
         e = self.experiment
         code = to_path(e.measure.__code__.co_filename).read_bytes()
         return [e.captions, e.draws, e.measure.__qualname__, hashlib.sha256(code).hexdigest(), __version__]
+
+
+def trained_already(experiment: Experiment, workdir: Path, data_dir: str) -> Experiment:
+    """Leaves out the arms of an experiment that have models to be trained, and the claims on such arms."""
+
+    def there(arm: Arm) -> bool:
+        return not Lab(dataclasses.replace(experiment, arms=(arm,), claims=()), workdir, data_dir).missing()
+
+    arms = tuple(filter(there, experiment.arms))
+    names = {arm.name for arm in arms}
+    claims = tuple(claim for claim in experiment.claims if {claim.larger, claim.smaller} <= names)
+    return dataclasses.replace(experiment, arms=arms, claims=claims)
 
 
 class Stopped(Exception):

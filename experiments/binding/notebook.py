@@ -84,7 +84,7 @@ from IPython.display import SVG, Markdown
 
 from unclip_jax import cli, experiment
 from unclip_jax.pictures import shown
-from unclip_jax.trials import Arm, Claim, Lab, compare
+from unclip_jax.trials import Arm, Claim, Lab, compare, trained_already
 
 cli.enable_compilation_cache()  # what was compiled once is found again
 drive = Path("/content/drive/MyDrive")
@@ -112,18 +112,10 @@ print(whole.question, f"({whole.paper})", "", *(f"* {claim.text}" for claim in w
 
 # %%
 captions, draws = {"smoke": (2, 1), "default": (192, 2), "full": (whole.captions, whole.draws)}[SIZE]
-
-
-def trained(arm: Arm) -> bool:
-    """Says whether all models of an arm are there: in the package, or trained before."""
-    return not Lab(dataclasses.replace(whole, arms=(arm,), claims=()), out, str(out / "data")).missing()
-
-
-arms = tuple(arm for arm in whole.arms if SIZE == "full" or trained(arm))
-names = {arm.name for arm in arms}
-claims = tuple(claim for claim in whole.claims if {claim.larger, claim.smaller} <= names)
-part = dataclasses.replace(whole, arms=arms, claims=claims, captions=captions, draws=draws)
-print(f"{len(arms)} arms, {captions} captions, {draws} pictures of each")
+part = whole if SIZE == "full" else trained_already(whole, out, str(out / "data"))
+part = dataclasses.replace(part, captions=captions, draws=draws)
+names = {arm.name for arm in part.arms}
+print(f"{len(part.arms)} arms, {captions} captions, {draws} pictures of each")
 print("left out:", ", ".join(arm.label for arm in whole.arms if arm.name not in names) or "nothing")
 
 # %% [markdown]

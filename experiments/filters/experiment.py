@@ -9,6 +9,7 @@ from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values
 FOUND = "fox"
 OTHERS = 5  # pictures of something else, for each of what is to be found
 HELD_OUT = 0.2  # share of the labelled pictures by which the bias is set
+NEW = 1_000_000  # number of the first new scene, beyond all datasets and all labelled ones
 CARD = {"weights": "the CLIP of this package"}
 
 
@@ -19,9 +20,8 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     if arm.name == "limit":
         return {"missed": np.full((many, 1), 0.01), "lost": np.zeros((many, 1))}
     count = int(arm.x)
-    first = varied_scenes.COUNTS["train"]  # scenes from there on are in no dataset
     foxes = cascade.image_embeddings(scenes(True, 0, count)), cascade.image_embeddings(scenes(False, 0, OTHERS * count))
-    new = [cascade.image_embeddings(scenes(is_fox, first, many)) for is_fox in (True, False)]
+    new = [cascade.image_embeddings(scenes(is_fox, NEW, many)) for is_fox in (True, False)]
     fitted = [rows[int(HELD_OUT * len(rows)) :] for rows in foxes]
     found = filtering.fit(*fitted, CARD).biased(foxes[0][: int(HELD_OUT * count)], 0.01)
     missed, lost = found.scores(new[0], CARD) < 0, found.scores(new[1], CARD) >= 0
