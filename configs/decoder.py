@@ -93,7 +93,7 @@ SHIPPED = dict(
     dtype="float32",
     model=dict(image_size=32, embedding_dim=128, learned_null=True, unet=TINY["model"]["unet"],
                text=dict(vocab_size=1024, context=36, width=96, depth=3, heads=3)),
-    diffusion=TINY["diffusion"] | dict(drop_caption=0.2),
+    diffusion=TINY["diffusion"] | dict(snr_clip=(1.0, 5.0), drop_caption=0.2),
     sampling=TINY["sampling"],
     clip=dict(config="configs/clip.py:shipped"),
     data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",

@@ -1,11 +1,13 @@
 """Trains models of the cascade that comes with this package, and puts them into unclip_jax/weights.
 
     python experiments/weights/make.py clip prior decoder --workdir runs/weights
+    python experiments/weights/make.py prior decoder --onward --workdir runs/onward
     python experiments/weights/make.py --measure
 
 Each model is trained by its config of size "shipped", against the CLIP in unclip_jax/weights: clip comes first. The
-same command continues a training that was stopped. Weights are rounded to float16. --measure draws captions that were
-held out, and writes how many pictures show them into the manifest.
+same command continues a training that was stopped. Weights are rounded to float16. --onward begins with the weights that
+are there, not with random ones. --measure draws captions that were held out, and writes how many pictures show them into
+the manifest.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import datetime
 import hashlib
 import json
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -35,24 +38,36 @@ PICTURES = 512  # of each kind of scenes
 ROWS = 64  # that are drawn at once
 
 
-def make(name: str, workdir: str, data_dir: str) -> None:
-    """Trains a model, or goes on with it, and stores it as unclip_jax/weights/NAME."""
+def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
+    """Trains a model, or goes on with its run, and stores it as unclip_jax/weights/NAME.
+
+    onward: the run begins with the weights that are stored there. The manifest keeps what it knew of them, "begun_with".
+    """
     config = cli.load_config(f"configs/{MODELS[name]}.py:shipped").copy_and_resolve_references()
     stored = config.copy_and_resolve_references()  # without this machine's folders
+    folder, begun_with = shipped.FOLDER / name, to_path(workdir) / f"{name}_begun_with"
     with config.unlocked():
         config.data.data_dir = data_dir
         if "clip" in config:
             config.clip.bundle = str(shipped.FOLDER / "clip")
+    known = dict(digest=digest(config))
+    if onward:
+        if not begun_with.exists():  # a copy, since the weights are replaced in the end
+            shutil.copytree(folder, begun_with)
+            (begun_with / "known.json").write_text(json.dumps(shipped.manifest()[name]))
+        known["begun_with"] = json.loads((begun_with / "known.json").read_text())
+        with config.unlocked():
+            config.init.bundle, config.init.model = str(begun_with), True
     report = train.run(config, f"{workdir}/{name}")
     if isinstance(report, signal.Signals):
         sys.exit(train.exit_status(report))
-    trained, folder = load_bundle(f"{workdir}/{name}/bundle"), shipped.FOLDER / name
+    trained = load_bundle(f"{workdir}/{name}/bundle")
     parts = trained.params, trained.tokenizer_bytes, trained.clip_identity, trained.extra
     save_bundle(folder, trained.stage, stored, *parts, half=True)
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     write(
         name,
-        digest=digest(config),
+        **known,
         sha256={file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
         bytes=sum(map(len, files.values())),
         made=f"{datetime.date.today()}, Python {platform.python_version()}, jax {jax.__version__}",
@@ -97,6 +112,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help=f"some of {', '.join(MODELS)}")
     parser.add_argument("--workdir", default="runs/weights")
     parser.add_argument("--data-dir", help="folder of the datasets; default: WORKDIR/data")
+    parser.add_argument("--onward", action="store_true", help="begin with the weights that are there")
     parser.add_argument("--measure", action="store_true")
     args = parser.parse_args()
     for name in args.models:
@@ -104,7 +120,7 @@ def main() -> None:
             parser.error(f"no model {name!r}: expected some of {', '.join(MODELS)}")
     to_path(args.workdir).mkdir(parents=True, exist_ok=True)
     for name in args.models:
-        make(name, args.workdir, args.data_dir or f"{args.workdir}/data")
+        make(name, args.workdir, args.data_dir or f"{args.workdir}/data", args.onward)
     if args.measure:
         measure()
 
