@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
             values[arm.name] = lab.run(arm)
         except Stopped as stopped:
             return train.exit_status(stopped.by)
-    results = compare(experiment, values)
+    results = [*compare(experiment, values), {"minutes": round(lab.seconds / 60, 1)}]
     content = {
         RESULTS: "".join(f"{json.dumps(line)}\n" for line in results).encode(),
         FIGURE: figure(experiment, results),
@@ -148,16 +148,18 @@ def cost(lab: "Lab") -> str:
 
 
 def overview() -> str:
-    """Lists the experiments as a table of Markdown, with the verdicts that were published."""
+    """Lists the experiments as a table of Markdown, with the verdicts that were published and the minutes that drawing
+    and measuring took."""
     from unclip_jax.trials import verdict
 
-    lines = [_row("experiment", "question", "of", "verdict"), _row(*["---"] * 4)]
+    lines = [_row("experiment", "question", "of", "claims", "verdict", "minutes"), _row(*["---"] * 6)]
     for path in sorted(_folder().glob(f"*/{FILE}")):
         experiment, results = load(path), path.with_name(RESULTS)
         found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
         said = verdict(found) if found else "not run yet"
-        name = path.parent.name
-        lines.append(_row(f"[{name}]({name})", experiment.question, experiment.paper, said))
+        minutes = "".join(f"{line['minutes']:g}" for line in found if "minutes" in line)
+        about = experiment.question, experiment.paper, str(len(experiment.claims))
+        lines.append(_row(f"[{path.parent.name}]({path.parent.name})", *about, said, minutes))
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ class Lab:
     def __init__(self, experiment: Experiment, workdir: Path, data_dir: str, steps: int | None = None):
         self.experiment, self.workdir = experiment, workdir
         self._data_dir, self._steps = data_dir, steps
+        self._encoded: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+        self.seconds = 0.0  # that drawing and measuring took, of all that was run, also by earlier processes
         self.scenes, self.named, self.captions = zip(
             *(varied_scenes.scene_at("test", index) for index in range(experiment.captions)), strict=True
         )
@@ -145,7 +148,8 @@ class Lab:
     def run(self, arm: Arm) -> dict[str, np.ndarray]:
         """Returns each measure's values of an arm, (training seeds, captions, draws). An arm of which nothing is
         trained by several seeds has one."""
-        found = [self._values(arm, seed) for seed in self._seeds(arm)]
+        found = [dict(self._values(arm, seed)) for seed in self._seeds(arm)]
+        self.seconds += sum(float(values.pop("seconds")) for values in found)
         return {name: np.stack([values[name] for values in found]) for name in found[0]}
 
     def cascade(self, arm: Arm, seed: int = 0) -> Cascade:
@@ -231,6 +235,13 @@ class Lab:
         """Renders the scenes of the captions: uint8 (64, 64, 3) each."""
         return [varied_scenes.render(scene, varied_scenes.FRAME) for scene in self.scenes]
 
+    def encoded(self, cascade: Cascade, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes the scenes' pictures by `Cascade.encode`, once for all arms of the same models."""
+        key = steps, *sorted(cascade.identities().items())
+        if key not in self._encoded:
+            self._encoded[key] = cascade.encode(self.pictures(), steps)
+        return self._encoded[key]
+
     def scene_values(self, cascade: Cascade, arm: Arm) -> Values:
         """Draws the captions and reads the pictures' factors: "named", the share of named factors that are right;
         "all", whether all are; "binding", of `factor_scores.binding`; "readable"; "variety", the share of factors left
@@ -262,13 +273,15 @@ class Lab:
         return self.workdir / "runs" / f"{config.stage}-{digest(config)[:12]}"
 
     def _values(self, arm: Arm, seed: int) -> Values:
-        """Returns the values of an arm with models trained by `seed`, which are kept in a file."""
+        """Returns the values of an arm with models trained by `seed`, which are kept in a file, and the "seconds" that
+        they took."""
         cascade = self.cascade(arm, seed)
         key = _hash([cascade.identities(), _plain(arm.sampling), _plain(arm.options), arm.name, self._about()])
         path = self.workdir / "values" / f"{arm.name}-{key[:12]}.npz"
         if not path.exists():
-            packed = io.BytesIO()
-            np.savez_compressed(packed, **self.experiment.measure(self, cascade, arm))
+            packed, began = io.BytesIO(), time.monotonic()
+            values = self.experiment.measure(self, cascade, arm)
+            np.savez_compressed(packed, **values, seconds=np.float64(time.monotonic() - began))
             write_bytes(path, packed.getvalue())
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

@@ -1,27 +1,33 @@
-"""Steps of the decoder's sampling: evenly spaced ones of DDIM and DDPM, and GLIDE's 27 by hand."""
+"""Steps of the decoder's sampling: DDPM's, DDIM's, GLIDE's 27 of it by hand, and DPM-Solver++'s."""
 
 from unclip_jax.trials import Arm, Claim, Experiment
 
-
-def arm(sampler: str, steps: str, label: str) -> Arm:
-    return Arm(f"{sampler}_{steps}", label, sampling={"decoder": {"sampler": sampler, "steps": steps}})
-
+STEPS = {"ddpm": ("10", "27", "100"), "ddim": ("5", "10", "27", "fast27"), "dpm++": ("5", "10", "20")}
+LABELS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM-Solver++"}
 
 EXPERIMENT = Experiment(
     question="How many steps does the decoder need, of which sampler?",
     paper="GLIDE, section 4 (150 and 27 steps); unCLIP, appendix C (250 steps)",
     models=("clip", "prior", "decoder"),
-    arms=(
-        arm("ddim", "8", "DDIM, 8 steps"),
-        arm("ddim", "25", "DDIM, 25 steps"),
-        arm("ddim", "fast27", "DDIM, GLIDE's 27 steps"),
-        arm("ddpm", "27", "DDPM, 27 steps"),
-        arm("ddpm", "150", "DDPM, 150 steps"),
-        arm("ddpm", "250", "DDPM, 250 steps"),
+    arms=tuple(
+        Arm(
+            f"{sampler.replace('++', '')}_{steps}",
+            f"{LABELS[sampler]}, {'27 steps by hand' if steps == 'fast27' else f'{steps} steps'}",
+            sampling={"decoder": {"sampler": sampler, "steps": steps}},
+            x=float(steps.removeprefix("fast")),
+            series=LABELS[sampler] if steps != "fast27" else "DDIM by hand",
+        )
+        for sampler, counts in STEPS.items()
+        for steps in counts
     ),
     measures={"named": "named factors right", "readable": "readable", "variety": "open factors that differ"},
     claims=(
-        Claim("250 steps of DDPM draw better pictures than 27.", "named", "ddpm_250", "ddpm_27"),
-        Claim("27 steps of DDPM are worse than as many of DDIM, spaced by hand.", "named", "ddim_fast27", "ddpm_27"),
+        Claim("DDPM draws better pictures in 100 steps than in 27.", "named", "ddpm_100", "ddpm_27"),
+        Claim("27 steps of DDIM, spaced by hand, are better than as many of DDPM.", "named", "ddim_fast27", "ddpm_27"),
+        Claim("Ten steps of DPM-Solver++ are better than ten of DDIM.", "named", "dpm_10", "ddim_10"),
+        Claim("Twenty steps of DPM-Solver++ are better than ten.", "named", "dpm_20", "dpm_10"),
     ),
+    captions=256,
+    draws=1,
+    axis="steps",
 )

@@ -14,5 +14,6 @@ EXPERIMENT = Experiment(
         Claim("Sixteen steps are better than four.", "named", "steps_16", "steps_4"),
         Claim("64 steps are better than sixteen.", "named", "steps_64", "steps_16"),
     ),
+    draws=1,
     axis="steps of the prior",
 )

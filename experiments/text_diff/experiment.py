@@ -20,7 +20,7 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     pairs = [(scene, another(scene, CHANGED[i % len(CHANGED)])) for i, scene in enumerate(lab.scenes)]
     before, after = ([varied_scenes.caption(pair[k], ("tint", "colour")) for pair in pairs] for k in (0, 1))
     source, target = cascade.text_embeddings(before), cascade.text_embeddings(after)
-    z, x_T = cascade.encode(lab.pictures(), steps=25)
+    z, x_T = lab.encoded(cascade, 25)
     if arm.series == "other noise":
         x_T = np.asarray(jax.random.normal(jax.random.key(0), x_T.shape))
     directions = unit(target - source) * np.linalg.norm(z, axis=-1, keepdims=True)

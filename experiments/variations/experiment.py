@@ -15,8 +15,7 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     "object"; "substance", the share of object, tint and background, less that of the other factors; "error", the root
     mean squared difference from the picture in [-1, 1], and "likeness", which is 1 - error."""
     draws = lab.experiment.draws
-    pictures = lab.pictures()
-    z, x_T = (np.repeat(half, draws, axis=0) for half in cascade.encode(pictures, steps=25))
+    z, x_T = (np.repeat(half, draws, axis=0) for half in lab.encoded(cascade, 25))
     images = cascade.redraw(z, x_T, 0, eta=arm.x, steps=25)["images"][-1]
     found = scene_values(factors.read(images), lab.scenes, every_factor(lab.scenes))
     size = images.shape[1]

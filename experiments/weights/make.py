@@ -5,9 +5,9 @@
     python experiments/weights/make.py --measure
 
 Each model is trained by its config of size "shipped", against the CLIP in unclip_jax/weights: clip comes first. The
-same command continues a training that was stopped. Weights are rounded to float16. --onward begins with the weights that
-are there, not with random ones. --measure draws captions that were held out, and writes how many pictures show them into
-the manifest.
+same command continues a training that was stopped. Weights are rounded to float16. --onward begins with the weights
+that are there, not with random ones. --measure draws captions that were held out, and writes how many pictures show
+them into the manifest.
 """
 
 import argparse
@@ -41,7 +41,7 @@ ROWS = 64  # that are drawn at once
 def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
     """Trains a model, or goes on with its run, and stores it as unclip_jax/weights/NAME.
 
-    onward: the run begins with the weights that are stored there. The manifest keeps what it knew of them, "begun_with".
+    onward: the run begins with the weights that are stored there, of which the manifest keeps what it knew.
     """
     config = cli.load_config(f"configs/{MODELS[name]}.py:shipped").copy_and_resolve_references()
     stored = config.copy_and_resolve_references()  # without this machine's folders

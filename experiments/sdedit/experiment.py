@@ -1,0 +1,43 @@
+"""SDEdit: drawings that start from a noised sketch and follow another caption."""
+
+import numpy as np
+
+from unclip_jax.cascade import Cascade
+from unclip_jax.data import varied_scenes
+from unclip_jax.evaluation import factors
+from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values, scene_values
+
+
+def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
+    """Draws each caption over the next scene, noised for `arm.x` of the steps: "named", the share of what the caption
+    names that is right; "likeness" to the sketch, 1 less the root mean squared difference in [-1, 1]."""
+    draws = lab.experiment.draws
+    sketches = np.roll(np.stack(lab.pictures()), -1, axis=0)
+    images = np.concatenate([
+        cascade.sdedit(sketch, caption, arm.x, draws, seed)["images"][-1]
+        for seed, (sketch, caption) in enumerate(zip(sketches, lab.captions, strict=True))
+    ])  # fmt: skip
+    found = scene_values(factors.read(images), lab.scenes, lab.named)
+    shown = [lab.scenes[(i + 1) % len(lab.scenes)] for i in range(len(lab.scenes))]
+    true = np.stack([varied_scenes.render(scene, images.shape[1]) for scene in shown]).astype(np.float64)
+    error = np.sqrt(np.mean(((images - np.repeat(true, draws, axis=0)) / 127.5) ** 2, axis=(1, 2, 3)))
+    return found | {"likeness": 1 - error.reshape(-1, draws)}
+
+
+STARTS = (0.3, 0.5, 0.7, 0.9)
+
+EXPERIMENT = Experiment(
+    question="How far must a sketch be noised for a caption to be followed?",
+    paper="GLIDE, section 1, figure 4 (SDEdit)",
+    models=("clip", "prior", "decoder"),
+    arms=tuple(Arm(f"start_{share:g}", f"noised for {share:g} of the steps", x=share) for share in STARTS),
+    measures={"named": "named factors right", "likeness": "likeness to the sketch"},
+    claims=(
+        Claim("More noise lets the caption be followed.", "named", "start_0.9", "start_0.3"),
+        Claim("Less noise keeps the sketch.", "likeness", "start_0.3", "start_0.9"),
+    ),
+    captions=128,
+    draws=4,
+    measure=measure,
+    axis="share of the steps",
+)
