@@ -17,7 +17,7 @@ import numpy as np
 
 from unclip_jax import __version__, demo_tabs, pictures
 from unclip_jax.cascade import Cascade
-from unclip_jax.demo_tabs import MOST_PICTURES
+from unclip_jax.demo_tabs import MOST_PICTURES, Part
 from unclip_jax.errors import UserError
 from unclip_jax.paths import to_path, write_bytes
 
@@ -100,11 +100,8 @@ def _vary(cascade: Cascade) -> None:
             button = _button("vary")
         shown = _gallery("vary")
 
-    def answer(**given: Any) -> list[str]:
-        return _saved(demo_tabs.vary(cascade, **given), cascade, "vary", given)
-
     given = {"picture": picture, "eta": eta, "count": count, "seed": seed, "steps": steps}
-    _on([button.click], answer, given, shown, "vary")
+    _on([button.click], functools.partial(_streamed, cascade, "vary", demo_tabs.vary), given, shown, "vary")
 
 
 def _interpolate(cascade: Cascade) -> None:
@@ -116,7 +113,7 @@ def _interpolate(cascade: Cascade) -> None:
             button = _button("interpolate")
         outputs = _path("interpolate")
     given = {"first": first, "second": second, "count": count, "seed": seed, "steps": steps}
-    answer = functools.partial(_path_shown, cascade, "interpolate", demo_tabs.interpolate)
+    answer = functools.partial(_path_shown, cascade, "interpolate", demo_tabs.interpolate, "{:.2f}")
     _on([button.click], answer, given, outputs, "interpolate")
 
 
@@ -132,7 +129,7 @@ def _text_diff(cascade: Cascade) -> None:
         outputs = _path("text_diff")
     given = {"picture": picture, "before": before, "after": after, "theta": theta}
     given |= {"count": count, "seed": seed, "steps": steps}
-    answer = functools.partial(_path_shown, cascade, "text_diff", demo_tabs.text_diff)
+    answer = functools.partial(_path_shown, cascade, "text_diff", demo_tabs.text_diff, "theta {:.2f}")
     _on([button.click], answer, given, outputs, "text_diff")
 
 
@@ -195,22 +192,37 @@ def _on(events: list[Callable], answer: Callable, given: dict[str, Any], outputs
 
 
 def _streamed(
-    cascade: Cascade, name: str, draw: Callable[..., Iterator[np.ndarray]], **given: Any
+    cascade: Cascade, name: str, draw: Callable[..., Iterator[Part]], **given: Any
 ) -> Iterator[list[str]]:
-    """Yields the files of the pictures that are drawn so far."""
+    """Yields the files of the pictures that are drawn so far, and of what is predicted of the next."""
     files: list[str] = []
-    for chunk in draw(cascade, **given):
-        files = files + _saved(chunk, cascade, name, given, len(files))
-        yield files
+    for part in draw(cascade, **given):
+        if part.drawn:
+            files = files + _saved(part.images, cascade, name, given, len(files))
+        yield files if part.drawn else files + _previews(part)
 
 
-def _path_shown(cascade: Cascade, name: str, draw: Callable, **given: Any) -> tuple:
-    """Draws frames: for the gallery, the state that the slider reads, the slider, the picture beside it and the GIF."""
-    drawn, labels = draw(cascade, **given)
-    files = _saved(drawn, cascade, name, given)
-    animation = _file(f"{name}.gif", pictures.gif(drawn))
-    slider = gr.Slider(1, max(2, len(files)), 1, step=1)
-    return list(zip(files, labels, strict=True)), files, slider, files[0], animation
+def _path_shown(
+    cascade: Cascade, name: str, draw: Callable[..., Iterator[Part]], label: str, **given: Any
+) -> Iterator[tuple]:
+    """Yields frames: for the gallery, the state that the slider reads, the slider, the picture beside it and the GIF.
+
+    label: below a frame, with its place from 0 to `theta`, or 1.
+    """
+    for part in draw(cascade, **given):
+        labels = [label.format(share) for share in np.linspace(0, given.get("theta", 1), len(part.images))]
+        if not part.drawn:
+            yield list(zip(_previews(part), labels, strict=True)), *[gr.skip()] * 4
+            continue
+        files = _saved(part.images, cascade, name, given)
+        animation = _file(f"{name}.gif", pictures.gif(part.images))
+        slider = gr.Slider(1, max(2, len(files)), 1, step=1)
+        yield list(zip(files, labels, strict=True)), files, slider, files[0], animation
+
+
+def _previews(part: Part) -> list[str]:
+    """Writes files of what is predicted."""
+    return [_file("preview.png", pictures.png(image)) for image in part.images]
 
 
 def _saved(drawn: np.ndarray, cascade: Cascade, name: str, given: dict[str, Any], first: int = 0) -> list[str]:
