@@ -109,6 +109,19 @@ def test_chunks_are_of_one_size_and_the_rest_is_left_out():
     assert asked == [range(4), range(4, 8)]
 
 
+def test_a_cascade_says_what_it_draws_and_no_folder(cascade):
+    known = "emoji_scenes/single_64"
+    assert demo_tabs.about(cascade) == f"pictures of 8 × 8 pixels, and knows what is in {known}"
+    upsampler = SimpleNamespace(stage=SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(factor=4))))
+    config = cascade.decoder.stage.config.copy_and_resolve_references().unlock()
+    config.data.source = f"folder:/my/pictures + tfds:{known}"
+    decoder = SimpleNamespace(stage=SimpleNamespace(config=config))
+    models = SimpleNamespace(decoder=decoder, upsamplers=[upsampler])
+    assert demo_tabs.about(models) == f"pictures of 32 × 32 pixels, and knows what is in {known}"
+    config.data.source = "folder:/my/pictures"
+    assert demo_tabs.about(models) == "pictures of 32 × 32 pixels"
+
+
 def test_what_is_predicted_comes_before_what_is_drawn(cascade):
     parts = list(demo_tabs.draw(cascade, "a red fox", 2, 7))
     assert [part.drawn for part in parts] == 2 * [False, False, False, True], "the decoder takes three steps"

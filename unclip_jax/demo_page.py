@@ -30,7 +30,7 @@ QUEUE = {"concurrency_id": "device", "concurrency_limit": 1}
 NAMES = {"draw": "Draw", "vary": "Vary", "interpolate": "Interpolate", "text_diff": "Text diff", "inpaint": "Inpaint",
          "sdedit": "SDEdit", "classify": "Classify"}  # fmt: skip
 HINTS = {
-    "draw": "Pictures for a prompt.",
+    "draw": "Pictures for a prompt. Each is shown as the model guesses it by now, until it is drawn.",
     "vary": "Other pictures of what CLIP sees in one. Eta 0 reproduces the picture, 1 varies it most.",
     "interpolate": "Steps on the way from one picture to another.",
     "text_diff": "The picture, changed the way that one caption differs from another.",
@@ -40,6 +40,11 @@ HINTS = {
     "classify": "The probability that CLIP gives each label.",
 }
 SQUARE = " Models see the square in the middle of a picture."
+SLOW = "The first pictures, and the first of other settings, take longer: programs are compiled for them."
+# Frames fill their boxes, however few pixels they have.
+STYLE = "".join(f"#{tab}-{box} img {{width: 100%; height: 100%; object-fit: contain}}"
+                for tab in ("interpolate", "text_diff") for box in ("frame", "gif"))  # fmt: skip
+PAINT = "#ff00a0"  # of what is to be drawn anew: seen on most pictures
 
 
 def build(cascade: Cascade) -> gr.Blocks:
@@ -49,6 +54,7 @@ def build(cascade: Cascade) -> gr.Blocks:
     names = demo_tabs.tabs(cascade)
     cached = KEPT_SECONDS // 4, KEPT_SECONDS
     with gr.Blocks(title="unclip_jax", analytics_enabled=False, delete_cache=cached, fill_width=True) as page:
+        gr.Markdown(f"**unclip_jax** draws {demo_tabs.about(cascade)}. {SLOW}")
         for name in names:
             with gr.Tab(NAMES[name], id=name, elem_id=f"tab-{name}"):
                 gr.Markdown(HINTS[name] + (SQUARE if name != "draw" else ""))
@@ -61,7 +67,7 @@ def launch(page: gr.Blocks, host: str, port: int, share: bool) -> tuple[str, str
 
     Raises UserError where the port was taken in between, or the page cannot be reached or shared.
     """
-    shown = {"theme": gr.themes.Default(**FONTS), "footer_links": [], "run_history": False}
+    shown = {"theme": gr.themes.Default(**FONTS), "css": STYLE, "footer_links": [], "run_history": False}
     off = {"ssr_mode": False, "pwa": False, "mcp_server": False, "enable_monitoring": False, "inline": False}
     where = {"server_name": host, "server_port": port, "share": share, "max_file_size": MOST_BYTES}
     try:
@@ -136,8 +142,8 @@ def _text_diff(cascade: Cascade) -> None:
 def _inpaint(cascade: Cascade) -> None:
     with gr.Row():
         with gr.Column(scale=1):
-            brush = gr.Brush(colors=["#ffffff"], color_mode="fixed")
-            painted = _editor("Picture and what to paint over", "inpaint", brush, ["upload", "clipboard"])
+            brush = gr.Brush(colors=[PAINT], color_mode="fixed")
+            painted = _editor("Picture", "inpaint", brush, ["upload", "clipboard"])
             prompt, count, seed, guidance = _prompt("inpaint"), _count(), _seed(), _guidance(cascade, "decoder")
             button = _button("inpaint")
         shown = _gallery("inpaint")
@@ -246,7 +252,8 @@ def _file(name: str, content: bytes) -> str:
 
 
 def _prompt(name: str) -> gr.Textbox:
-    return gr.Textbox(label="Prompt", placeholder="a red fox", elem_id=f"{name}-prompt", max_length=2000)
+    example = "a red apple on a blue background"
+    return gr.Textbox(label="Prompt", placeholder=example, elem_id=f"{name}-prompt", max_length=2000)
 
 
 def _count(label: str = "Pictures", value: int = 4) -> gr.Slider:
@@ -290,6 +297,7 @@ def _editor(label: str, name: str, brush: gr.Brush, sources: list[str]) -> gr.Im
 def _gallery(name: str) -> gr.Gallery:
     buttons = ["download", "fullscreen"]
     shown = {"columns": 4, "object_fit": "contain", "buttons": buttons, "format": "png", "interactive": False}
+    shown |= {"height": "auto"}  # so that no row is hidden
     with gr.Column(scale=2):
         return gr.Gallery(label="Pictures", elem_id=f"{name}-shown", **shown)
 

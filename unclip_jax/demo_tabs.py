@@ -8,6 +8,7 @@ picture depends on its seed and number, not on that.
 import contextlib
 import copy
 import functools
+import math
 import queue
 import re
 import threading
@@ -57,6 +58,15 @@ def tabs(cascade: Cascade) -> list[str]:
         raise UserError("there is nothing to show: this cascade has neither what draws for captions nor a CLIP that "
                         "sees pictures")  # fmt: skip
     return [name for name in ("draw", *INVERTED, "inpaint", "sdedit", "classify") if name in found]
+
+
+def about(cascade: Cascade) -> str:
+    """Says what a cascade draws: its pictures' size, and the public datasets that its decoder was trained on."""
+    config = cascade.decoder.stage.config
+    side = config.model.image_size * math.prod(model.stage.config.model.factor for model in cascade.upsamplers)
+    parts = [part.removeprefix("tfds:") for part in config.data.source.split(" + ") if part.startswith("tfds:")]
+    known = f", and knows what is in {' and '.join(parts)}" if parts else ""
+    return f"pictures of {side} × {side} pixels{known}"
 
 
 def source(cascade: Cascade) -> str | None:
