@@ -27,7 +27,7 @@ from unclip_jax.paths import SHIPPED  # noqa: E402
 
 OUT = ROOT / "docs" / "demo"
 APPLE, STAR = "a red apple on a blue background", "a star on a green background"
-MINUTES = 20  # for what one tab draws, at most
+MINUTES = 60  # for what one tab draws, at most
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def address(tmp_path_factory):
     with demo_server.serve(root, place) as (process, where):
         yield where
         process.terminate()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=SECONDS)
     assert errors == "" and process.returncode == 0
     assert not list(place.iterdir())
 
