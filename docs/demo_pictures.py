@@ -27,6 +27,7 @@ from unclip_jax.paths import SHIPPED  # noqa: E402
 
 OUT = ROOT / "docs" / "demo"
 APPLE, STAR = "a red apple on a blue background", "a star on a green background"
+READY = 15_000  # milliseconds until an editor takes a picture, or has it: it shows neither
 MINUTES = 60  # for what one tab draws, at most
 
 
@@ -94,10 +95,10 @@ def take(page: Page, name: str) -> None:
 
 
 def give(page: Page, element: str, path: Path) -> None:
-    """Gives a picture to a component. An editor takes none before it is ready, which it does not show."""
-    page.wait_for_timeout(4000)
+    """Gives a picture to a component."""
+    page.wait_for_timeout(READY)
     page.locator(f"#{element}-picture input[type=file]").first.set_input_files(path)
-    page.wait_for_timeout(4000)
+    page.wait_for_timeout(READY)
 
 
 def fill_vary(page: Page, apple: Path, star: Path) -> None:

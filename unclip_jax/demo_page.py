@@ -41,9 +41,9 @@ HINTS = {
 }
 SQUARE = " Models see the square in the middle of a picture."
 SLOW = "The first pictures, and the first of other settings, take longer: programs are compiled for them."
-# Frames fill their boxes, however few pixels they have.
-STYLE = "".join(f"#{tab}-{box} img {{width: 100%; height: 100%; object-fit: contain}}"
-                for tab in ("interpolate", "text_diff") for box in ("frame", "gif"))  # fmt: skip
+# Pictures fill their boxes, however few pixels they have; no row of a gallery is hidden.
+STYLE = "[id$=-picture] img, [id$=-frame] img, [id$=-gif] img {width: 100%; height: 100%; object-fit: contain} "
+STYLE += ".grid-wrap.fixed-height {max-height: none !important}"
 PAINT = "#ff00a0"  # of what is to be drawn anew: seen on most pictures
 
 
@@ -297,7 +297,6 @@ def _editor(label: str, name: str, brush: gr.Brush, sources: list[str]) -> gr.Im
 def _gallery(name: str) -> gr.Gallery:
     buttons = ["download", "fullscreen"]
     shown = {"columns": 4, "object_fit": "contain", "buttons": buttons, "format": "png", "interactive": False}
-    shown |= {"height": "auto"}  # so that no row is hidden
     with gr.Column(scale=2):
         return gr.Gallery(label="Pictures", elem_id=f"{name}-shown", **shown)
 
