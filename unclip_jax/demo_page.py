@@ -43,7 +43,7 @@ SQUARE = " Models see the square in the middle of a picture."
 SLOW = "The first pictures, and the first of other settings, take longer: programs are compiled for them."
 # Pictures fill their boxes, however few pixels they have; no row of a gallery is hidden.
 STYLE = "[id$=-picture] img, [id$=-frame] img, [id$=-gif] img {width: 100%; height: 100%; object-fit: contain} "
-STYLE += ".grid-wrap.fixed-height {max-height: none !important}"
+STYLE += ".fixed-height {max-height: none !important}"
 PAINT = "#ff00a0"  # of what is to be drawn anew: seen on most pictures
 
 
