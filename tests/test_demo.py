@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -23,6 +24,7 @@ from unclip_jax.bundle import save_bundle
 from unclip_jax.cascade import Cascade, scaled_mask
 from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
+from unclip_jax.watching import PREVIEWS
 
 ROOT = Path(__file__).parent.parent
 STEPS = 5
@@ -66,8 +68,8 @@ def painted(picture, mask):
     return {"background": background, "layers": [layer], "composite": np.where(mask[..., None], layer, background)}
 
 
-def joined(chunks):
-    return np.concatenate(list(chunks))
+def joined(parts):
+    return np.concatenate([part.images for part in parts if part.drawn])
 
 
 def test_tabs_are_what_a_cascade_can_do(cascade, glide):
@@ -86,7 +88,7 @@ def test_a_clip_of_captions_alone_sees_no_pictures(cascade):
 
 
 def test_drawn_are_the_pictures_of_sample_as_they_come(cascade):
-    chunks = list(demo_tabs.draw(cascade, "a red fox", 3, 7))
+    chunks = [part.images for part in demo_tabs.draw(cascade, "a red fox", 3, 7) if part.drawn]
     assert [len(chunk) for chunk in chunks] == [1, 1, 1]
     for number, chunk in enumerate(chunks):
         expected = cascade.generate(["a red fox"], 7, rows=[0], draws=[number])["images"][-1]
@@ -97,10 +99,55 @@ def test_drawn_are_the_pictures_of_sample_as_they_come(cascade):
 def test_chunks_are_of_one_size_and_the_rest_is_left_out():
     asked = []
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
-    draw = lambda numbers: asked.append(numbers) or np.array(numbers)  # noqa: E731
-    chunks = list(demo_tabs._in_chunks(draw, 6, SimpleNamespace(decoder=SimpleNamespace(mesh=mesh))))
+
+    def draw(_, numbers):
+        asked.append(numbers)
+        return {"images": [np.array(numbers)]}
+
+    parts = demo_tabs._in_chunks(SimpleNamespace(decoder=SimpleNamespace(mesh=mesh)), draw, 6)
+    assert [list(part.images) for part in parts] == [[0, 1, 2, 3], [4, 5]]
     assert asked == [range(4), range(4, 8)]
-    assert [list(chunk) for chunk in chunks] == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_a_cascade_says_what_it_draws_and_no_folder(cascade):
+    known = "emoji_scenes/single_64"
+    assert demo_tabs.about(cascade) == f"pictures of 8 × 8 pixels, and knows what is in {known}"
+    upsampler = SimpleNamespace(stage=SimpleNamespace(config=SimpleNamespace(model=SimpleNamespace(factor=4))))
+    config = cascade.decoder.stage.config.copy_and_resolve_references().unlock()
+    config.data.source = f"folder:/my/pictures + tfds:{known}"
+    decoder = SimpleNamespace(stage=SimpleNamespace(config=config))
+    models = SimpleNamespace(decoder=decoder, upsamplers=[upsampler])
+    assert demo_tabs.about(models) == f"pictures of 32 × 32 pixels, and knows what is in {known}"
+    config.data.source = "folder:/my/pictures"
+    assert demo_tabs.about(models) == "pictures of 32 × 32 pixels"
+
+
+def test_what_is_predicted_comes_before_what_is_drawn(cascade):
+    parts = list(demo_tabs.draw(cascade, "a red fox", 2, 7))
+    assert [part.drawn for part in parts] == 2 * [False, False, False, True], "the decoder takes three steps"
+    first, _, last, drawn = (part.images.astype(int) for part in parts[:4])
+    assert np.abs(last - drawn).max() <= 1, "DDIM's last step ends in the x0 that it predicts"
+    assert np.abs(first - drawn).max() > 1
+    parts = list(demo_tabs.draw(cascade, "a red fox", 1, 7, steps="250"))
+    assert len(parts) == 1 + PREVIEWS
+
+
+def test_drawing_ends_when_nobody_waits_for_it():
+    left, ended = threading.Event(), []
+
+    def draw(watched):
+        watched.watch.see(np.zeros((1, 8, 8, 3)))
+        assert left.wait(60)
+        watched.watch.see(np.zeros((1, 8, 8, 3)))
+        ended.append("drawn")
+
+    parts = demo_tabs._seen(SimpleNamespace(), draw)
+    assert not next(parts).drawn
+    assert not demo_tabs.DEVICE.acquire(blocking=False), "the next visitor's pictures wait"
+    parts.close()
+    left.set()
+    with demo_tabs.DEVICE:
+        assert not ended
 
 
 def test_scales_sampler_and_steps_are_heeded(cascade):
@@ -117,16 +164,14 @@ def test_scales_sampler_and_steps_are_heeded(cascade):
 
 def test_edits_are_those_of_the_cascade(cascade, files):
     wide, square = (demo_tabs.read(files[name]) for name in ("wide", "square"))
-    varied = demo_tabs.vary(cascade, files["wide"], 0.5, 2, 3, STEPS)
+    varied = joined(demo_tabs.vary(cascade, files["wide"], 0.5, 2, 3, STEPS))
     expected = cascade.variations(wide, 2, 0.5, 3, steps=STEPS)["images"][-1]
     np.testing.assert_array_equal(varied, expected)
-    frames, labels = demo_tabs.interpolate(cascade, files["wide"], files["square"], 2, 3, STEPS)
+    frames = joined(demo_tabs.interpolate(cascade, files["wide"], files["square"], 2, 3, STEPS))
     np.testing.assert_array_equal(frames, cascade.interpolate(wide, square, 2, 3, steps=STEPS)["images"][-1])
-    assert labels == ["0.00", "1.00"]
-    frames, labels = demo_tabs.text_diff(cascade, files["wide"], " ", "a red fox", 0.5, 2, 3, STEPS)
+    frames = joined(demo_tabs.text_diff(cascade, files["wide"], " ", "a red fox", 0.5, 2, 3, STEPS))
     expected = cascade.text_diff(wide, "", "a red fox", 0.5, 2, 3, steps=STEPS)["images"][-1]
     np.testing.assert_array_equal(frames, expected)
-    assert labels == ["theta 0.00", "theta 0.50"]
 
 
 @pytest.mark.parametrize("which", ["cascade", "glide"])
@@ -219,7 +264,7 @@ REFUSED = {
 def test_what_cannot_be_drawn_is_one_line(name, given, says, cascade, files):
     given = [value.format(**files) if name != "draw" and isinstance(value, str) else value for value in given]
     with pytest.raises(UserError) as caught:
-        joined(getattr(demo_tabs, name)(cascade, *given))
+        list(getattr(demo_tabs, name)(cascade, *given))
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 

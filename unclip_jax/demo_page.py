@@ -17,7 +17,7 @@ import numpy as np
 
 from unclip_jax import __version__, demo_tabs, pictures
 from unclip_jax.cascade import Cascade
-from unclip_jax.demo_tabs import MOST_PICTURES
+from unclip_jax.demo_tabs import MOST_PICTURES, Part
 from unclip_jax.errors import UserError
 from unclip_jax.paths import to_path, write_bytes
 
@@ -30,7 +30,7 @@ QUEUE = {"concurrency_id": "device", "concurrency_limit": 1}
 NAMES = {"draw": "Draw", "vary": "Vary", "interpolate": "Interpolate", "text_diff": "Text diff", "inpaint": "Inpaint",
          "sdedit": "SDEdit", "classify": "Classify"}  # fmt: skip
 HINTS = {
-    "draw": "Pictures for a prompt.",
+    "draw": "Pictures for a prompt. Each is shown as the model guesses it by now, until it is drawn.",
     "vary": "Other pictures of what CLIP sees in one. Eta 0 reproduces the picture, 1 varies it most.",
     "interpolate": "Steps on the way from one picture to another.",
     "text_diff": "The picture, changed the way that one caption differs from another.",
@@ -40,6 +40,11 @@ HINTS = {
     "classify": "The probability that CLIP gives each label.",
 }
 SQUARE = " Models see the square in the middle of a picture."
+SLOW = "The first pictures, and the first of other settings, take longer: programs are compiled for them."
+# Pictures fill their boxes, however few pixels they have; no row of a gallery is hidden.
+STYLE = "[id$=-picture] img, [id$=-frame] img, [id$=-gif] img {width: 100%; height: 100%; object-fit: contain} "
+STYLE += ".fixed-height {max-height: none !important}"
+PAINT = "#ff00a0"  # of what is to be drawn anew: seen on most pictures
 
 
 def build(cascade: Cascade) -> gr.Blocks:
@@ -49,6 +54,7 @@ def build(cascade: Cascade) -> gr.Blocks:
     names = demo_tabs.tabs(cascade)
     cached = KEPT_SECONDS // 4, KEPT_SECONDS
     with gr.Blocks(title="unclip_jax", analytics_enabled=False, delete_cache=cached, fill_width=True) as page:
+        gr.Markdown(f"**unclip_jax** draws {demo_tabs.about(cascade)}. {SLOW}")
         for name in names:
             with gr.Tab(NAMES[name], id=name, elem_id=f"tab-{name}"):
                 gr.Markdown(HINTS[name] + (SQUARE if name != "draw" else ""))
@@ -61,7 +67,7 @@ def launch(page: gr.Blocks, host: str, port: int, share: bool) -> tuple[str, str
 
     Raises UserError where the port was taken in between, or the page cannot be reached or shared.
     """
-    shown = {"theme": gr.themes.Default(**FONTS), "footer_links": [], "run_history": False}
+    shown = {"theme": gr.themes.Default(**FONTS), "css": STYLE, "footer_links": [], "run_history": False}
     off = {"ssr_mode": False, "pwa": False, "mcp_server": False, "enable_monitoring": False, "inline": False}
     where = {"server_name": host, "server_port": port, "share": share, "max_file_size": MOST_BYTES}
     try:
@@ -100,11 +106,8 @@ def _vary(cascade: Cascade) -> None:
             button = _button("vary")
         shown = _gallery("vary")
 
-    def answer(**given: Any) -> list[str]:
-        return _saved(demo_tabs.vary(cascade, **given), cascade, "vary", given)
-
     given = {"picture": picture, "eta": eta, "count": count, "seed": seed, "steps": steps}
-    _on([button.click], answer, given, shown, "vary")
+    _on([button.click], functools.partial(_streamed, cascade, "vary", demo_tabs.vary), given, shown, "vary")
 
 
 def _interpolate(cascade: Cascade) -> None:
@@ -116,7 +119,7 @@ def _interpolate(cascade: Cascade) -> None:
             button = _button("interpolate")
         outputs = _path("interpolate")
     given = {"first": first, "second": second, "count": count, "seed": seed, "steps": steps}
-    answer = functools.partial(_path_shown, cascade, "interpolate", demo_tabs.interpolate)
+    answer = functools.partial(_path_shown, cascade, "interpolate", demo_tabs.interpolate, "{:.2f}")
     _on([button.click], answer, given, outputs, "interpolate")
 
 
@@ -132,15 +135,15 @@ def _text_diff(cascade: Cascade) -> None:
         outputs = _path("text_diff")
     given = {"picture": picture, "before": before, "after": after, "theta": theta}
     given |= {"count": count, "seed": seed, "steps": steps}
-    answer = functools.partial(_path_shown, cascade, "text_diff", demo_tabs.text_diff)
+    answer = functools.partial(_path_shown, cascade, "text_diff", demo_tabs.text_diff, "theta {:.2f}")
     _on([button.click], answer, given, outputs, "text_diff")
 
 
 def _inpaint(cascade: Cascade) -> None:
     with gr.Row():
         with gr.Column(scale=1):
-            brush = gr.Brush(colors=["#ffffff"], color_mode="fixed")
-            painted = _editor("Picture and what to paint over", "inpaint", brush, ["upload", "clipboard"])
+            brush = gr.Brush(colors=[PAINT], color_mode="fixed")
+            painted = _editor("Picture", "inpaint", brush, ["upload", "clipboard"])
             prompt, count, seed, guidance = _prompt("inpaint"), _count(), _seed(), _guidance(cascade, "decoder")
             button = _button("inpaint")
         shown = _gallery("inpaint")
@@ -195,22 +198,37 @@ def _on(events: list[Callable], answer: Callable, given: dict[str, Any], outputs
 
 
 def _streamed(
-    cascade: Cascade, name: str, draw: Callable[..., Iterator[np.ndarray]], **given: Any
+    cascade: Cascade, name: str, draw: Callable[..., Iterator[Part]], **given: Any
 ) -> Iterator[list[str]]:
-    """Yields the files of the pictures that are drawn so far."""
+    """Yields the files of the pictures that are drawn so far, and of what is predicted of the next."""
     files: list[str] = []
-    for chunk in draw(cascade, **given):
-        files = files + _saved(chunk, cascade, name, given, len(files))
-        yield files
+    for part in draw(cascade, **given):
+        if part.drawn:
+            files = files + _saved(part.images, cascade, name, given, len(files))
+        yield files if part.drawn else files + _previews(part)
 
 
-def _path_shown(cascade: Cascade, name: str, draw: Callable, **given: Any) -> tuple:
-    """Draws frames: for the gallery, the state that the slider reads, the slider, the picture beside it and the GIF."""
-    drawn, labels = draw(cascade, **given)
-    files = _saved(drawn, cascade, name, given)
-    animation = _file(f"{name}.gif", pictures.gif(drawn))
-    slider = gr.Slider(1, max(2, len(files)), 1, step=1)
-    return list(zip(files, labels, strict=True)), files, slider, files[0], animation
+def _path_shown(
+    cascade: Cascade, name: str, draw: Callable[..., Iterator[Part]], label: str, **given: Any
+) -> Iterator[tuple]:
+    """Yields frames: for the gallery, the state that the slider reads, the slider, the picture beside it and the GIF.
+
+    label: below a frame, with its place from 0 to `theta`, or 1.
+    """
+    for part in draw(cascade, **given):
+        labels = [label.format(share) for share in np.linspace(0, given.get("theta", 1), len(part.images))]
+        if not part.drawn:
+            yield list(zip(_previews(part), labels, strict=True)), *[gr.skip()] * 4
+            continue
+        files = _saved(part.images, cascade, name, given)
+        animation = _file(f"{name}.gif", pictures.gif(part.images))
+        slider = gr.Slider(1, max(2, len(files)), 1, step=1)
+        yield list(zip(files, labels, strict=True)), files, slider, files[0], animation
+
+
+def _previews(part: Part) -> list[str]:
+    """Writes files of what is predicted."""
+    return [_file("preview.png", pictures.png(image)) for image in part.images]
 
 
 def _saved(drawn: np.ndarray, cascade: Cascade, name: str, given: dict[str, Any], first: int = 0) -> list[str]:
@@ -234,7 +252,8 @@ def _file(name: str, content: bytes) -> str:
 
 
 def _prompt(name: str) -> gr.Textbox:
-    return gr.Textbox(label="Prompt", placeholder="a red fox", elem_id=f"{name}-prompt", max_length=2000)
+    example = "a red apple on a blue background"
+    return gr.Textbox(label="Prompt", placeholder=example, elem_id=f"{name}-prompt", max_length=2000)
 
 
 def _count(label: str = "Pictures", value: int = 4) -> gr.Slider:

@@ -1,28 +1,46 @@
 """Functions behind the tabs of the demo's page: what a visitor gives, checked, and what a cascade draws for it.
 
-Pictures are uint8 RGB (H, W, 3). All raise UserError, of one line, for what cannot be drawn. Functions that yield draw
-a few pictures at a time, so that the first is shown early: a picture depends on its seed and number, not on that.
+Pictures are uint8 RGB (H, W, 3). All raise UserError, of one line, for what cannot be drawn. Functions that draw yield
+what models predict on the way too. For captions they draw a few pictures at a time, so that the first is shown early: a
+picture depends on its seed and number, not on that.
 """
 
 import contextlib
+import copy
+import functools
+import math
+import queue
 import re
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from unclip_jax.cascade import STEPS, Cascade, check_mask
+from unclip_jax.chain import Drawn
 from unclip_jax.config_values import SAMPLERS
 from unclip_jax.data.transforms import decode
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import to_path
+from unclip_jax.pictures import to_uint8
+from unclip_jax.watching import PREVIEWS, Watch
 
 MOST_PICTURES = 16  # at once
 CAPTIONED = ("draw", "inpaint", "sdedit")  # tabs that draw for a prompt
 INVERTED = ("vary", "interpolate", "text_diff")  # tabs that draw by DDIM, to and fro
 SOME_STEPS = (10, 20, 50, 100, 250)  # that can be chosen: each compiles the model anew
 AT_ONCE = 4  # pictures of a chunk; on a CPU, where several take as long as one after another, 1
+DEVICE = threading.Lock()  # held while models draw
+
+
+class Part(NamedTuple):
+    """Pictures, uint8 (N, H, W, 3), the next ones of those asked for: as a model predicts them by now, or `drawn`."""
+
+    images: np.ndarray
+    drawn: bool
 
 
 def tabs(cascade: Cascade) -> list[str]:
@@ -40,6 +58,15 @@ def tabs(cascade: Cascade) -> list[str]:
         raise UserError("there is nothing to show: this cascade has neither what draws for captions nor a CLIP that "
                         "sees pictures")  # fmt: skip
     return [name for name in ("draw", *INVERTED, "inpaint", "sdedit", "classify") if name in found]
+
+
+def about(cascade: Cascade) -> str:
+    """Says what a cascade draws: its pictures' size, and the public datasets that its decoder was trained on."""
+    config = cascade.decoder.stage.config
+    side = config.model.image_size * math.prod(model.stage.config.model.factor for model in cascade.upsamplers)
+    parts = [part.removeprefix("tfds:") for part in config.data.source.split(" + ") if part.startswith("tfds:")]
+    known = f", and knows what is in {' and '.join(parts)}" if parts else ""
+    return f"pictures of {side} × {side} pixels{known}"
 
 
 def source(cascade: Cascade) -> str | None:
@@ -82,8 +109,8 @@ def draw(
     prior_guidance: float | None = None,
     sampler: str | None = None,
     steps: str | None = None,
-) -> Iterator[np.ndarray]:
-    """Draws pictures for a prompt: those of `unclip sample`. Yields them in chunks, uint8 (N, H, W, 3).
+) -> Iterator[Part]:
+    """Draws pictures for a prompt: those of `unclip sample`.
 
     guidance, prior_guidance, sampler, steps: of the decoder, and of the prior; None: those of the trained configs.
     """
@@ -92,26 +119,27 @@ def draw(
     scales = {"guidance_scale": guidance, "prior_guidance_scale": prior_guidance}
     seed, drawn_from = _seed(seed), _checked(cascade, prompt)
 
-    def chunk(numbers: range) -> np.ndarray:
+    def chunk(watched: Cascade, numbers: range) -> Drawn:
         places = {"rows": [0] * len(numbers), "draws": list(numbers)}
-        drawn = cascade.generate([prompt] * len(numbers), seed, source=drawn_from, **scales, **places)
-        return drawn["images"][-1]
+        return watched.generate([prompt] * len(numbers), seed, source=drawn_from, **scales, **places)
 
-    yield from _in_chunks(chunk, _count(count), cascade)
+    yield from _in_chunks(cascade, chunk, _count(count))
 
 
-def vary(cascade: Cascade, picture: str | None, eta: float, count: int, seed: int, steps: int = STEPS) -> np.ndarray:
-    """Draws variations of a picture's file, uint8 (count, H, W, 3). eta: 0 reproduces it, 1 varies it most."""
-    return cascade.variations(read(picture), _count(count), float(eta), _seed(seed), steps=int(steps))["images"][-1]
+def vary(
+    cascade: Cascade, picture: str | None, eta: float, count: int, seed: int, steps: int = STEPS
+) -> Iterator[Part]:
+    """Draws variations of a picture's file. eta: 0 reproduces it, 1 varies it most."""
+    given = read(picture), _count(count), float(eta), _seed(seed)
+    yield from _seen(cascade, lambda watched: watched.variations(*given, steps=int(steps)))
 
 
 def interpolate(
     cascade: Cascade, first: str | None, second: str | None, count: int, seed: int, steps: int = STEPS
-) -> tuple[np.ndarray, list[str]]:
-    """Draws frames on the way from one picture's file to another's, uint8 (count, H, W, 3); and a label for each."""
-    both = read(first, "first picture"), read(second, "second picture")
-    drawn = cascade.interpolate(*both, _count(count), _seed(seed), steps=int(steps))["images"][-1]
-    return drawn, [f"{share:.2f}" for share in np.linspace(0, 1, len(drawn))]
+) -> Iterator[Part]:
+    """Draws frames on the way from one picture's file to another's."""
+    given = read(first, "first picture"), read(second, "second picture"), _count(count), _seed(seed)
+    yield from _seen(cascade, lambda watched: watched.interpolate(*given, steps=int(steps)))
 
 
 def text_diff(
@@ -123,24 +151,22 @@ def text_diff(
     count: int,
     seed: int,
     steps: int = STEPS,
-) -> tuple[np.ndarray, list[str]]:
-    """Draws frames from a picture's file to it changed as caption `before` is to `after`, uint8 (count, H, W, 3); and a
-    label for each.
+) -> Iterator[Part]:
+    """Draws frames from a picture's file to it changed as caption `before` is to `after`.
 
     before: may be empty. theta: how far, from 0 to 1.
     """
     image = read(picture)
     before, after = ((text or "").strip() for text in (before, after))
     cascade.check_captions([after, *filter(None, [before])])
-    made = cascade.text_diff(image, before, after, float(theta), _count(count), _seed(seed), steps=int(steps))
-    drawn = made["images"][-1]
-    return drawn, [f"theta {share:.2f}" for share in np.linspace(0, theta, len(drawn))]
+    given = image, before, after, float(theta), _count(count), _seed(seed)
+    yield from _seen(cascade, lambda watched: watched.text_diff(*given, steps=int(steps)))
 
 
 def inpaint(
     cascade: Cascade, painted: dict[str, Any] | None, prompt: str, count: int, seed: int, guidance: float | None = None
-) -> Iterator[np.ndarray]:
-    """Draws the painted part of a picture anew, to match a prompt. Yields pictures in chunks, uint8 (N, H, W, 3).
+) -> Iterator[Part]:
+    """Draws the painted part of a picture anew, to match a prompt.
 
     painted: an editor's value, its "background" and its "layers" of paint, RGBA. Where nothing was painted, the result
     is the square in the picture's middle, at its own size, bit for bit.
@@ -149,11 +175,10 @@ def inpaint(
     check_mask(mask, picture)
     seed, options = _seed(seed), {"guidance_scale": guidance, "source": _checked(cascade, prompt)}
 
-    def chunk(numbers: range) -> np.ndarray:
-        drawn = cascade.inpaint(picture, mask, prompt, len(numbers), seed, rows=list(numbers), **options)
-        return drawn["images"][-1]
+    def chunk(watched: Cascade, numbers: range) -> Drawn:
+        return watched.inpaint(picture, mask, prompt, len(numbers), seed, rows=list(numbers), **options)
 
-    yield from _in_chunks(chunk, _count(count), cascade)
+    yield from _in_chunks(cascade, chunk, _count(count))
 
 
 def sdedit(
@@ -164,8 +189,8 @@ def sdedit(
     count: int,
     seed: int,
     guidance: float | None = None,
-) -> Iterator[np.ndarray]:
-    """Draws pictures of a prompt with the layout of a sketch. Yields them in chunks, uint8 (N, H, W, 3).
+) -> Iterator[Part]:
+    """Draws pictures of a prompt with the layout of a sketch.
 
     sketched: an editor's value, of which the "composite", RGBA, is drawn on white. start: how much noise is added to
     the sketch, from 0 to 1.
@@ -176,11 +201,10 @@ def sdedit(
     sketch = on_white(composite)
     seed, options = _seed(seed), {"guidance_scale": guidance, "source": _checked(cascade, prompt)}
 
-    def chunk(numbers: range) -> np.ndarray:
-        drawn = cascade.sdedit(sketch, prompt, float(start), len(numbers), seed, rows=list(numbers), **options)
-        return drawn["images"][-1]
+    def chunk(watched: Cascade, numbers: range) -> Drawn:
+        return watched.sdedit(sketch, prompt, float(start), len(numbers), seed, rows=list(numbers), **options)
 
-    yield from _in_chunks(chunk, _count(count), cascade)
+    yield from _in_chunks(cascade, chunk, _count(count))
 
 
 def classify(cascade: Cascade, picture: str | None, labels: str, template: str = "{}") -> dict[str, float]:
@@ -252,9 +276,57 @@ def _seed(value: float | None) -> int:
     return int(value)
 
 
-def _in_chunks(draw: Callable[[range], np.ndarray], count: int, cascade: Cascade) -> Iterator[np.ndarray]:
+def _in_chunks(cascade: Cascade, draw: Callable[[Cascade, range], Drawn], count: int) -> Iterator[Part]:
     """Draws `count` pictures by their numbers, a chunk of always the same size at a time, so that little compiles."""
     on_cpu = cascade.decoder.mesh.devices.flat[0].platform == "cpu"
     size = 1 if on_cpu else AT_ONCE
     for start in range(0, count, size):
-        yield draw(range(start, start + size))[: count - start]
+        numbers = range(start, start + size)
+        for part in _seen(cascade, functools.partial(draw, numbers=numbers)):
+            yield part._replace(images=part.images[: count - start])
+
+
+class _Eye(Watch):
+    """Puts what models predict on the way into a queue."""
+
+    sees = True
+
+    def __init__(self) -> None:
+        self.seen: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self.closed = False
+
+    def at_once(self, steps: int) -> int:
+        return -(-steps // PREVIEWS)
+
+    def see(self, x0: np.ndarray) -> None:
+        if self.closed:
+            raise _Left
+        self.seen.put(to_uint8(x0))
+
+
+class _Left(Exception):
+    """Nobody waits for the pictures any more."""
+
+
+def _seen(cascade: Cascade, draw: Callable[[Cascade], Drawn]) -> Iterator[Part]:
+    """Draws in a thread; yields what the models predict on the way, then the largest pictures that are drawn.
+
+    Where the rest is not asked for, as by a visitor who has left, drawing ends at the next that would be yielded.
+    """
+    watched, eye = copy.copy(cascade), _Eye()
+    watched.watch = eye
+
+    def drawn() -> np.ndarray:
+        with DEVICE:
+            return draw(watched)["images"][-1]
+
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(drawn)
+    future.add_done_callback(lambda _: eye.seen.put(None))
+    try:
+        while (images := eye.seen.get()) is not None:
+            yield Part(images, drawn=False)
+        yield Part(future.result(), drawn=True)
+    finally:
+        eye.closed = True
+        pool.shutdown(wait=False)

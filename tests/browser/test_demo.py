@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import demo_server
@@ -27,7 +28,7 @@ def address(tmp_path_factory):
     with demo_server.serve(root, place) as (process, where):
         yield where
         process.terminate()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=SECONDS)
     assert errors == "" and process.returncode == 0
     assert not list(place.iterdir())
 
@@ -82,8 +83,14 @@ def fetched(page, selector):
 
 
 def shown(page, name, count=4):
-    """Waits until so many pictures of a tab are there, and returns them."""
-    page.wait_for_function(f"document.querySelectorAll('#{name}-shown img').length === {count}")
+    """Waits until so many pictures of a tab are drawn, and returns them."""
+    page.wait_for_function(
+        """([name, count]) => {
+            const images = [...document.querySelectorAll(`#${name}-shown img`)]
+            return images.length === count && !images.some(image => image.src.includes('preview'))
+        }""",
+        arg=[name, count],
+    )
     return fetched(page, f"#{name}-shown")
 
 
@@ -91,25 +98,59 @@ def told(image):
     return json.loads(image.text["demo"])
 
 
+def noted(page, name):
+    """Has the page note the addresses of all pictures that a tab shows from now on: read them by `window.noted`."""
+    page.evaluate(
+        """name => {
+            window.noted = []
+            const note = () => window.noted.push([...document.querySelectorAll(`#${name}-shown img`)].map(i => i.src))
+            const changes = {childList: true, subtree: true, attributes: true, attributeFilter: ['src']}
+            new MutationObserver(note).observe(document.body, changes)
+        }""",
+        name,
+    )
+
+
+def previewed(page):
+    """Addresses of the previews that a page has noted, and how many pictures were drawn when the first was shown."""
+    seen = page.evaluate("window.noted")
+    previews = {source for sources in seen for source in sources if "preview" in source}
+    first = next(sources for sources in seen if previews & set(sources))
+    return previews, len([source for source in first if "preview" not in source])
+
+
 def test_pictures_of_a_prompt_come_one_after_another(visit):
     page = visit()
-    page.evaluate(
-        """() => {
-            window.counts = new Set()
-            const count = () => window.counts.add(document.querySelectorAll('#draw-shown img').length)
-            new MutationObserver(count).observe(document.body, {childList: true, subtree: true})
-        }"""
-    )
+    noted(page, "draw")
     page.locator("#draw-prompt textarea").fill("a red fox")
     page.click("#draw-button")
     drawn = shown(page, "draw")
-    assert 1 in page.evaluate("[...window.counts]")
     assert len({image.tobytes() for image in drawn}) == 4
     assert [told(image)["index"] for image in drawn] == [0, 1, 2, 3]
     assert all(told(image)["prompt"] == "a red fox" for image in drawn)
+    previews, before = previewed(page)
+    assert before == 0, "they are shown while nothing is drawn yet"
+    looks = [np.asarray(Image.open(io.BytesIO(page.request.get(source).body()))) for source in previews]
+    assert {look.shape for look in looks} == {np.asarray(drawn[0]).shape}
+    assert len({look.tobytes() for look in looks}) > 1, "x0 changes from step to step"
     page.locator("#draw-prompt textarea").fill("a blue tent")
     page.locator("#draw-prompt textarea").press("Enter")
     page.wait_for_function("document.querySelector('#draw-shown img')?.src.includes('a_blue_tent')")
+
+
+def test_count_seed_and_scale_are_heeded(visit):
+    page = visit()
+    page.locator("#draw-prompt textarea").fill("a red fox")
+    tab = page.locator("#tab-draw")
+    tab.get_by_text("How it is drawn").click()
+    for label, value in (("Pictures", 2), ("Seed", 5), ("Guidance", 3)):
+        field = tab.locator(f"input[aria-label='number input for {label}'], input[aria-label='{label}']")
+        field.fill(str(value))
+        field.press("Tab")
+    page.click("#draw-button")
+    found = [told(image) for image in shown(page, "draw", 2)]
+    assert [(one["count"], one["seed"], one["guidance"]) for one in found] == 2 * [(2, 5, 3)]
+    assert found[0]["sampler"] == "ddim" and found[0]["steps"] == "3", "those of the trained config"
 
 
 def test_painted_pixels_are_drawn_and_all_others_stay(visit, files):
@@ -148,8 +189,14 @@ def test_edits_are_shown_frame_by_frame(visit, files):
     page.wait_for_selector("#interpolate-second-picture img")
     page.click("#interpolate-button")
     frames = shown(page, "interpolate", 8)
+    labels = page.locator("#interpolate-shown .caption-label").all_inner_texts()
+    assert [float(label) for label in labels] == [round(share, 2) for share in np.linspace(0, 1, 8)]
     (animation,) = fetched(page, "#interpolate-gif")
     assert animation.format == "GIF" and animation.n_frames == 14
+    with page.expect_download() as waiting:
+        page.locator("#interpolate-gif").get_by_label("Download").click()
+    with Image.open(waiting.value.path()) as kept:
+        assert (kept.format, kept.n_frames) == ("GIF", 14)
     for number in (1, 5, 8):
         page.locator("#interpolate-slider input[type=number]").fill(str(number))
         page.locator("#interpolate-slider input[type=number]").press("Enter")
@@ -157,24 +204,66 @@ def test_edits_are_shown_frame_by_frame(visit, files):
         assert fetched(page, "#interpolate-frame")[0].tobytes() == frames[number - 1].tobytes()
 
 
-def test_every_other_tab_answers(visit, files):
+def test_a_dropped_picture_is_varied(visit, files):
     page = visit()
-    for tab, name in (("Vary", "vary"), ("Text diff", "text_diff"), ("SDEdit", "sdedit"), ("Classify", "classify")):
-        open_tab(page, tab)
-        give(page, name, files / "square.png")
-        page.wait_for_timeout(1500)
-        if name == "text_diff":
-            page.get_by_label("After").fill("a red fox")
-        if name == "sdedit":
-            page.locator("#sdedit-prompt textarea").fill("a red fox")
-        if name == "classify":
-            page.get_by_label("Labels").fill("red fox, blue tent")
-        page.click(f"#{name}-button")
-        if name == "classify":
-            page.wait_for_selector("#classify-shown:has-text('red fox'):has-text('%')")
-        else:
-            drawn = shown(page, name, 8 if name == "text_diff" else 4)
-            assert told(drawn[0])["tab"] == name
+    open_tab(page, "Vary")
+    noted(page, "vary")
+    dropped = page.evaluate_handle(
+        """bytes => {
+            const data = new DataTransfer()
+            data.items.add(new File([new Uint8Array(bytes)], 'square.png', {type: 'image/png'}))
+            return data
+        }""",
+        list((files / "square.png").read_bytes()),
+    )
+    page.locator("#vary-picture button:has(input[type=file])").dispatch_event("drop", {"dataTransfer": dropped})
+    page.wait_for_selector("#vary-picture img")
+    field = page.locator("#tab-vary").get_by_label("number input for Eta")
+    field.fill("0")
+    field.press("Tab")
+    page.click("#vary-button")
+    drawn = shown(page, "vary")
+    assert [(told(image)["tab"], told(image)["eta"]) for image in drawn] == 4 * [("vary", 0)]
+    assert len({image.tobytes() for image in drawn}) == 1, "without noise all are the same"
+    assert previewed(page)[0]
+
+
+def test_a_text_diff_starts_at_the_picture_and_ends_at_theta(visit, files):
+    page = visit()
+    open_tab(page, "Text diff")
+    give(page, "text_diff", files / "square.png")
+    page.wait_for_selector("#text_diff-picture img")
+    page.get_by_label("Before").fill("a blue tent")
+    page.get_by_label("After").fill("a red fox")
+    page.click("#text_diff-button")
+    drawn = shown(page, "text_diff", 8)
+    about = told(drawn[0])
+    assert (about["before"], about["after"], about["theta"]) == ("a blue tent", "a red fox", 0.4)
+    labels = page.locator("#text_diff-shown .caption-label").all_inner_texts()
+    assert (labels[0], labels[-1]) == ("theta 0.00", "theta 0.40")
+    page.get_by_label("After").fill("a blue tent")
+    page.click("#text_diff-button")
+    page.wait_for_selector("[data-testid=toast-body]:has-text('are the same to this CLIP')")
+
+
+def test_a_sketch_is_drawn_over_and_labels_have_probabilities(visit, files):
+    page = visit()
+    open_tab(page, "SDEdit")
+    give(page, "sdedit", files / "square.png")
+    page.wait_for_timeout(3000)
+    page.locator("#sdedit-prompt textarea").fill("a red fox")
+    page.click("#sdedit-button")
+    drawn = shown(page, "sdedit")
+    assert [(told(image)["tab"], told(image)["start"]) for image in drawn] == 4 * [("sdedit", 0.5)]
+    assert len({image.tobytes() for image in drawn}) == 4
+    open_tab(page, "Classify")
+    give(page, "classify", files / "square.png")
+    page.wait_for_selector("#classify-picture img")
+    page.get_by_label("Labels").fill("red fox, blue tent")
+    page.click("#classify-button")
+    page.wait_for_selector("#classify-shown:has-text('red fox'):has-text('blue tent'):has-text('%')")
+    shares = re.findall(r"(\d+)%", page.inner_text("#classify-shown"))
+    assert abs(sum(map(int, shares)) - 100) <= 1
 
 
 def test_two_visitors_each_get_their_own(visit):
