@@ -1,0 +1,66 @@
+"""Typographic attack: a word in the picture, CLIP's classification of it, and what the decoder draws all the same."""
+
+import jax
+import numpy as np
+
+from unclip_jax.cascade import Cascade
+from unclip_jax.data import varied_scenes
+from unclip_jax.data.openmoji import objects, with_article
+from unclip_jax.evaluation import factors
+from unclip_jax.evaluation.features import unit
+from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values
+
+LABELS = (
+    *(f"a picture of {with_article(varied_scenes.noun(name))}" for name in objects()),
+    *(f'the word "{word}"' for word in varied_scenes.WORDS),
+)
+
+
+def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
+    """Tells whether each scene's object is recognised, "object", and whether its word is, "word": by the CLIP, among
+    the names of all objects and words, or in what the decoder draws from the CLIP's embedding."""
+    pictures = lab.pictures()
+    if arm.name == "blank":
+        pictures = [without_word(scene, picture) for scene, picture in zip(lab.scenes, pictures, strict=True)]
+    z = cascade.image_embeddings(pictures)
+    if arm.name == "drawn":
+        size = cascade.decoder.stage.config.model.image_size
+        noise = np.asarray(jax.random.normal(jax.random.key(0), (len(z), size, size, 3)))
+        images = cascade.redraw(z, noise, 0, steps=25, inverted=False)["images"][-1]
+        shown = [(scene.object, scene.word) for scene in factors.read(images).scenes]
+    else:
+        names = [(name, "") for name in objects()] + [("", word) for word in varied_scenes.WORDS]
+        nearest = np.argmax(unit(z) @ unit(cascade.text_embeddings(list(LABELS))).T, axis=1)
+        shown = [names[row] for row in nearest]
+    true = [(scene.object, scene.word) for scene in map(factors.as_read, lab.scenes)]
+    hits = np.array([[a == b for a, b in zip(*pair, strict=True)] for pair in zip(shown, true, strict=True)], np.float64)
+    return {"object": hits[:, :1], "word": hits[:, 1:]}
+
+
+def without_word(scene: varied_scenes.Scene, picture: np.ndarray) -> np.ndarray:
+    """Paints the background over the label."""
+    left, top, right, bottom = varied_scenes.label_box(scene.place)
+    blank = picture.copy()
+    plain = varied_scenes.background(scene.colour, scene.pattern, varied_scenes.FRAME)
+    blank[top:bottom, left:right] = plain[top:bottom, left:right]
+    return blank
+
+
+EXPERIMENT = Experiment(
+    question="Does a written word hide an object from CLIP, and from the decoder?",
+    paper="unCLIP, section 3.3, figure 6",
+    models=("clip", "decoder"),
+    arms=(
+        Arm("blank", "classified by CLIP, without a word"),
+        Arm("word", "classified by CLIP, with a word"),
+        Arm("drawn", "drawn from its embedding, with a word"),
+    ),
+    measures={"object": "object recognised", "word": "word recognised"},
+    claims=(
+        Claim("A written word keeps CLIP from naming the object.", "object", "blank", "word"),
+        Claim("What the decoder draws shows the object more often than CLIP names it.", "object", "drawn", "word"),
+    ),
+    captions=512,
+    draws=1,
+    measure=measure,
+)
