@@ -128,6 +128,20 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert done.stderr.startswith("error: --config.model.unit: ") and done.stderr.count("\n") == 1
 
 
+CONFIGS = [("c.json", f'{{"config": {value}}}', "holds no config") for value in ("5", "[1]", '"abc"', "null")]
+CONFIGS += [("c.json", "[" * 100_000, "holds no config"), ("c.json", "no JSON", "holds no config")]
+CONFIGS += [("c.py", "x = ]", r"no config that can be run: SyntaxError: unmatched '\]'"),
+            ("c.py", "x = 5", "no config that can be run: AttributeError: .* no attribute 'get_config'"),
+            ("c.py", "raise KeyError(3)", "no config that can be run: KeyError: 3")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "says"), CONFIGS)
+def test_files_that_are_no_configs_are_one_line(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=says):
+        cli.load_config(str(tmp_path / name))
+
+
 @pytest.mark.parametrize(("before", "after"), [(None, "0.9"), ("0.5", "0.5")])
 def test_commands_let_jax_take_nine_tenths_of_a_gpu(before, after, monkeypatch):
     name, seen = "XLA_PYTHON_CLIENT_MEM_FRACTION", []
@@ -202,6 +216,23 @@ def test_a_second_sample_compiles_nothing(drawn):
     """Its models are loaded anew, as by another process; every program comes from the cache."""
     words = drawn[2].splitlines()[-1]
     assert re.fullmatch(r"4 pictures in [\d.]+ s, 0 programs compiled, [1-9]\d* from the cache", words)
+
+
+@pytest.mark.parametrize("changed", [
+    {"settings": "no JSON"}, {"settings": []}, {"position": "5"}, {"position": "-1"}, {"seed": "-1"}, {"seed": "x"},
+    {"settings": {"batch": 10**12}}, {"settings": {"models": 5}}, {"settings": {"guidance": "high"}},
+    {"settings": {"sampling": {"decoder": 5}}}, {"settings": {"sampling": {"decoder": {"steps": 5}}}},
+    {"settings": {"from": 7}}, {"settings": {"sampling": {"decoder": {"eta": [1]}}}},
+])  # fmt: skip
+def test_settings_of_a_picture_that_were_changed_are_one_line(drawn, tmp_path, changed):
+    with Image.open(drawn[0] / "a_red_apple_7_0.png") as picture:
+        stored = dict(picture.text)
+        if isinstance(changed.get("settings"), dict):
+            changed = {"settings": json.loads(stored["settings"]) | changed["settings"]}
+        pictures.save_png(tmp_path / "x.png", np.asarray(picture), stored | changed)
+    with pytest.raises(UserError) as caught:
+        sample.main(["sample", f"--again={tmp_path / 'x.png'}", f"--out={tmp_path / 'out'}"])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_rerank_keeps_each_prompts_nearest_best_first():

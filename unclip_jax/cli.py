@@ -4,7 +4,6 @@ import argparse
 import difflib
 import importlib.util
 import io
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from unclip_jax import hub
 from unclip_jax.config import completed, flat_keys
 from unclip_jax.config_values import with_floats
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import is_remote, storage_errors, to_path, written_by_others
 
 if TYPE_CHECKING:
@@ -214,11 +214,13 @@ def load_config(spec: str) -> ConfigDict:
         return _stored_config(found)
     module_spec = importlib.util.spec_from_file_location(f"config_{found.stem}", found)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
     try:
+        module_spec.loader.exec_module(module)
         return with_floats(module.get_config(size) if size else module.get_config())
     except ValueError as error:
         raise UserError(f"{spec}: {error}") from error
+    except Exception as error:  # a file of one's own may do anything
+        raise UserError(f"{spec} is no config that can be run: {type(error).__name__}: {error}") from error
 
 
 def installed_configs() -> Path:
@@ -231,10 +233,10 @@ def installed_configs() -> Path:
 def _stored_config(path: Path) -> ConfigDict:
     """Reads a config from the config.json of a run or bundle."""
     try:
-        return with_floats(completed(ConfigDict(lists_to_tuples(json.loads(path.read_text())["config"]))))
+        return with_floats(completed(ConfigDict(lists_to_tuples(parsed_json(path.read_text())["config"]))))
     except FileNotFoundError as error:
         raise UserError(f"no config file {path}: expected config.json of a run's workdir or of a bundle") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no config: give config.json of a run's workdir or of a bundle") from error
 
 

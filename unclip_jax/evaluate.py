@@ -91,6 +91,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     cli.enable_compilation_cache()
     # All that can be missing is looked for before anything is drawn.
+    from unclip_jax.drawing import read_run
     from unclip_jax.evaluation import features, frechet
     from unclip_jax.evaluation.zero_shot import read_templates
 
@@ -105,6 +106,7 @@ def main(argv: list[str]) -> int:
         next(read_pictures(args.reference, args.size))
     if args.bundle:
         _draw(args)
+    drawn = read_run(to_path(args.pictures))
 
     found: list[Any] = []
     if "alignment" in args.metric:
@@ -113,10 +115,9 @@ def main(argv: list[str]) -> int:
         found += _by_inception(args, inception, statistics)
     if clip:
         found += _by_clip(args, clip, templates)
-    run = to_path(args.pictures) / "run.json"
-    drawn = {"drawn": json.loads(run.read_text())} if run.is_file() else {}
+    about = {"drawn": drawn} if drawn else {}
     for result in found:
-        print(json.dumps(result.noting(**drawn)._asdict()) if args.json else result)
+        print(json.dumps(result.noting(**about)._asdict()) if args.json else result)
     return 0
 
 

@@ -12,6 +12,7 @@ lists the hundred of which it is least sure: label these, put them into the two 
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,4 +199,4 @@ def _output(name: str, option: str, ending: str) -> Path:
 
 
 def _write(path: Path, names: list[str]) -> None:
-    write_bytes(path, "".join(f"{name}\n" for name in names).encode())
+    write_bytes(path, b"".join(os.fsencode(name) + b"\n" for name in names))

@@ -267,7 +267,7 @@ def on_disk(files: Sequence[Path], label: str) -> list[Path]:
     listed, copies, missing, size = _listed(files[0].parent), [], [], 0
     for file in files:
         info = listed[file.name]
-        of_version = hashlib.sha256(f"{file} {info['generation']}".encode()).hexdigest()
+        of_version = hashlib.sha256(os.fsencode(f"{file} {info['generation']}")).hexdigest()
         copies.append(cache / f"{of_version[:32]}-{file.name}")
         if not copies[-1].exists() or copies[-1].stat().st_size != int(info["size"]):
             missing.append((file, copies[-1]))
@@ -288,7 +288,7 @@ def _cache() -> Path:
 
 
 def _in_cache(path: Path) -> Path:
-    return _cache() / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}-{path.name}"
+    return _cache() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}-{path.name}"
 
 
 def _by_folder(name: str) -> list[str]:
