@@ -91,12 +91,7 @@ def save_bundle(
             raise UserError(f"{name} holds numbers beyond float16: store this model in float32")
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The new bundle is written beside the target, because a rename is atomic only within one file system.
-    prefix = f".{target.name}.saving-"
-    for left in target.parent.iterdir():  # by a process that was killed while it saved
-        if left.name.startswith(prefix):
-            shutil.rmtree(left, ignore_errors=True)
-    beside = to_path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    beside = _folder_beside(target)
     try:
         new, old = beside / "new", beside / "old"
         new.mkdir()
@@ -110,6 +105,16 @@ def save_bundle(
     finally:
         shutil.rmtree(beside)
     return description["identity"]
+
+
+def _folder_beside(target: Path) -> Path:
+    """Makes a folder beside a bundle to write it to, because a rename is atomic only within one file system. Deletes
+    those of processes that were killed while they saved it."""
+    prefix = f".{target.name}.saving-"
+    for left in target.parent.iterdir():
+        if left.name.startswith(prefix):
+            shutil.rmtree(left, ignore_errors=True)
+    return to_path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
 
 
 def _replace(target: Path, new: Path, old: Path) -> None:
