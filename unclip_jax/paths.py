@@ -75,6 +75,8 @@ def output_folder(name: str, option: str = "--out") -> Path:
 
     option: the flag, for error messages. Raises UserError where it cannot be a folder, or cannot be written.
     """
+    if not name.strip():
+        raise UserError(f"{option} is empty: give a folder, such as {option}=out")
     if name.startswith(hub.PREFIX):
         raise UserError(f"{option} {name}: the Hub is read only here: give a folder, and push it there when it is done")
     if name.startswith(SHIPPED):

@@ -128,6 +128,13 @@ def test_a_model_without_a_last_norm_is_refused(tmp_path):
         convert_prior(prior, np.zeros(4), np.ones(4), heads=2)
 
 
+@pytest.mark.parametrize("family", ["glide", "karlo"])
+def test_a_file_in_place_of_the_folder_is_refused(family, tmp_path):
+    (tmp_path / "base.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"base\.pt is a file: give the folder that all files of"):
+        main(["pretrained", family, str(tmp_path / "base.pt"), "--out", str(tmp_path / "out")])
+
+
 def test_a_model_without_blocks_is_refused(tmp_path):
     tensors = {name: value for name, value in glide_tensors(3).items() if "resblocks" not in name}
     save_file(tensors, tmp_path / "base.safetensors")
