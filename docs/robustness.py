@@ -128,7 +128,8 @@ KINDS = {
         + _of("pretrained/test_openai_clip", "other_models_are_refused", "configs_beyond_ours_are_refused",
               "what_open_clip_does_otherwise_is_named", "command_needs_one_file_of_weights")
         + _of("pretrained/test_glide", "a_model_without_a_last_norm_is_refused", "a_model_without_blocks_is_refused",
-              "a_file_in_place_of_the_folder_is_refused", "bad_files_are_one_clear_line", "pickles_that_are_no_state_dicts_are_refused")
+              "a_file_in_place_of_the_folder_is_refused", "bad_files_are_one_clear_line",
+              "pickles_that_are_no_state_dicts_are_refused")
         + _of("pretrained/test_tokenizers", "missing_files", "damaged_files", "wrong_json"),
     ),
     "the machine": Kind(

@@ -142,6 +142,18 @@ def test_files_that_are_no_configs_are_one_line(tmp_path, name, content, says):
         cli.load_config(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("kind", ["a file, not a folder", "a folder above it, not a file"])
+def test_a_folder_in_place_of_a_file_is_one_line(kind, tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    def main(argv):
+        (tmp_path if "not a folder" in kind else tmp_path / "file" / "below").read_bytes()
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(f": expected {kind}\n")
+
+
 @pytest.mark.parametrize(("before", "after"), [(None, "0.9"), ("0.5", "0.5")])
 def test_commands_let_jax_take_nine_tenths_of_a_gpu(before, after, monkeypatch):
     name, seen = "XLA_PYTHON_CLIENT_MEM_FRACTION", []

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from unclip_jax import hub
 from unclip_jax.config import completed, flat_keys
 from unclip_jax.config_values import with_floats
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, one_line
 from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import is_remote, storage_errors, to_path, written_by_others
 
@@ -106,7 +106,8 @@ def command(name: str) -> str:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command's `main` on the command line and exits with its status, or with 2 after one line on an error.
 
-    Errors are UserError, a full disk and its like, and packages of this library's extras that are not installed.
+    Errors are UserError, a full disk and its like, a folder where a file is expected and the other way round, and
+    packages of this library's extras that are not installed.
     """
     if GPU_SHARE_VARIABLE not in os.environ:
         os.environ[GPU_SHARE_VARIABLE] = str(GPU_SHARE)  # JAX reads it when it first looks for devices
@@ -119,6 +120,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             status = main(sys.argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except (IsADirectoryError, NotADirectoryError) as error:
+        expected = "a file, not a folder" if isinstance(error, IsADirectoryError) else "a folder above it, not a file"
+        print(f"error: {one_line(str(error.filename))}: expected {expected}", file=sys.stderr)
         status = 2
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:

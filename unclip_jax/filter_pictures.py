@@ -105,9 +105,9 @@ def train(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Prints what a filter misses and finds wrongly of pictures that it was neither trained on nor biased by."""
     found, network = _load(args)
-    folders = [_pictures(place) for place in (args.positive, args.negative) if place]
+    folders = [_pictures(place) for place in (args.positive, args.negative) if place is not None]
     rows = [_embed(network, *folder).rows for folder in folders]
-    _report(found, rows[0], rows[1] if args.negative else None)
+    _report(found, rows[0], rows[1] if args.negative is not None else None)
 
 
 def apply(args: argparse.Namespace) -> None:
