@@ -1,8 +1,8 @@
 """Writes docs/robustness.md: what was tried of every kind of odd input and fault, and what became of it.
 
-    pytest --junitxml=results.xml
-    pytest -m stress tests/stress --junitxml=stress.xml
-    python docs/robustness.py results.xml stress.xml
+    pytest -m "not stress" -o junit_family=xunit1 --junitxml=fast.xml
+    pytest -m stress tests/stress -o junit_family=xunit1 --junitxml=stress.xml
+    python docs/robustness.py fast.xml stress.xml
 
 Results of tests are kept in docs/robustness.json: those of the given files replace earlier ones of the same tests.
 """

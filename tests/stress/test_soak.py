@@ -18,7 +18,7 @@ pytestmark = pytest.mark.stress
 ROOT = Path(__file__).parents[2]
 STEPS = int(os.environ.get("SOAK_STEPS", 20_000))
 NETWORK, DISK = 0.003, 0.002  # shares of requests and of operations on files that fail
-LIFE = 3000  # steps: a run is killed before it has gone on by more, at the pace of the one that nothing disturbs
+LIFE = 10_000  # steps: a run is killed before it has gone on by more, at the pace of the one that nothing disturbs
 
 
 def start(tmp_path, source, workdir, program, **environment):
