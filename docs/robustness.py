@@ -229,33 +229,38 @@ KINDS = {
 }  # fmt: skip
 
 
-def read(path: str) -> dict[str, dict]:
-    """Reads a file of pytest's --junitxml: test → how many of its cases passed and failed, and what it counted."""
-    found: dict[str, dict] = {}
+def read(path: str) -> dict[str, dict[str, int]]:
+    """Reads a file of pytest's --junitxml: test → how many of its cases passed and failed. A test that counts outcomes
+    itself has its counts in place of that, of each set of arguments, which is then part of its name."""
+    found: dict[str, dict[str, int]] = {}
     for case in xml.etree.ElementTree.parse(path).iter("testcase"):
         if case.find("skipped") is not None:
             continue
-        name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name').partition('[')[0]}"
-        one = found.setdefault(name, {"passed": 0, "failed": 0})
-        failed = case.find("failure") is not None or case.find("error") is not None
-        one["failed" if failed else "passed"] += 1
-        for told in case.iter("property"):
-            if told.get("name") == "counts":
-                more = json.loads(told.get("value"))
-                there = one.setdefault("counts", {})
-                there |= {key: there.get(key, 0) + count for key, count in more.items()}
+        name = f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
+        told = [json.loads(one.get("value")) for one in case.iter("property") if one.get("name") == "counts"]
+        if told:
+            found[name] = told[0]
+            continue
+        one = found.setdefault(name.partition("[")[0], {"passed": 0, "failed": 0})
+        one["passed" if case.find("failure") is None and case.find("error") is None else "failed"] += 1
     return found
 
 
-def counts(kind: Kind, results: dict[str, dict]) -> tuple[int, int, int]:
+def counts(kind: Kind, results: dict[str, dict[str, int]]) -> tuple[int, int, int]:
     """Counts the cases of a kind: right, refused, at fault."""
-    found = [[results.get(name, {}) for name in names] for names in (kind.right, kind.refused, kind.counted)]
-    right, refused = (sum(one.get("passed", 0) for one in those) for those in found[:2])
-    fault = sum(one.get("failed", 0) for those in found[:2] for one in those)
-    for told in (one.get("counts", {}) for one in found[2]):
-        right, refused = right + told.get("works", 0), refused + told.get("refused", 0)
-        fault += sum(count for name, count in told.items() if name not in ("works", "refused"))
-    return right, refused, fault
+    found = [0, 0, 0]
+    places = dict.fromkeys(kind.right, 0) | dict.fromkeys(kind.refused, 1)
+    for name, told in results.items():
+        plain = name.partition("[")[0]
+        if plain in kind.counted:
+            outcomes = {"works": 0, "refused": 1}
+        elif plain in places:
+            outcomes = {"passed": places[plain]}
+        else:
+            continue
+        for outcome, count in told.items():
+            found[outcomes.get(outcome, 2)] += count
+    return tuple(found)
 
 
 def page(results: dict[str, dict]) -> str:
@@ -274,6 +279,6 @@ if __name__ == "__main__":
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
     known = {name for kind in KINDS.values() for part in kind[1:] for name in part}
     for path in sys.argv[1:]:
-        stored |= {name: one for name, one in read(path).items() if name in known}
+        stored |= {name: one for name, one in read(path).items() if name.partition("[")[0] in known}
     STORED.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
     PAGE.write_text(page(stored), encoding="utf-8")
