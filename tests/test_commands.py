@@ -28,6 +28,7 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("places")
     pictures = save_pictures(root / "pictures", 3)
     (root / "file").write_text("not a folder")
+    (root / "own.json").write_text('{"config": {"stage": "my_own"}}')
     (root / "uncaptioned").mkdir()
     (root / "uncaptioned" / "a.png").write_bytes((pictures / "00.png").read_bytes())
     (root / "empty").mkdir()
@@ -89,6 +90,7 @@ REFUSED = [
     (plan, [], "no config"),
     (plan, [CLIP, "--config.model.widht=3"], "no key 'model.widht'"),
     (plan, [CLIP, "--config.stage=clop"], "stage 'clop' does not exist"),
+    (train, ["--config={root}/own.json", "--workdir={new}"], "the config has no .*, which every config of stage my_own has: add it"),
     (sample, ["--bundle={empty}"], "--prompt"),
     (sample, ["--bundle={root}/nowhere", "--prompt=x"], "no bundle at .*nowhere"),
     (sample, SAMPLE, "no bundle at .*decoder"),
@@ -128,7 +130,7 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert done.stderr.startswith("error: --config.model.unit: ") and done.stderr.count("\n") == 1
 
 
-CONFIGS = [("c.json", f'{{"config": {value}}}', "holds no config") for value in ("5", "[1]", '"abc"', "null")]
+CONFIGS = [("c.json", f'{{"config": {value}}}', "holds no config") for value in ("5", "[1]", '"abc"', "null", "{}")]
 CONFIGS += [("c.json", "[" * 100_000, "holds no config"), ("c.json", "no JSON", "holds no config")]
 CONFIGS += [("c.py", "x = ]", r"no config that can be run: SyntaxError: unmatched '\]'"),
             ("c.py", "x = 5", "no config that can be run: AttributeError: .* no attribute 'get_config'"),

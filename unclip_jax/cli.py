@@ -238,7 +238,10 @@ def installed_configs() -> Path:
 def _stored_config(path: Path) -> ConfigDict:
     """Reads a config from the config.json of a run or bundle."""
     try:
-        return with_floats(completed(ConfigDict(lists_to_tuples(parsed_json(path.read_text())["config"]))))
+        config = with_floats(completed(ConfigDict(lists_to_tuples(parsed_json(path.read_text())["config"]))))
+        if not isinstance(config.get("stage"), str):
+            raise ValueError("no stage")
+        return config
     except FileNotFoundError as error:
         raise UserError(f"no config file {path}: expected config.json of a run's workdir or of a bundle") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
