@@ -90,7 +90,7 @@ REFUSED = [
     (plan, [], "no config"),
     (plan, [CLIP, "--config.model.widht=3"], "no key 'model.widht'"),
     (plan, [CLIP, "--config.stage=clop"], "stage 'clop' does not exist"),
-    (train, ["--config={root}/own.json", "--workdir={new}"], "the config has no .*, which every config of stage my_own has: add it"),
+    (train, ["--config={root}/own.json", "--workdir={new}"], "no .*, which every config of stage my_own has: add it"),
     (sample, ["--bundle={empty}"], "--prompt"),
     (sample, ["--bundle={root}/nowhere", "--prompt=x"], "no bundle at .*nowhere"),
     (sample, SAMPLE, "no bundle at .*decoder"),

@@ -370,9 +370,10 @@ def _check_bucket(bucket: str) -> None:
 @contextlib.contextmanager
 def _bucket_errors(wrong: str) -> Iterator[None]:
     """Turns any error of gcsfs within the context into a UserError whose line begins with `wrong`."""
-    log = logging.getLogger("gcsfs")  # it would print the traceback
-    before = log.level
-    log.setLevel(logging.CRITICAL)
+    logs = [logging.getLogger(name) for name in ("gcsfs", "google.auth")]  # which would print lines of their own
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:  # of gcsfs, aiohttp, requests and google-auth, whose errors have no common type
@@ -386,4 +387,5 @@ def _bucket_errors(wrong: str) -> Iterator[None]:
             advice = f"{type(error).__name__}: {said}; is there a network, and are the credentials right?"
         raise UserError(f"{wrong}: {advice}") from error
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)

@@ -72,6 +72,9 @@ def picture_files(place: str) -> Iterator[PictureFile]:
             try:
                 with (folder / name).open("rb") as file, tarfile.open(fileobj=file) as archive:
                     files = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+                    archive.fileobj.seek(archive.offset)
+                    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                        raise tarfile.ReadError("it is cut off")  # between two files, which tarfile takes for its end
             except (tarfile.TarError, EOFError, OSError) as error:
                 raise UserError(f"{folder / name} is damaged or no tar ({error}): draw or copy it anew") from error
             for inner in pictures_among(sorted(files)):
