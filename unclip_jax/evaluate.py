@@ -30,6 +30,8 @@ from unclip_jax.paths import output_folder, to_path
 METRICS = INCEPTION | dict.fromkeys(CLIP, "image") | {"alignment": ""}
 # metric → the features it needs; "image" is a CLIP's, "" none: alignment reads emoji scenes off the pixels
 ALONE = ("inception_score", "alignment", *(name for name in CLIP if name not in COMPARED))  # need no reference
+GROUPED = ("fid", "sfid", "inception_score", "vendi_score")  # are computed by groups of pictures, of so many at least:
+FEWEST = 20
 BATCH = 64
 
 
@@ -128,6 +130,9 @@ def _draw(args: argparse.Namespace) -> None:
 
     preset = PRESETS.get(args.preset)
     prompts = read_captions(to_path(args.coco), preset.captions, args.seed) if preset else read_prompts(args.prompts)
+    grouped = [name for name in args.metric if name in GROUPED]
+    if grouped and len(prompts) * args.n < FEWEST:
+        raise UserError(f"{grouped[0]} of {len(prompts) * args.n} pictures: expected at least {FEWEST}; give more --n")
     if "alignment" in args.metric:
         scene_scores.read_captions(prompts)  # refuses captions of which it knows nothing
     sample.draw_prompts(args, prompts, output_folder(args.pictures, "pictures"), not preset or preset.upsample)

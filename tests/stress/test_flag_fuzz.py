@@ -75,9 +75,9 @@ COMMANDS = {
     "edit inpaint": (edit, ["inpaint", *CHANGE, "--mask={mask}", "--prompt=a red apple", "--n=1"]),
     "edit sdedit": (edit, ["sdedit", *CHANGE, "--prompt=a red apple", "--n=1"]),
     "edit classify": (edit, ["classify", *CHANGE, "--label=a fox", "--label=a tent"]),
-    "evaluate": (evaluate, ["fid", "--pictures={pictures}", "--reference={pictures}", "--inception=x"]),
+    "evaluate": (evaluate, ["fid", "--pictures={others}", "--reference={others}", "--inception=x"]),
     "evaluate --clip": (evaluate, ["clip_score", "--pictures={pictures}", "--clip={cascade}/clip"]),
-    "evaluate --bundle": (evaluate, ["inception_score", "--inception=x", "--pictures=out/drawn", BUNDLE,
+    "evaluate --bundle": (evaluate, ["clip_score", "--clip={cascade}/clip", "--pictures=out/drawn", BUNDLE,
                                      "--prompts={captions}", *DRAW[:3]]),
     "study make": (study, ["make", "--question=caption", "--arm=a={arms}/arm0", "--arm=b={arms}/arm1", "--out=out"]),
     "study score": (study, ["score", "{votes}", "--key={study}/key.json"]),
@@ -119,7 +119,7 @@ def places(tmp_path_factory):
         found[name].mkdir()
     mask = np.zeros((24, 24), np.uint8)
     mask[4:9, 4:9] = 255
-    noise = {f"others/{i}": rng.integers(0, 256, (24, 24, 3)).astype(np.uint8) for i in range(12)}
+    noise = {f"others/{i}": rng.integers(0, 256, (24, 24, 3)).astype(np.uint8) for i in range(24)}
     for name, pixels in (noise | {"one": noise["others/1"], "two": noise["others/2"], "mask": mask}).items():
         found[name] = root / f"{name}.png"
         Image.fromarray(pixels).save(found[name])
