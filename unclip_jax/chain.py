@@ -187,6 +187,11 @@ class Chain:
         for text in texts:
             _check_text(text, "caption", {"CLIP": (self.clip.tokenizer, self.clip.stage.config.model.text.context - 2)})
 
+    def check_clip_guidance(self, scale: float) -> None:
+        """Raises UserError where a scale of CLIP's guidance is given, and there is no CLIP that guides."""
+        if scale and not self.noised_clip:
+            raise UserError("CLIP guidance needs a noised CLIP: put its bundle into the cascade, as noised_clip/")
+
     def check_room(self, count: int) -> None:
         """Raises UserError for more pictures at once than this machine's memory holds, in all sizes, as floats too."""
         size = self.decoder.stage.config.model.image_size
@@ -219,8 +224,7 @@ class Chain:
         """
         if not texts:
             raise UserError("no captions: give at least one")
-        if clip_guidance_scale and not self.noised_clip:
-            raise UserError("CLIP guidance needs a noised CLIP: put its bundle into the cascade, as noised_clip/")
+        self.check_clip_guidance(clip_guidance_scale)
         keys = RowKeys.of(seed_key(seed), len(texts))
         keys = keys._replace(rows=np.array(keys.rows if rows is None else rows))
         keys = keys._replace(draws=np.array(keys.draws if draws is None else draws))

@@ -229,6 +229,7 @@ def _again(args: argparse.Namespace, out: Path) -> int:
 
 def _sampled(cascade: "Cascade", args: argparse.Namespace) -> "Cascade":
     """The cascade whose models sample as the flags say. Raises UserError for what they do not have."""
+    cascade.check_clip_guidance(args.clip_guidance)
     if cascade.source(vars(args)["from"]) != "prior":
         for name in OF_PRIOR:
             if getattr(args, name) is not None:
