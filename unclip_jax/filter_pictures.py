@@ -153,8 +153,8 @@ def _load(args: argparse.Namespace) -> tuple[filtering.Filter, features.Features
 def _pictures(place: str) -> tuple[Path, list[str]]:
     """Names of the pictures below a folder. Raises UserError where there is none."""
     folder = to_path(place)
-    if not folder.is_dir():
-        raise UserError(f"{place} is no folder: expected one of pictures")
+    if not place.strip() or not folder.is_dir():
+        raise UserError(f"{place!r} is no folder: expected one of pictures")
     names = pictures_among(files_below(folder))
     if not names:
         raise UserError(f"{place} has no pictures: expected files such as NAME.png or NAME.jpg")
