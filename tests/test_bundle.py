@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from shrink import leaves, small_config
 
 from unclip_jax import paths
@@ -191,6 +192,29 @@ def test_missing_folder_and_foreign_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not a bundle: its config.json cannot be read"):
         load_bundle(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, model, value):
+    """When they are stored, and when someone else has stored them."""
+    with pytest.raises(UserError, match="logit_scale has 1 values not finite"):
+        save(tmp_path / "b", (model[0], model[1] | {"logit_scale": jnp.float32(value)}))
+    assert not (tmp_path / "b").exists()
+    save(tmp_path / "b", model)
+    file = tmp_path / "b" / "weights.safetensors"
+    weights = load_file(file)
+    for other, says in ((np.float32(value), "has 1 values not finite"), (np.int32(3), "as int32: expected float32 or")):
+        save_file(weights | {"logit_scale": np.array(other)}, file)
+        with pytest.raises(UserError, match=f"logit_scale {says}"):
+            load_bundle(tmp_path / "b")
+
+
+def test_what_a_killed_process_left_is_deleted(tmp_path, model):
+    for name in (".b.saving-x1/new", ".c.saving-x2"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / ".b.saving-x1/new/weights.safetensors").write_bytes(b"half")
+    save(tmp_path / "b", model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".c.saving-x2", "b"]
 
 
 def test_truncated_missing_and_changed_files(tmp_path, model):

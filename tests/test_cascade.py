@@ -91,6 +91,22 @@ def test_guidance_scales_seeds_and_prompts_compile_nothing(cascade, small, drawn
     assert not compiled
 
 
+def test_numbers_that_are_not_finite_become_no_picture(small):
+    with pytest.raises(UserError, match="a model computed numbers that are not finite"):
+        small.generate(TEXTS, 0, embeddings=np.full((2, 8), np.nan, np.float32))
+
+
+@pytest.mark.parametrize("memory", [2 * 15 * (8**2 + 32**2 + 128**2), 2 * 15 * (8**2 + 32**2 + 128**2) - 1])
+def test_no_more_pictures_than_memory_holds(cascade, monkeypatch, memory):
+    """Of three colours, four bytes as a float and one as it is stored, in all three sizes."""
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": memory, "SC_PAGE_SIZE": 1}.get)
+    if memory % 2:
+        with pytest.raises(UserError, match="2 pictures at once need 0 GiB of memory, but this machine has 0: draw"):
+            cascade.check_room(2)
+    else:
+        cascade.check_room(2)
+
+
 def test_seventeen_prompts_are_seventeen_pictures(small):
     texts = [
         f"a {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("fox", "tent", "lemon", "ghost")

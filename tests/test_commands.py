@@ -28,6 +28,7 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("places")
     pictures = save_pictures(root / "pictures", 3)
     (root / "file").write_text("not a folder")
+    (root / "own.json").write_text('{"config": {"stage": "my_own"}}')
     (root / "uncaptioned").mkdir()
     (root / "uncaptioned" / "a.png").write_bytes((pictures / "00.png").read_bytes())
     (root / "empty").mkdir()
@@ -89,6 +90,7 @@ REFUSED = [
     (plan, [], "no config"),
     (plan, [CLIP, "--config.model.widht=3"], "no key 'model.widht'"),
     (plan, [CLIP, "--config.stage=clop"], "stage 'clop' does not exist"),
+    (train, ["--config={root}/own.json", "--workdir={new}"], "no .*, which every config of stage my_own has: add it"),
     (sample, ["--bundle={empty}"], "--prompt"),
     (sample, ["--bundle={root}/nowhere", "--prompt=x"], "no bundle at .*nowhere"),
     (sample, SAMPLE, "no bundle at .*decoder"),
@@ -126,6 +128,32 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --config.model.unit: ") and done.stderr.count("\n") == 1
+
+
+CONFIGS = [("c.json", f'{{"config": {value}}}', "holds no config") for value in ("5", "[1]", '"abc"', "null", "{}")]
+CONFIGS += [("c.json", "[" * 100_000, "holds no config"), ("c.json", "no JSON", "holds no config")]
+CONFIGS += [("c.py", "x = ]", r"no config that can be run: SyntaxError: unmatched '\]'"),
+            ("c.py", "x = 5", "no config that can be run: AttributeError: .* no attribute 'get_config'"),
+            ("c.py", "raise KeyError(3)", "no config that can be run: KeyError: 3")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "says"), CONFIGS)
+def test_files_that_are_no_configs_are_one_line(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=says):
+        cli.load_config(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["a file, not a folder", "a folder above it, not a file"])
+def test_a_folder_in_place_of_a_file_is_one_line(kind, tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    def main(argv):
+        (tmp_path if "not a folder" in kind else tmp_path / "file" / "below").read_bytes()
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(f": expected {kind}\n")
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, "0.9"), ("0.5", "0.5")])
@@ -202,6 +230,23 @@ def test_a_second_sample_compiles_nothing(drawn):
     """Its models are loaded anew, as by another process; every program comes from the cache."""
     words = drawn[2].splitlines()[-1]
     assert re.fullmatch(r"4 pictures in [\d.]+ s, 0 programs compiled, [1-9]\d* from the cache", words)
+
+
+@pytest.mark.parametrize("changed", [
+    {"settings": "no JSON"}, {"settings": []}, {"position": "5"}, {"position": "-1"}, {"seed": "-1"}, {"seed": "x"},
+    {"settings": {"batch": 10**12}}, {"settings": {"models": 5}}, {"settings": {"guidance": "high"}},
+    {"settings": {"sampling": {"decoder": 5}}}, {"settings": {"sampling": {"decoder": {"steps": 5}}}},
+    {"settings": {"from": 7}}, {"settings": {"sampling": {"decoder": {"eta": [1]}}}},
+])  # fmt: skip
+def test_settings_of_a_picture_that_were_changed_are_one_line(drawn, tmp_path, changed):
+    with Image.open(drawn[0] / "a_red_apple_7_0.png") as picture:
+        stored = dict(picture.text)
+        if isinstance(changed.get("settings"), dict):
+            changed = {"settings": json.loads(stored["settings"]) | changed["settings"]}
+        pictures.save_png(tmp_path / "x.png", np.asarray(picture), stored | changed)
+    with pytest.raises(UserError) as caught:
+        sample.main(["sample", f"--again={tmp_path / 'x.png'}", f"--out={tmp_path / 'out'}"])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_rerank_keeps_each_prompts_nearest_best_first():

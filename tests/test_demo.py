@@ -292,6 +292,10 @@ def test_addresses_are_checked_before_anything_is_loaded(monkeypatch):
         with pytest.raises(UserError, match=f"--host {host}: this machine has no such address"):
             demo.main(["demo", "--bundle", "b", "--host", host, "--port", str(port)])
 
+    for host in ("../../x", "a" * 5000, "\udcff"):
+        with pytest.raises(UserError, match="no machine can have that name"):
+            demo.main(["demo", "--bundle", "b", "--host", host])
+
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
 

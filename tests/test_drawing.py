@@ -12,7 +12,7 @@ from shrink import compilation_cache, save_cascade
 
 from unclip_jax import drawing, sample
 from unclip_jax.cascade import Cascade
-from unclip_jax.drawing import draw_file, read_prompts
+from unclip_jax.drawing import draw_file, read_prompts, read_run
 from unclip_jax.errors import UserError
 from unclip_jax.training import sharding
 
@@ -173,6 +173,8 @@ def test_captions_of_every_kind_of_file(tmp_path, name, text):
         ("a.jsonl", b"a fox", "line 1 is not JSON"),
         ("a.jsonl", b"[1]", "line 1 has no prompt"),
         ("a.csv", b"title\na fox\n", "line 2 has no prompt"),
+        ("a.csv", b"prompt\n" + b"x" * 200_000, "is not CSV .field larger than"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON .nested too deep"),
     ],
 )
 def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, name, text, says):
@@ -180,6 +182,14 @@ def test_files_that_cannot_be_read_are_named_in_one_line(tmp_path, name, text, s
     with pytest.raises(UserError, match=says) as caught:
         read_prompts(str(tmp_path / name))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["no JSON", "5", "[1]", "[" * 100_000])
+def test_a_folder_with_another_run_json_is_named(tmp_path, text):
+    assert read_run(tmp_path) == {}
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run\.json is not of a run that drew pictures"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(("fsdp", "says"), [("0", "a whole number from 1"), ("3", "a divisor of 8, the devices")])

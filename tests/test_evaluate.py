@@ -102,6 +102,20 @@ def test_the_first_caption_counts_and_what_systems_leave_does_not(places, tmp_pa
     assert [picture.caption for picture in evaluate.read_pictures(str(tmp_path), None)] == ["a fox", "a cat"]
 
 
+@pytest.mark.parametrize("data", [b"", b"no tar", None])
+def test_damaged_tars_and_captions_are_one_line(places, tmp_path, data):
+    whole = (places / "tars" / "000000.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: len(whole) // 2 + 100] if data is None else data)
+    with pytest.raises(UserError, match=r"a\.tar is damaged or no tar") as caught:
+        list(evaluate.read_pictures(str(tmp_path), None))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "a.tar").unlink()
+    (tmp_path / "b.png").write_bytes((places / "files" / "000.png").read_bytes())
+    (tmp_path / "b.txt").write_bytes(b"\x89PNG\x01\xff")
+    with pytest.raises(UserError, match=r"b\.png is not a picture that can be read .its caption is no text"):
+        list(evaluate.read_pictures(str(tmp_path), None))
+
+
 def test_numbers_are_the_librarys_and_say_what_they_depend_on(places, capsys):
     options = ["--pictures", places / "tars", "--reference", places / "others", "--inception", "x"]
     fid, kid, *four = run(capsys, "fid", "kid", "precision_recall", *options)

@@ -154,3 +154,14 @@ def test_mistakes_in_pushing_are_one_line(words, says, cascade, tmp_path):
     places = {"cascade": cascade, "empty": tmp_path / "empty"}
     with pytest.raises(UserError, match=says):
         push.main(["push", *(word.format(**places) for word in words)])
+
+
+@pytest.mark.parametrize("line", [
+    [1], 5, {}, {"name": "FID", "value": "x", "low": 1, "high": 2, "n": 3},
+    {"name": "FID", "value": None, "low": 1, "high": 2, "n": 3},
+    {"name": "FID", "value": 1, "low": [], "high": 2, "n": 3},
+])  # fmt: skip
+def test_numbers_of_another_kind_are_no_evaluation(tmp_path, line):
+    (tmp_path / "numbers.jsonl").write_text(json.dumps(line))
+    with pytest.raises(UserError, match=r"--evaluation .*numbers\.jsonl is no output of `evaluate"):
+        push.read_evaluation(str(tmp_path / "numbers.jsonl"))

@@ -89,7 +89,8 @@ def refused(says, act, *arguments):
 
 def test_mistakes_are_one_line(folder, tmp_path):
     file = tmp_path / "tokenizer.model"
-    refused("vocab_size=100 has no room .* set it to", make, folder, file, "--config.model.text.vocab_size=100")
+    says, small = r"^model\.text\.vocab_size=100 has no room .* set it to", "--config.model.text.vocab_size=100"
+    refused(says, make, folder, file, small)
     refused("this upsampler reads no captions itself", lambda: make(folder, file, config="upsampler_256"))
     refused("reads no captions itself", lambda: make(folder, file, "--config.model.caption=clip", config="decoder"))
     refused("is a folder: name a file in it", make, folder, tmp_path)

@@ -128,6 +128,13 @@ def test_folder_to_write_to_may_be_anywhere_that_can_be_written(root):
         output_folder(str(root / "file"))
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_folder_to_write_to(name):
+    """As of a variable of the shell that is not set."""
+    with pytest.raises(UserError, match="--out is empty: give a folder"):
+        output_folder(name)
+
+
 def test_folder_on_a_disk_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
     """A superuser may write anywhere, hence no real one."""
     monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)

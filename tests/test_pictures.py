@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.pictures import GAP, PAPER, add_file, file_name, grid, save_png, shown
+from unclip_jax.errors import UserError
+from unclip_jax.pictures import GAP, PAPER, add_file, file_name, grid, save_png, shown, to_uint8
 
 DEJAVU = "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf"
 
@@ -90,6 +91,15 @@ def test_small_pictures_are_shown_large():
     np.testing.assert_array_equal(sheet[GAP : GAP + 128 : 4, GAP : GAP + 128 : 4], images[0])
     assert sheet.shape == (128 + 2 * GAP, 256 + 3 * GAP, 3)
     assert shown(noise(1, 200, 200)).size == (200 + 2 * GAP, 200 + 2 * GAP), "large ones stay as they are"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_no_picture(value):
+    image = np.zeros((2, 4, 4, 3), np.float32)
+    assert (to_uint8(image) == 128).all()
+    image[1, 2, 3, 0] = value
+    with pytest.raises(UserError, match="a picture holds numbers that are not finite"):
+        to_uint8(image)
 
 
 def test_letters_that_no_font_has_are_named(capsys):

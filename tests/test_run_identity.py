@@ -2,14 +2,17 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 
 import jax
+import numpy as np
 import pytest
 from shrink import save_pictures, small_config
 
 from unclip_jax import train
+from unclip_jax.data.emoji_scenes import encode_png
 from unclip_jax.data.sources import open_source
 from unclip_jax.errors import UserError
 from unclip_jax.run_identity import changes, fingerprint, identity
@@ -95,6 +98,15 @@ def test_fingerprint_is_of_names_captions_and_pictures(tmp_path):
         folder = shutil.copytree(first, tmp_path / str(number))
         change(folder)
         assert of(folder) != before
+
+
+def test_names_that_are_no_utf_8_have_a_fingerprint(tmp_path):
+    for name in (b"caf\xe9", b"b"):
+        for ending, data in ((b".png", encode_png(np.zeros((4, 4, 3), np.uint8))), (b".txt", b"x")):
+            with open(os.path.join(os.fsencode(tmp_path), name + ending), "wb") as file:
+                file.write(data)
+    found = [fingerprint(open_source(f"folder:{tmp_path}", split, "", "", "")) for split in ("train", "test")]
+    assert all(one.startswith("1 records, ") for one in found) and found[0] != found[1]
 
 
 def test_run_goes_on_only_with_what_it_was_started_with(tmp_path, capsys):

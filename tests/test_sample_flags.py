@@ -206,6 +206,7 @@ REFUSED = [
     (["--from=text", "--prior-steps=3"], "--prior-steps is of a prior, which this run does not draw from"),
     (["--from=caption", "--prior-guidance=3"], "--prior-guidance is of a prior, which"),
     (["--from=picture"], "invalid choice: 'picture'"),
+    (["--clip-guidance=2"], "CLIP guidance needs a noised CLIP"),
 ]
 
 
@@ -214,6 +215,14 @@ def test_what_cannot_be_drawn_is_one_line(folder, tmp_path, flags, says):
     with pytest.raises(UserError, match=says) as caught:
         draw(folder, tmp_path / "out", *flags)
     assert "\n" not in str(caught.value) and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_file_of_prompts_that_cannot_be_drawn_begins_nothing(folder, tmp_path):
+    (tmp_path / "captions.txt").write_text(PROMPTS[0])
+    words = [f"--bundle={folder}", f"--prompts={tmp_path / 'captions.txt'}", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match="CLIP guidance needs a noised CLIP"):
+        sample.main(["sample", *words, "--clip-guidance=2"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_source_that_the_decoder_never_learned_is_refused(of_text, tmp_path, folder):

@@ -222,6 +222,8 @@ def test_infinite_ends_are_null_in_json(asked, capsys):
         (["left", "maybe"], ("", ""), "line 3: comparison 1 of the study's 20, or the vote 'maybe', is unknown"),
         (21 * ["left"], ("", ""), "line 22: comparison 20"),
         (["left"], (",0,", ",x,"), "line 2: comparison x"),
+        (["left"], (",0,", f",{'9' * 5000},"), "line 2: comparison 9"),
+        (["left"], (",0,", f",{'9' * 200_000},"), "a.csv cannot be read"),
         (["left", "left"], (",1,", ",0,"), "line 3: .*a.csv has this vote already"),
         (["not sure"], ("", ""), "no votes to count among 1"),
         ([], ("", ""), "no votes to count among 0"),
@@ -236,6 +238,18 @@ def test_votes_that_cannot_be_counted_are_one_line(asked, words, change, says):
     with pytest.raises(UserError, match=says) as caught:
         study.main(["study", "score", votes, "--key", str(folder / "out" / "key.json")])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changed", [
+    {"arms": 5}, {"arms": {}}, {"comparisons": {"0": 1}}, {"comparisons": [1]}, {"comparisons": None},
+    {"comparisons": [{"left": "secret0", "right": "another"}]}, {"comparisons": [{"left": 1, "right": 2}]},
+])  # fmt: skip
+def test_keys_that_were_changed_are_one_line(asked, changed):
+    key, folder = asked
+    votes = save_votes(folder / "a.csv", key, ["left"])
+    (folder / "changed.json").write_text(json.dumps(key | changed))
+    with pytest.raises(UserError, match=r"changed\.json is no key of a study"):
+        study.main(["study", "score", votes, "--key", str(folder / "changed.json")])
 
 
 def test_a_persons_file_counts_once(asked):

@@ -30,6 +30,7 @@ from unclip_jax.data import build, cleaning, duplicates
 from unclip_jax.data.build_ranges import Job
 from unclip_jax.data.sources import open_sources
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import output_folder, to_path, write_bytes
 
 FORMAT = 1  # of build.json
@@ -201,7 +202,7 @@ def _known(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{folder.parent} holds {there[0]}, which this has not written: give another --name")
         return {}
     try:
-        known = json.loads(place.read_text())
+        known = parsed_json(place.read_text())
         if known["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer version of this library: upgrade unclip_jax")
         before = known["settings"]

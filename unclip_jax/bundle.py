@@ -25,6 +25,7 @@ from unclip_jax.cli import lists_to_tuples
 from unclip_jax.config import completed
 from unclip_jax.data.tokenizer import is_json
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import copy_folder, is_remote, local_copy, to_path
 from unclip_jax.training.leaves import differences, named_leaves
 
@@ -60,7 +61,7 @@ def save_bundle(
     process can read as a whole; stored as float32. half: round them to float16 and store them as such; the identity is
     that of the rounded model. The others are as in `Bundle`.
     Raises UserError where anything but a bundle is at `directory`, for a config or extra that JSON cannot hold, and for
-    weights beyond float16, before anything is written.
+    weights not finite or beyond float16, before anything is written.
     """
     target = to_path(directory)
     if target.exists() and not (target / CONFIG).exists() and not _is_empty_folder(target):
@@ -84,13 +85,13 @@ def save_bundle(
     }
     _to_json(description)  # raises before anything is written
     leaves = named_leaves(params)
-    for name in leaves if half else ():
-        if np.abs(leaves[name]).max(initial=0) > np.finfo(np.float16).max:
+    for name, leaf in leaves.items():
+        _check_finite(name, leaf)
+        if half and np.abs(leaf).max(initial=0) > np.finfo(np.float16).max:
             raise UserError(f"{name} holds numbers beyond float16: store this model in float32")
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The new bundle is written beside the target, because a rename is atomic only within one file system.
-    beside = to_path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    beside = _folder_beside(target)
     try:
         new, old = beside / "new", beside / "old"
         new.mkdir()
@@ -104,6 +105,16 @@ def save_bundle(
     finally:
         shutil.rmtree(beside)
     return description["identity"]
+
+
+def _folder_beside(target: Path) -> Path:
+    """Makes a folder beside a bundle to write it to, because a rename is atomic only within one file system. Deletes
+    those of processes that were killed while they saved it."""
+    prefix = f".{target.name}.saving-"
+    for left in target.parent.iterdir():
+        if left.name.startswith(prefix):
+            shutil.rmtree(left, ignore_errors=True)
+    return to_path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
 
 
 def _replace(target: Path, new: Path, old: Path) -> None:
@@ -122,7 +133,7 @@ def load_bundle(directory: str | Path) -> Bundle:
     """Loads a bundle as a whole and checks it against its checksum. directory: on a disk, or gs://...
 
     Raises UserError where there is no such folder or no bundle in it, where a file is missing, cut short or changed
-    since it was written, and where a newer version of this library wrote it.
+    since it was written, for weights that are no finite floats, and where a newer version of this library wrote it.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -131,14 +142,19 @@ def load_bundle(directory: str | Path) -> Bundle:
     description = load_description(folder)
     try:
         with local_copy(folder / WEIGHTS) as file:
-            weights = {name: value.astype(np.float32, copy=False) for name, value in load_file(file).items()}
+            stored = load_file(file)
     except FileNotFoundError as error:
         raise UserError(f"bundle {folder} lacks {WEIGHTS}: copy it again") from error
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is damaged or cut short ({error}): copy it again") from error
+    for name, value in stored.items():
+        if value.dtype not in (np.float32, np.float16):
+            raise UserError(f"{folder / WEIGHTS} holds {name} as {value.dtype}: expected float32 or float16")
+        _check_finite(name, value)
+    weights = {name: stored.pop(name).astype(np.float32, copy=False) for name in sorted(stored)}
     tokenizers = [folder / name for name in TOKENIZERS if (folder / name).exists()]
     tokenizer = tokenizers[0].read_bytes() if tokenizers else None
-    identity = _identity(description["stage"], description["config"], sorted(weights.items()), tokenizer)
+    identity = _identity(description["stage"], description["config"], weights.items(), tokenizer)
     if identity != description["identity"]:
         raise UserError(f"bundle {folder} is not what was written: its sha256 differs from the one in {CONFIG}")
     return Bundle(
@@ -172,7 +188,7 @@ def load_description(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} is not a bundle: it has no {CONFIG}")
     try:
-        description = json.loads((folder / CONFIG).read_text())
+        description = parsed_json((folder / CONFIG).read_text())
         if description["format"] > FORMAT:
             raise UserError(
                 f"bundle {folder} has format {description['format']} and was written by {description['library']}; "
@@ -181,6 +197,12 @@ def load_description(folder: Path) -> dict[str, Any]:
         return {key: description[key] for key in ("stage", "identity", "clip", "config", "extra")}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is not a bundle: its {CONFIG} cannot be read ({error!r})") from error
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Raises UserError for a leaf with numbers that are not finite."""
+    if wrong := int(np.count_nonzero(~np.isfinite(value))):
+        raise UserError(f"{name} has {wrong} values not finite: these are not the weights of a model that works")
 
 
 def _upload(local: Path, target: Path) -> None:

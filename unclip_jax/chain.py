@@ -8,6 +8,9 @@ compiles anew.
 """
 
 import functools
+import itertools
+import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
@@ -28,6 +31,7 @@ from unclip_jax.pictures import to_float, to_uint8
 from unclip_jax.stages.conditions import Conditions
 from unclip_jax.watching import Watch
 
+BYTES = 5  # of a colour of a pixel, as a float and as it is stored
 UPSAMPLERS = ("upsampler_256", "upsampler_1024")
 PRIORS = ("prior_diffusion", "prior_ar")
 SOURCES = ("prior", "text", "caption")  # of what a decoder draws from
@@ -183,6 +187,22 @@ class Chain:
         for text in texts:
             _check_text(text, "caption", {"CLIP": (self.clip.tokenizer, self.clip.stage.config.model.text.context - 2)})
 
+    def check_clip_guidance(self, scale: float) -> None:
+        """Raises UserError where a scale of CLIP's guidance is given, and there is no CLIP that guides."""
+        if scale and not self.noised_clip:
+            raise UserError("CLIP guidance needs a noised CLIP: put its bundle into the cascade, as noised_clip/")
+
+    def check_room(self, count: int) -> None:
+        """Raises UserError for more pictures at once than this machine's memory holds, in all sizes, as floats too."""
+        size = self.decoder.stage.config.model.image_size
+        factors = (model.stage.config.model.factor for model in self.upsamplers)
+        sides = itertools.accumulate(factors, operator.mul, initial=size)
+        needed = count * sum(3 * BYTES * side**2 for side in sides)
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > there:
+            needs = f"{needed / 2**30:,.0f} GiB of memory, but this machine has {there / 2**30:,.0f}"
+            raise UserError(f"{count:,} pictures at once need {needs}: draw fewer, or a file of captions by --prompts")
+
     def _generate(
         self,
         texts: list[str],
@@ -204,8 +224,7 @@ class Chain:
         """
         if not texts:
             raise UserError("no captions: give at least one")
-        if clip_guidance_scale and not self.noised_clip:
-            raise UserError("CLIP guidance needs a noised CLIP: put its bundle into the cascade, as noised_clip/")
+        self.check_clip_guidance(clip_guidance_scale)
         keys = RowKeys.of(seed_key(seed), len(texts))
         keys = keys._replace(rows=np.array(keys.rows if rows is None else rows))
         keys = keys._replace(draws=np.array(keys.draws if draws is None else draws))
@@ -326,7 +345,10 @@ def _sampled(name: str, model: Model | None, sampling: Mapping[str, Any]) -> Mod
         return model
     if unknown := sorted(changes.keys() - own.keys()):
         raise UserError(f"sampling.{unknown[0]}: the {name} has none, but {', '.join(sorted(own))}")
-    changed = model.sampled_by(**changes)
+    try:
+        changed = model.sampled_by(**changes)
+    except TypeError as error:
+        raise UserError(f"sampling of the {name}: {error}") from error
     check_sampling(config := changed.stage.config)
     if "eta" in changes and config.sampling.sampler != "ddim":
         raise UserError(f"sampling.eta is of ddim, and the {name} is sampled by {config.sampling.sampler}")

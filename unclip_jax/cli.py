@@ -4,7 +4,6 @@ import argparse
 import difflib
 import importlib.util
 import io
-import json
 import math
 import os
 import re
@@ -20,7 +19,8 @@ from ml_collections import ConfigDict
 from unclip_jax import hub
 from unclip_jax.config import completed, flat_keys
 from unclip_jax.config_values import with_floats
-from unclip_jax.errors import UserError
+from unclip_jax.errors import UserError, one_line
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import is_remote, storage_errors, to_path, written_by_others
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def command(name: str) -> str:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a command's `main` on the command line and exits with its status, or with 2 after one line on an error.
 
-    Errors are UserError, a full disk and its like, and packages of this library's extras that are not installed.
+    Errors are UserError, a full disk and its like, a folder where a file is expected and the other way round, and
+    packages of this library's extras that are not installed.
     """
     if GPU_SHARE_VARIABLE not in os.environ:
         os.environ[GPU_SHARE_VARIABLE] = str(GPU_SHARE)  # JAX reads it when it first looks for devices
@@ -119,6 +120,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             status = main(sys.argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except (IsADirectoryError, NotADirectoryError) as error:
+        expected = "a file, not a folder" if isinstance(error, IsADirectoryError) else "a folder above it, not a file"
+        print(f"error: {one_line(str(error.filename))}: expected {expected}", file=sys.stderr)
         status = 2
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL:
@@ -214,11 +219,13 @@ def load_config(spec: str) -> ConfigDict:
         return _stored_config(found)
     module_spec = importlib.util.spec_from_file_location(f"config_{found.stem}", found)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
     try:
+        module_spec.loader.exec_module(module)
         return with_floats(module.get_config(size) if size else module.get_config())
     except ValueError as error:
         raise UserError(f"{spec}: {error}") from error
+    except Exception as error:  # a file of one's own may do anything
+        raise UserError(f"{spec} is no config that can be run: {type(error).__name__}: {error}") from error
 
 
 def installed_configs() -> Path:
@@ -231,10 +238,13 @@ def installed_configs() -> Path:
 def _stored_config(path: Path) -> ConfigDict:
     """Reads a config from the config.json of a run or bundle."""
     try:
-        return with_floats(completed(ConfigDict(lists_to_tuples(json.loads(path.read_text())["config"]))))
+        config = with_floats(completed(ConfigDict(lists_to_tuples(parsed_json(path.read_text())["config"]))))
+        if not isinstance(config.get("stage"), str):
+            raise ValueError("no stage")
+        return config
     except FileNotFoundError as error:
         raise UserError(f"no config file {path}: expected config.json of a run's workdir or of a bundle") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no config: give config.json of a run's workdir or of a bundle") from error
 
 

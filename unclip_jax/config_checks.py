@@ -51,10 +51,13 @@ def check_config(config: ConfigDict, workdir: str) -> None:
 
 @functools.cache
 def _needed(stage: str) -> set[str]:
-    """Collects the keys that all configs of this package for a stage have; not those of sections that may be None."""
+    """Collects the keys that all configs of this package for a stage have; not those of sections that may be None. Of a
+    stage of one's own, those that all of them have, but for the model's."""
     configs = [cli.load_config(str(path)) for path in cli.installed_configs().glob("[!_]*.py")]
     keys = [set(flat_keys(config)) for config in configs if config.stage == stage]
-    return {key for key in set.intersection(*keys) if not key.startswith("model.image.")} if keys else set()
+    if not keys:
+        keys = [{key for key in flat_keys(config) if not key.startswith("model.")} for config in configs]
+    return {key for key in set.intersection(*keys) if not key.startswith("model.image.")}
 
 
 def _check_clip(config: ConfigDict) -> None:

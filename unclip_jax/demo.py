@@ -82,6 +82,8 @@ def check_address(host: str, port: int) -> None:
         if error.errno == errno.EACCES:
             raise UserError(f"port {port} is not for everybody: choose one from 1024 by --port") from error
         raise UserError(f"--host {host}: this machine has no such address ({error.strerror})") from error
+    except UnicodeError as error:  # of a name that can be none of a machine
+        raise UserError(f"--host {host[:80]!a}: no machine can have that name") from error
 
 
 def _interrupt(*_: object) -> NoReturn:

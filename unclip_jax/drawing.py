@@ -8,7 +8,6 @@ devices compute one, while the host passes the other from model to model.
 
 import collections
 import concurrent.futures
-import csv
 import datetime
 import hashlib
 import io
@@ -25,9 +24,11 @@ import numpy as np
 from unclip_jax import pictures
 from unclip_jax.cascade import Cascade
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import csv_rows, parsed_json
 from unclip_jax.model import CHUNK_ROWS, chunk_rows
 from unclip_jax.paths import to_path, write_bytes
 
+RUN = "run.json"  # what a run draws, in the folder that it draws to
 SHARD_PICTURES = 64  # as many are lost, at most, by each process that is killed
 SECONDS_BETWEEN_LINES = 10.0
 COLUMNS = ("prompt", "caption", "text")  # names by which .csv and .jsonl may call the caption
@@ -63,13 +64,24 @@ def read_prompts(name: str) -> list[str]:
     elif kind == ".jsonl":
         prompts = [_field(_object(line, name, i), name, i) for i, line in enumerate(text.splitlines(), 1)]
     elif kind == ".csv":
-        prompts = [_field(row, name, i) for i, row in enumerate(csv.DictReader(io.StringIO(text)), 2)]
+        try:
+            prompts = [_field(row, name, i) for i, row in enumerate(csv_rows(text), 2)]
+        except ValueError as error:
+            raise UserError(f"--prompts {name} is not CSV ({error})") from error
     else:
         raise UserError(f"--prompts {name}: expected a file that ends in .txt, .jsonl or .csv")
     empty = [i for i, prompt in enumerate(prompts, 1) if not prompt]
     if empty or not prompts:
         raise UserError(f"--prompts {name}: " + (f"caption {empty[0]} is empty" if empty else "it holds no captions"))
     return prompts
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Reads what a run stored of itself in a folder; {} where there is none. Raises UserError for another file."""
+    try:
+        return dict(parsed_json((folder / RUN).read_text())) if (folder / RUN).is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / RUN} is not of a run that drew pictures: give another folder") from error
 
 
 def draw_file(
@@ -174,9 +186,9 @@ def _check_same_run(out: Path, prompts: Sequence[str], settings: dict[str, Any],
     # The models count, not where they lie nor which version draws.
     settings = {name: value for name, value in settings.items() if name not in ("bundle", "version")}
     ours = json.loads(json.dumps(settings | {"prompts": len(prompts), "prompts_sha256": digest}))
-    path = out / "run.json"
+    path = out / RUN
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = read_run(out)
         changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
         if changed:
             raise UserError(f"{out} holds a run that differs in {', '.join(changed)}: give another --out")
@@ -206,7 +218,7 @@ class _Progress:
 
 def _object(line: str, name: str, number: int) -> Any:
     try:
-        return json.loads(line)
+        return parsed_json(line)
     except ValueError as error:
         raise UserError(f"--prompts {name}, line {number} is not JSON ({error})") from error
 

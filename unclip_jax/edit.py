@@ -90,6 +90,7 @@ def main(argv: list[str]) -> int:
         cascade.check_prompts(args.prompt)
     elif not cascade.clip:
         raise UserError(f"{args.bundle} has no clip/, which {args.command} needs: give a cascade of unCLIP")
+    cascade.check_room(getattr(args, "n", 1))
     if args.command == "text_diff":
         cascade.check_captions([args.after, *filter(None, [args.before])])
     if args.command == "classify":

@@ -130,9 +130,11 @@ class _Reader:
             images = [self._to_example.cut(picture, crops.rng(j))["image"] for j in range(crops.count)]
         except UnreadableRecord as error:
             self._skipped.note(key, error)
+            self._skipped.count(0, 1)
             nothing = np.zeros((0, self._context), np.int32)
             black = [np.zeros((self._size, self._size, 3), np.uint8)] * self._form.crops
             return _Read(black, nothing, nothing[:, 0], (0, 0, 0, 0))
+        self._skipped.count(1, 0)
         tokens = self._tokenizer.encode(captions_of(record), self._context, ends=True)
         checksums = embeddings.checksum_of_words(record), embeddings.checksum(record)
         return _Read(images, *tokens, (*checksums, *_sides(record["image"])))

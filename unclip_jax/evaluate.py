@@ -30,6 +30,8 @@ from unclip_jax.paths import output_folder, to_path
 METRICS = INCEPTION | dict.fromkeys(CLIP, "image") | {"alignment": ""}
 # metric → the features it needs; "image" is a CLIP's, "" none: alignment reads emoji scenes off the pixels
 ALONE = ("inception_score", "alignment", *(name for name in CLIP if name not in COMPARED))  # need no reference
+GROUPED = ("fid", "sfid", "inception_score", "vendi_score")  # are computed by groups of pictures, of so many at least:
+FEWEST = 20
 BATCH = 64
 
 
@@ -91,6 +93,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     cli.enable_compilation_cache()
     # All that can be missing is looked for before anything is drawn.
+    from unclip_jax.drawing import read_run
     from unclip_jax.evaluation import features, frechet
     from unclip_jax.evaluation.zero_shot import read_templates
 
@@ -105,6 +108,7 @@ def main(argv: list[str]) -> int:
         next(read_pictures(args.reference, args.size))
     if args.bundle:
         _draw(args)
+    drawn = read_run(to_path(args.pictures))
 
     found: list[Any] = []
     if "alignment" in args.metric:
@@ -113,10 +117,9 @@ def main(argv: list[str]) -> int:
         found += _by_inception(args, inception, statistics)
     if clip:
         found += _by_clip(args, clip, templates)
-    run = to_path(args.pictures) / "run.json"
-    drawn = {"drawn": json.loads(run.read_text())} if run.is_file() else {}
+    about = {"drawn": drawn} if drawn else {}
     for result in found:
-        print(json.dumps(result.noting(**drawn)._asdict()) if args.json else result)
+        print(json.dumps(result.noting(**about)._asdict()) if args.json else result)
     return 0
 
 
@@ -127,6 +130,9 @@ def _draw(args: argparse.Namespace) -> None:
 
     preset = PRESETS.get(args.preset)
     prompts = read_captions(to_path(args.coco), preset.captions, args.seed) if preset else read_prompts(args.prompts)
+    grouped = [name for name in args.metric if name in GROUPED]
+    if grouped and len(prompts) * args.n < FEWEST:
+        raise UserError(f"{grouped[0]} of {len(prompts) * args.n} pictures: expected at least {FEWEST}; give more --n")
     if "alignment" in args.metric:
         scene_scores.read_captions(prompts)  # refuses captions of which it knows nothing
     sample.draw_prompts(args, prompts, output_folder(args.pictures, "pictures"), not preset or preset.upsample)

@@ -12,6 +12,7 @@ lists the hundred of which it is least sure: label these, put them into the two 
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,9 +105,9 @@ def train(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Prints what a filter misses and finds wrongly of pictures that it was neither trained on nor biased by."""
     found, network = _load(args)
-    folders = [_pictures(place) for place in (args.positive, args.negative) if place]
+    folders = [_pictures(place) for place in (args.positive, args.negative) if place is not None]
     rows = [_embed(network, *folder).rows for folder in folders]
-    _report(found, rows[0], rows[1] if args.negative else None)
+    _report(found, rows[0], rows[1] if args.negative is not None else None)
 
 
 def apply(args: argparse.Namespace) -> None:
@@ -152,8 +153,8 @@ def _load(args: argparse.Namespace) -> tuple[filtering.Filter, features.Features
 def _pictures(place: str) -> tuple[Path, list[str]]:
     """Names of the pictures below a folder. Raises UserError where there is none."""
     folder = to_path(place)
-    if not folder.is_dir():
-        raise UserError(f"{place} is no folder: expected one of pictures")
+    if not place.strip() or not folder.is_dir():
+        raise UserError(f"{place!r} is no folder: expected one of pictures")
     names = pictures_among(files_below(folder))
     if not names:
         raise UserError(f"{place} has no pictures: expected files such as NAME.png or NAME.jpg")
@@ -198,4 +199,4 @@ def _output(name: str, option: str, ending: str) -> Path:
 
 
 def _write(path: Path, names: list[str]) -> None:
-    write_bytes(path, "".join(f"{name}\n" for name in names).encode())
+    write_bytes(path, b"".join(os.fsencode(name) + b"\n" for name in names))

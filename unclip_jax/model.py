@@ -251,14 +251,21 @@ def jitted_sample(stage: Stage, mesh: Mesh) -> Callable:
 
 
 def fetched(results: Iterable[jax.Array]) -> np.ndarray:
-    """Concatenates results on the host; while one is fetched, the devices compute the next."""
+    """Concatenates results on the host; while one is fetched, the devices compute the next.
+
+    Raises UserError for numbers that are not finite, of which no picture can be made.
+    """
     arrays: list[np.ndarray] = []
     waiting = None
     for result in results:
         if waiting is not None:
             arrays.append(np.asarray(waiting))
         waiting = result
-    return np.concatenate([*arrays, np.asarray(waiting)])
+    found = np.concatenate([*arrays, np.asarray(waiting)])
+    if not np.isfinite(found).all():
+        raise UserError("a model computed numbers that are not finite: what it was given, such as a scale of guidance, "
+                        "or its weights are too large for it")  # fmt: skip
+    return found
 
 
 def chunk_rows(count: int, devices: int = 1) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import to_path, write_bytes
 
 
@@ -25,7 +26,7 @@ def load(path: str | Path, kind: str, names: tuple[str, ...]) -> tuple[dict[str,
     path = to_path(path)
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            return {name: file[name] for name in names}, dict(json.loads(str(file["card"])))
+            return {name: file[name] for name in names}, dict(parsed_json(str(file["card"])))
     except FileNotFoundError as error:
         raise UserError(f"no {kind} at {path}: there is no such file") from error
     except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:

@@ -93,7 +93,7 @@ def _new_tokenizer(config: ConfigDict, source: Source, beat: Callable[[], None])
             progress.advance()
             yield caption
 
-    found = train_tokenizer(read(), vocab_size)
+    found = train_tokenizer(read(), vocab_size, key)
     if found.vocab_size < vocab_size:
         progress.say(f"these captions have {found.vocab_size:,} pieces, fewer than {key}={vocab_size:,}: the model is "
                      f"smaller with --config.{key}={found.vocab_size}")  # fmt: skip

@@ -75,6 +75,8 @@ def output_folder(name: str, option: str = "--out") -> Path:
 
     option: the flag, for error messages. Raises UserError where it cannot be a folder, or cannot be written.
     """
+    if not name.strip():
+        raise UserError(f"{option} is empty: give a folder, such as {option}=out")
     if name.startswith(hub.PREFIX):
         raise UserError(f"{option} {name}: the Hub is read only here: give a folder, and push it there when it is done")
     if name.startswith(SHIPPED):
@@ -267,7 +269,7 @@ def on_disk(files: Sequence[Path], label: str) -> list[Path]:
     listed, copies, missing, size = _listed(files[0].parent), [], [], 0
     for file in files:
         info = listed[file.name]
-        of_version = hashlib.sha256(f"{file} {info['generation']}".encode()).hexdigest()
+        of_version = hashlib.sha256(os.fsencode(f"{file} {info['generation']}")).hexdigest()
         copies.append(cache / f"{of_version[:32]}-{file.name}")
         if not copies[-1].exists() or copies[-1].stat().st_size != int(info["size"]):
             missing.append((file, copies[-1]))
@@ -288,7 +290,7 @@ def _cache() -> Path:
 
 
 def _in_cache(path: Path) -> Path:
-    return _cache() / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}-{path.name}"
+    return _cache() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}-{path.name}"
 
 
 def _by_folder(name: str) -> list[str]:
@@ -368,9 +370,10 @@ def _check_bucket(bucket: str) -> None:
 @contextlib.contextmanager
 def _bucket_errors(wrong: str) -> Iterator[None]:
     """Turns any error of gcsfs within the context into a UserError whose line begins with `wrong`."""
-    log = logging.getLogger("gcsfs")  # it would print the traceback
-    before = log.level
-    log.setLevel(logging.CRITICAL)
+    logs = [logging.getLogger(name) for name in ("gcsfs", "google.auth")]  # which would print lines of their own
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:  # of gcsfs, aiohttp, requests and google-auth, whose errors have no common type
@@ -384,4 +387,5 @@ def _bucket_errors(wrong: str) -> Iterator[None]:
             advice = f"{type(error).__name__}: {said}; is there a network, and are the credentials right?"
         raise UserError(f"{wrong}: {advice}") from error
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)

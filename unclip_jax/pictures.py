@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from unclip_jax.errors import one_line
+from unclip_jax.errors import UserError, one_line
 from unclip_jax.paths import to_path, write_bytes
 
 NAME_BYTES = 120  # of a file's name, which may have 255 in all
@@ -148,5 +148,7 @@ def to_float(images: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Rounds pictures in [-1, 1] to uint8; clips what is outside."""
+    """Rounds pictures in [-1, 1] to uint8; clips what is outside. Raises UserError for numbers that are not finite."""
+    if not np.isfinite(images).all():
+        raise UserError("a picture holds numbers that are not finite: the model that drew it is damaged or diverged")
     return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)

@@ -9,7 +9,6 @@ first, by their sha256. Needs the extra [hub], and `hf auth login` once. --dry-r
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from unclip_jax import __version__, cli, hub
 from unclip_jax.bundle import CONFIG, TOKENIZERS, WEIGHTS, Bundle, load_bundle
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import is_remote, to_path
 from unclip_jax.training.leaves import named_leaves
 
@@ -68,8 +68,9 @@ def read_evaluation(name: str) -> list[dict[str, Any]]:
     """Reads numbers that `evaluate … --json` printed. Raises UserError for another file."""
     path = to_path(name)
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{key: line[key] for key in ("name", "value", "low", "high", "n")} for line in lines]
+        lines = [parsed_json(line) for line in path.read_text().splitlines()]
+        kinds = {"name": str, "value": float, "low": float, "high": float, "n": int}
+        return [{key: kind(line[key]) for key, kind in kinds.items()} for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--evaluation {name} is no output of `evaluate … --json` ({error})") from error
 

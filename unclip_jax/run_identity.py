@@ -67,7 +67,8 @@ def fingerprint(source: Source) -> str:
         except UnreadableRecord:
             sha.update(b"\nunreadable")
             continue
-        sha.update("\n".join(["", str(record["key"]), *captions_of(record), ""]).encode())
+        words = "\n".join(["", str(record["key"]), *captions_of(record), ""])
+        sha.update(words.encode(errors="surrogateescape"))  # names of files may be no UTF-8
         sha.update(hashlib.sha256(record["image"]).digest())
     return f"{len(source)} records, {sha.hexdigest()[:16]}"
 

@@ -18,7 +18,6 @@ WebDataset or, by --format png, a file each. Stopped, the same command draws wha
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from PIL import Image
 from unclip_jax import __version__, cli, pictures
 from unclip_jax.config_values import SAMPLERS
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import SHIPPED, output_folder, to_path
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def main(argv: list[str]) -> int:
     if args.rerank and not cascade.clip:
         raise UserError(f"--rerank needs a CLIP, and {args.bundle} has no clip/")
     count = args.rerank or args.n
+    cascade.check_room(count * len(args.prompt))
     places = [(row, draw) for row in range(len(args.prompt)) for draw in range(count)]
     texts = [args.prompt[row] for row, _ in places]
     rows, draws = zip(*places, strict=True)
@@ -201,9 +202,12 @@ def _again(args: argparse.Namespace, out: Path) -> int:
             stored = image.text
             prompt = stored["prompt"]
             seed, row, draw, position = (int(stored[name]) for name in ("seed", "row", "draw", "position"))
-            settings = json.loads(stored["settings"])
-            bundle, models, batch = args.bundle or settings["bundle"], settings["models"], int(settings["batch"])
-            options, sampling = _options(settings), settings.get("sampling", {})
+            settings = parsed_json(stored["settings"])
+            bundle, models, batch = args.bundle or settings["bundle"], dict(settings["models"]), int(settings["batch"])
+            if not 0 <= position < batch <= cli.MOST_PICTURES:
+                raise ValueError(f"number {position} of {batch} pictures")
+            options = _options(settings)
+            sampling = {name: dict(own) for name, own in settings.get("sampling", {}).items()}
     except (OSError, AttributeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{args.again} is not a picture of this command, or of an older version: it does not hold what "
                         f"drew it ({error})") from error  # fmt: skip
@@ -225,6 +229,7 @@ def _again(args: argparse.Namespace, out: Path) -> int:
 
 def _sampled(cascade: "Cascade", args: argparse.Namespace) -> "Cascade":
     """The cascade whose models sample as the flags say. Raises UserError for what they do not have."""
+    cascade.check_clip_guidance(args.clip_guidance)
     if cascade.source(vars(args)["from"]) != "prior":
         for name in OF_PRIOR:
             if getattr(args, name) is not None:
@@ -237,7 +242,8 @@ def _sampled(cascade: "Cascade", args: argparse.Namespace) -> "Cascade":
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Cascade.generate` that flags, or the settings in a picture, say."""
-    return {f"{name}_scale": given[name] for name in SCALES} | {"source": given.get("from")}
+    scales = {f"{name}_scale": None if given[name] is None else float(given[name]) for name in SCALES}
+    return scales | {"source": given.get("from")}
 
 
 def _settings(cascade: "Cascade", args: argparse.Namespace) -> dict:

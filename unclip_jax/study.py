@@ -14,10 +14,10 @@ they depend on.
 """
 
 import argparse
-import csv
-import io
+import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +26,7 @@ from unclip_jax import cli
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation.preferences import NOT_SURE, VOTES, Vote, chance, elo_scores, win_rates
 from unclip_jax.evaluation.study_page import QUESTIONS, write_study
+from unclip_jax.foreign import csv_rows, parsed_json
 from unclip_jax.paths import output_folder, to_path
 
 COLUMNS = ["study", "rater", "comparison", "vote"]  # of a file of votes, as the page writes it
@@ -103,7 +104,10 @@ def _say(result: Any, text: str, as_json: bool, key: dict[str, Any]) -> None:
 def _read_key(name: str) -> dict[str, Any]:
     path = to_path(name)
     try:
-        key = json.loads(path.read_text(encoding="utf-8"))
+        key = parsed_json(path.read_text(encoding="utf-8"))
+        arms, shown = list(key["arms"]), [(one["left"], one["right"]) for one in list(key["comparisons"])]
+        if not set(itertools.chain(*shown)) <= set(arms):
+            raise ValueError("a comparison of another arm")
         return {part: key[part] for part in ("id", "question", "arms", "comparisons")}
     except OSError as error:
         raise UserError(f"--key {name} cannot be read: expected the key.json that `study make` wrote") from error
@@ -120,13 +124,14 @@ def read_votes(names: Sequence[str], key: dict[str, Any]) -> list[Vote]:
     seen: dict[tuple[str, int], str] = {}
     for name in names:
         try:
-            rows = csv.DictReader(io.StringIO(to_path(name).read_bytes().decode("utf-8-sig")))
-        except (OSError, UnicodeDecodeError) as error:
+            text = to_path(name).read_bytes().decode("utf-8-sig")
+            rows = list(csv_rows(text))
+        except (OSError, ValueError) as error:
             raise UserError(f"{name} cannot be read: expected a file of votes that the page gave") from error
-        if rows.fieldnames != COLUMNS:
+        if text.partition("\n")[0].strip() != ",".join(COLUMNS):
             raise UserError(f"{name} is no file of votes: expected the columns {','.join(COLUMNS)}")
         for line, row in enumerate(rows, 2):
-            number = int(row["comparison"]) if (row["comparison"] or "").isdecimal() else -1
+            number = int(row["comparison"]) if re.fullmatch("[0-9]{1,18}", row["comparison"] or "") else -1
             if row["study"] != key["id"]:
                 raise UserError(f"{name}, line {line}: a vote of study {row['study']}, and the key is of {key['id']}")
             if not 0 <= number < len(key["comparisons"]) or row["vote"] not in VOTES:

@@ -157,7 +157,15 @@ def test_mistakes_of_a_transform_are_not_taken_for_bad_records():
         next(batches(Numbers(), wrong, 8, 0))
 
 
-def test_evaluation_batch():
+@pytest.mark.parametrize(("broken", "said"), [(12, 1), (2, 0)])
+def test_more_than_a_tenth_that_cannot_be_read_is_said_once(caplog, broken, said):
+    take(40, Numbers(50, broken=range(broken)), batch_size=8)
+    list(captions(Numbers(200, lost=range(4 * broken)), 200, threads=2))
+    text = "records cannot be read, more than a tenth: see above why"
+    assert caplog.text.count(text) == 2 * said
+
+
+def test_evaluation_batch(caplog):
     batch = evaluation_batch(Numbers(), transform, 5, 0)
     assert_same([batch], [evaluation_batch(Numbers(), transform, 5, 0)])
     chosen = list(batch["index"])
@@ -166,7 +174,7 @@ def test_evaluation_batch():
     np.testing.assert_array_equal(evaluation_batch(Numbers(3), transform, 5, 0)["index"], range(3))
     spoiled = evaluation_batch(Numbers(4, broken=[1]), transform, 4, 0)["index"]
     np.testing.assert_array_equal(spoiled[[0, 2, 3]], [0, 2, 3])
-    assert spoiled[1] in (0, 2, 3)
+    assert spoiled[1] in (0, 2, 3) and "skipped unreadable record number-1: torn" in caplog.text
 
 
 def test_damaged_files_in_a_folder(tmp_path, caplog):

@@ -11,6 +11,8 @@ from test_adm import state_dict
 from unclip_jax.cascade import Cascade
 from unclip_jax.errors import UserError
 from unclip_jax.pretrained.__main__ import main
+from unclip_jax.pretrained.karlo_stages import convert_prior
+from unclip_jax.pretrained.state_dict import StateDict
 from unclip_jax.pretrained.tokenizers import END, byte_symbols
 
 WIDTH, CONTEXT, DEPTH, VOCABULARY = 8, 12, 2, 257
@@ -110,6 +112,35 @@ def test_bad_files_are_one_clear_line(tmp_path, break_it, says):
     with pytest.raises(UserError, match=says) as caught:
         convert(folder, tmp_path / "out")
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_last_norm_is_refused(tmp_path):
+    """Of GLIDE's text path, or of Karlo's prior."""
+    tensors = {name: value for name, value in glide_tensors(3).items() if "final_ln" not in name}
+    save_file(tensors, tmp_path / "base.safetensors")
+    save_vocabulary(tmp_path)
+    with pytest.raises(UserError, match=r"base\.safetensors has no final_ln: it was trained with xf_final_ln=False"):
+        convert(tmp_path, tmp_path / "out")
+    prior = {"clip_img_proj.weight": (8, 4), "positional_embedding": (1, 9, 8), "text_enc_proj.weight": (8, 6)}
+    prior |= {"transformer.resblocks.0.ln_1.weight": (8,)}
+    prior = StateDict({name: np.zeros(shape, np.float32) for name, shape in prior.items()}, "prior.ckpt")
+    with pytest.raises(UserError, match=r"prior\.ckpt has no final_ln: .* a prior's final_ln=False"):
+        convert_prior(prior, np.zeros(4), np.ones(4), heads=2)
+
+
+@pytest.mark.parametrize("family", ["glide", "karlo"])
+def test_a_file_in_place_of_the_folder_is_refused(family, tmp_path):
+    (tmp_path / "base.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"base\.pt is a file: give the folder that all files of"):
+        main(["pretrained", family, str(tmp_path / "base.pt"), "--out", str(tmp_path / "out")])
+
+
+def test_a_model_without_blocks_is_refused(tmp_path):
+    tensors = {name: value for name, value in glide_tensors(3).items() if "resblocks" not in name}
+    save_file(tensors, tmp_path / "base.safetensors")
+    save_vocabulary(tmp_path)
+    with pytest.raises(UserError, match=r"has no tensor transformer\.resblocks\.0\.ln_1\.weight: it is not the model"):
+        convert(tmp_path, tmp_path / "out")
 
 
 def test_pickles_that_are_no_state_dicts_are_refused(tmp_path):

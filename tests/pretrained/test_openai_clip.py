@@ -173,9 +173,11 @@ def test_halves():
 
 def test_other_models_are_refused():
     found = tensors("openai")
-    resnet = {name: value for name, value in found.items() if not name.startswith("visual.class")}
+    other = {name: value for name, value in found.items() if not name.startswith("visual.class")}
     with pytest.raises(UserError, match=r"no tensor visual\.class_embedding: it is not the model that was named"):
-        convert(resnet)
+        convert(other)
+    with pytest.raises(UserError, match=r"ViT\.pt is a CLIP with a ResNet: expected a vision transformer"):
+        convert(other | {"visual.attnpool.positional_embedding": np.zeros((50, 8), np.float32)})
     with pytest.raises(UserError, match="heads of 64 channels do not fit towers of"):
         convert(found, head_channels=64)
     with pytest.raises(UserError, match=r"7 heads do not share 16 channels of ViT\.pt equally"):

@@ -1,6 +1,6 @@
 """Every key of every config with odd values, from the command line and from a file: refused in one line, or it works.
 
-`UNCLIP_FUZZ_CASES` is the number of cases that are tried, drawn by a seed; all are some thousands.
+`UNCLIP_FUZZ_CASES` is the number of cases that are tried, drawn by a seed; all are 12,000, hours of a core.
 """
 
 import collections
@@ -97,12 +97,13 @@ def outcome(case, clip, workdir):
         return "traceback", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def test_odd_values_are_refused_in_one_line_or_work(cases, tmp_path):
+def test_odd_values_are_refused_in_one_line_or_work(cases, tmp_path, record_property):
     clip, counts, wrong = make_stage(small_config("clip")), collections.Counter(), []
     for case in cases[:CASES]:
         result, said = outcome(case, clip, str(tmp_path / "run"))
         counts[result] += 1
         if result not in ("works", "refused"):
             wrong.append(f"{case[0].stem} {case[2]} {case[3]} {case[4]!r:.60}: {said}")
+    record_property("counts", json.dumps(dict(counts)))
     print(f"{sum(counts.values())} of {len(cases)} cases: {dict(counts)}")
     assert not wrong, "\n".join(wrong[:60])

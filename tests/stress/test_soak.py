@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fake_gcs
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.stress
 ROOT = Path(__file__).parents[2]
 STEPS = int(os.environ.get("SOAK_STEPS", 20_000))
 NETWORK, DISK = 0.003, 0.002  # shares of requests and of operations on files that fail
-SECONDS = (20, 90)  # between two kills
+LIFE = 10_000  # steps: a run is killed before it has gone on by more, at the pace of the one that nothing disturbs
 
 
 def start(tmp_path, source, workdir, program, **environment):
@@ -42,11 +43,22 @@ def losses(workdir):
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
 
 
+def pace(workdir, seconds):
+    """Seconds until the first step of a run that took so many, and of a step. Kills keep to them, however busy the
+    machine is."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    first, last = ((line["step"], line["seconds"]) for line in (lines[0], lines[-1]))
+    a_step = (last[1] - first[1]) / (last[0] - first[0])
+    return seconds - STEPS * a_step, a_step
+
+
 def test_faults_of_disk_and_network_and_kills_change_nothing(tmp_path):
     pictures = save_pictures(tmp_path / "pictures", len(CAPTIONS))
+    began = time.monotonic()
     with start(tmp_path, f"folder:{pictures}", "straight", ["-m", "unclip_jax.train"]) as run:
-        straight = run.communicate(timeout=3600)[0]
+        straight = run.communicate(timeout=600 + STEPS)[0]
     assert run.returncode == 0, straight[-2000:]
+    to_begin, a_step = pace(tmp_path / "straight", time.monotonic() - began)
 
     rng, ends = random.Random(0), {"killed": 0, "disk": 0, "bucket": 0}
     with fake_gcs.serve(faults=NETWORK) as server:
@@ -56,7 +68,7 @@ def test_faults_of_disk_and_network_and_kills_change_nothing(tmp_path):
             program = [str(Path(__file__).with_name("faulty_train.py"))]
             with start(tmp_path, "folder:gs://bucket/pictures", "disturbed", program, **places) as run:
                 try:
-                    said = run.communicate(timeout=rng.uniform(*SECONDS))[0]
+                    said = run.communicate(timeout=rng.uniform(to_begin / 2, to_begin + LIFE * a_step))[0]
                 except subprocess.TimeoutExpired:
                     run.send_signal(signal.SIGKILL)
                     said = run.communicate()[0]
@@ -66,7 +78,7 @@ def test_faults_of_disk_and_network_and_kills_change_nothing(tmp_path):
                 break
             assert "Traceback" not in said and run.returncode == 2, said[-3000:]
             ends["disk" if "Input/output error" in said else "bucket"] += 1
-    print(f"{STEPS} steps: {ends}")
+    print(f"{STEPS} steps: {ends}, {(time.monotonic() - began) / 60:.0f} minutes")
     assert run.returncode == 0, f"not at its end after 200 starts: {ends}"
     assert digest(said) == digest(straight)
     assert losses(tmp_path / "disturbed") == losses(tmp_path / "straight")

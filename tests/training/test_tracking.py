@@ -56,6 +56,13 @@ def test_no_trace_without_being_asked(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_trace_goes_to_a_folder_whose_name_is_no_utf_8(tmp_path):
+    profiler = Profiler(str(tmp_path / "caf\udce9"), 0, 1)
+    for k in range(1, 13):
+        profiler.step(k, None)
+    assert list(tmp_path.glob("caf*/profile/**/*.xplane.pb"))
+
+
 def test_a_trace_of_a_run_in_a_bucket_is_copied_there(bucket, tmp_path, monkeypatch):
     from unclip_jax.paths import files_below, to_path
 

@@ -1,15 +1,13 @@
 """Reads captions as people store them: text files of several encodings, and JSON, CSV and tables with named values."""
 
 import codecs
-import csv
-import io
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unclip_jax.errors import UnreadableRecord
+from unclip_jax.foreign import csv_rows, parsed_json
 
 TEXTS = (".txt", ".json")  # endings of the files of captions
 METADATA = ("metadata.jsonl", "metadata.csv")  # Hugging Face's files of captions, of all pictures of a folder
@@ -45,7 +43,7 @@ def captions_in(data: bytes) -> list[str]:
 def captions_in_json(data: bytes, feature: str) -> list[str]:
     """Lists the captions in a JSON file, by their name. Raises UnreadableRecord where there is no such name."""
     try:
-        record = json.loads(decoded(data))
+        record = parsed_json(decoded(data))
     except ValueError as error:
         raise UnreadableRecord(f"its JSON file cannot be read: {error}") from error
     return captions_named(record, feature)
@@ -100,12 +98,15 @@ def rows_of_metadata(name: str, data: bytes) -> Iterator[dict | None]:
     """Yields the rows of a file named in METADATA; None for a line that cannot be read."""
     text = decoded(data)
     if name.endswith(".csv"):
-        yield from csv.DictReader(io.StringIO(text))
+        try:
+            yield from csv_rows(text)
+        except ValueError:
+            yield None
         return
     for line in text.split("\n"):  # not splitlines: JSON may hold other ends of lines
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parsed_json(line)
             except ValueError:
                 row = None
             yield row if isinstance(row, dict) else None

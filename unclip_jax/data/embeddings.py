@@ -26,6 +26,7 @@ from unclip_jax import cli
 from unclip_jax.data.sources import Source, without_picture
 from unclip_jax.data.transforms import Crops, captions_of
 from unclip_jax.errors import UnreadableRecord, UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import is_remote, on_disk, write_bytes
 
 if TYPE_CHECKING:
@@ -145,7 +146,8 @@ def checksum(record: dict) -> int:
 
 def checksum_of_words(record: dict) -> int:
     """Computes the checksum of a record's key and captions."""
-    return zlib.crc32("\0".join([record["key"], *captions_of(record)]).encode())
+    words = "\0".join([record["key"], *captions_of(record)])
+    return zlib.crc32(words.encode(errors="surrogateescape"))  # names of files may be no UTF-8
 
 
 class EmbeddedSource:
@@ -234,7 +236,7 @@ def _description(folder: Path, advice: str, **wanted: str | int) -> dict[str, An
     if not (folder / DESCRIPTION).exists():
         raise UserError(f"no embeddings at {folder}: it has no {DESCRIPTION}; make them with {COMMAND} --out={folder}")
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = parsed_json((folder / DESCRIPTION).read_text())
         if description["format"] > FORMAT:
             raise UserError(f"{folder} was written by a newer version of this library: upgrade unclip_jax")
         if description["format"] == 1:

@@ -21,6 +21,7 @@ from unclip_jax.errors import UnreadableRecord, UserError, one_line
 Example = dict[str, np.ndarray]
 Transform = Callable[[dict, np.random.Generator], Example]  # (record, rng) → arrays of an example
 MAX_NAMED = 100  # unreadable records named in the log, each once; all are counted
+MANY, ENOUGH = 0.1, 100  # share of unreadable records that is said aloud, of as many records at least
 MAX_TRIES = 1000  # records tried in place of an unreadable one
 BATCHES_AHEAD = 4  # for each thread, unless they are larger than this:
 BYTES_AHEAD = 2**30  # of examples that wait or are being made, in all workers together
@@ -80,6 +81,7 @@ def _stacked(parts: "Iterator[_Examples]", rows: int, named: "Skipped") -> Itera
                 part, skipped = next(parts)
                 for record in skipped:
                     named.note(*record)
+                named.count(len(part["records_skipped"]), len(skipped))
                 here = slice(filled, filled + len(part["records_skipped"]))
                 for name, array in part.items():
                     if name not in batch:
@@ -97,6 +99,7 @@ def evaluation_batch(source: Source, transform: Transform, n: int, seed: int) ->
         examples.append(readable.example(k, k, skipped))
     for record in skipped:
         named.note(*record)
+    named.count(len(examples), len(skipped))
     return {name: np.stack([e[name] for e in examples]) for name in examples[0]}
 
 
@@ -109,9 +112,12 @@ def captions(source: Source, count: int, threads: int) -> Iterator[str | list[st
     def caption(k: int) -> str | list[str] | None:
         index = k * len(source) // count
         try:
-            return without_picture(source, index)["caption"]
+            found = without_picture(source, index)["caption"]
+            skipped.count(1, 0)
+            return found
         except UnreadableRecord as error:
             skipped.note(f"number {index}", error)
+            skipped.count(0, 1)
             return None
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
@@ -119,10 +125,23 @@ def captions(source: Source, count: int, threads: int) -> Iterator[str | list[st
 
 
 class Skipped:
-    """Names unreadable records in the log: each once, and the first MAX_NAMED alone. For any number of threads."""
+    """Names unreadable records in the log: each once, and the first MAX_NAMED alone; says it, once, where they are more
+    than MANY of all. For any number of threads."""
 
     def __init__(self) -> None:
         self._lock, self._named = threading.Lock(), set[str]()
+        self._tried = self._lost = 0
+        self._said = False
+
+    def count(self, read: int, lost: int) -> None:
+        """Counts records that were read, and others that could not be."""
+        with self._lock:
+            self._tried, self._lost = self._tried + read + lost, self._lost + lost
+            say = not self._said and self._tried >= ENOUGH and self._lost > MANY * self._tried
+            self._said = self._said or say
+        if say:
+            text = "%d of the first %d records cannot be read, more than a tenth: see above why, is the dataset whole?"
+            logging.error(text, self._lost, self._tried)
 
     def note(self, key: str, why: UnreadableRecord | str) -> None:
         """Names a record, and says why it cannot be read."""

@@ -19,6 +19,7 @@ import numpy as np
 from unclip_jax.data import captions, splits
 from unclip_jax.data.places import files_matching
 from unclip_jax.errors import UnreadableRecord, UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import is_remote, on_disk, to_path
 
 if TYPE_CHECKING:
@@ -97,7 +98,10 @@ def open_tables(
         raise UserError(f"{kind}:... needs pyarrow: pip install 'unclip_jax[data]'") from error
     folder, found = files_matching(pattern, f".{kind}")
     if (folder / SPLITS).exists():
-        there = ", ".join(json.loads((folder / SPLITS).read_text())["splits"])
+        try:
+            there = ", ".join(parsed_json((folder / SPLITS).read_text())["splits"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / SPLITS} cannot be read ({error!r}): name one split's folder") from error
         raise UserError(f"{folder} holds several splits: {there}; name one by {kind}:{folder}/{{split}}, for which "
                         "data.split and data.eval_split are put")  # fmt: skip
     files = [folder / name for name in found]

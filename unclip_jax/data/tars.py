@@ -11,6 +11,7 @@ metadata names the tars, with their sizes, versions and records.
 
 import hashlib
 import json
+import os
 import sys
 import tarfile
 import threading
@@ -118,7 +119,7 @@ def open_tars(pattern: str, feature: str, first: Callable[[Callable[[], bytes]],
     tars, and no pictures with captions in them.
     """
     folder, tars = files_matching(pattern, ".tar")
-    of_pattern = hashlib.sha256(pattern.removeprefix(str(folder)).encode()).hexdigest()[:16]
+    of_pattern = hashlib.sha256(os.fsencode(pattern.removeprefix(str(folder)))).hexdigest()[:16]
     place = folder / f"unclip_index_{of_pattern}.safetensors"
 
     def make() -> bytes:

@@ -141,11 +141,11 @@ def _cut(text: str) -> str:
     return text.encode()[:MOST_BYTES].decode(errors="ignore")
 
 
-def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int) -> Tokenizer:
+def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int, key: str = "vocab_size") -> Tokenizer:
     """Trains a byte-pair encoding of at most `vocab_size` pieces; the same captions give the same pieces.
 
-    captions: one or several of each record. Raises UserError where there are none, and where `vocab_size` has no room
-    for 256 bytes, 4 marks and the captions' letters.
+    captions: one or several of each record. key: name of `vocab_size` in a config. Raises UserError where there are no
+    captions, and where `vocab_size` has no room for 256 bytes, 4 marks and their letters.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -173,7 +173,7 @@ def train_tokenizer(captions: Iterable[str | list[str]], vocab_size: int) -> Tok
     except RuntimeError as error:
         said = " ".join(str(error).split())
         if too_small := re.search(r"required_chars\D*\d+ vs (\d+)", said):
-            raise UserError(f"vocab_size={vocab_size} has no room for the letters of these captions: set it to "
+            raise UserError(f"{key}={vocab_size} has no room for the letters of these captions: set it to "
                             f"{too_small[1]} at least, or to some thousands for whole words") from error  # fmt: skip
-        raise UserError(f"no tokenizer of vocab_size={vocab_size}: {said}") from error
+        raise UserError(f"no tokenizer of {key}={vocab_size}: {said}") from error
     return Tokenizer(model.getvalue())

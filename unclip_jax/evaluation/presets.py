@@ -3,13 +3,13 @@
 All are of COCO's validation set of 2014, in the folder that its own archives unpack to (val2014/ and annotations/).
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 
 ANNOTATIONS, PICTURES = "annotations/captions_val2014.json", "val2014"  # within COCO's folder
 
@@ -39,7 +39,8 @@ def read_captions(folder: Path, count: int, seed: int) -> list[str]:
     """
     path = folder / ANNOTATIONS
     try:
-        rows = [(row["image_id"], row["id"], row["caption"]) for row in json.loads(path.read_text())["annotations"]]
+        found = parsed_json(path.read_text())["annotations"]
+        rows = [(int(row["image_id"]), int(row["id"]), str(row["caption"])) for row in found]
     except FileNotFoundError as error:
         raise UserError(f"no {ANNOTATIONS} in {folder}: give the folder of COCO's 2014 archives") from error
     except (ValueError, KeyError, TypeError) as error:

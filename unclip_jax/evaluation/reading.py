@@ -32,7 +32,7 @@ class PictureFile(NamedTuple):
     @property
     def caption(self) -> str:
         """The first caption beside the picture, else the prompt inside it, else ""."""
-        return next(iter(captions_in(self.beside)), "") or self._read(_prompt)
+        return self._read(lambda data: next(iter(captions_in(self.beside)), "") or _prompt(data))
 
     def square(self, size: int | None) -> np.ndarray:
         """Returns the square in the picture's middle, uint8 (size, size, 3); None: of the shorter side."""
@@ -69,8 +69,14 @@ def picture_files(place: str) -> Iterator[PictureFile]:
         raise UserError(f"{place} is no folder: expected one of pictures, or of tars of them")
     for name in files_below(folder):
         if name.endswith(".tar"):
-            with (folder / name).open("rb") as file, tarfile.open(fileobj=file) as archive:
-                files = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+            try:
+                with (folder / name).open("rb") as file, tarfile.open(fileobj=file) as archive:
+                    files = {member.name: archive.extractfile(member).read() for member in archive if member.isfile()}
+                    archive.fileobj.seek(archive.offset)
+                    if archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                        raise tarfile.ReadError("it is cut off")  # between two files, which tarfile takes for its end
+            except (tarfile.TarError, EOFError, OSError) as error:
+                raise UserError(f"{folder / name} is damaged or no tar ({error}): draw or copy it anew") from error
             for inner in pictures_among(sorted(files)):
                 found = True
                 beside = files.get(f"{inner.rpartition('.')[0]}.txt", b"")

@@ -24,6 +24,7 @@ from unclip_jax.pretrained import Converted, Options, glide, inception, karlo, o
 from unclip_jax.stages import make_stage
 
 FAMILIES = {"glide": glide, "openai_clip": openai_clip, "karlo": karlo, "inception": inception}
+FOLDERS = ("glide", "karlo")  # families of several files
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -48,6 +49,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{source} is in a bucket: copy it to a disk first, with gcloud storage cp --recursive")
     if not source.exists():
         raise UserError(f"no weights at {source}: give the folder that they were downloaded to")
+    if args.family in FOLDERS and not source.is_dir():
+        raise UserError(f"{source} is a file: give the folder that all files of {args.family} were downloaded to")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is in the way: give a new or empty folder")
 

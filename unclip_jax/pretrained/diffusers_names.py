@@ -116,7 +116,7 @@ class RenamedStateDict:
     """
 
     def __init__(self, tensors: Mapping[str, Any], source: str, names: Names, head_channels: int):
-        self._weights = StateDict(tensors, source)
+        self.source, self._weights = source, StateDict(tensors, source)
         self._names, self._head_channels = names, head_channels
 
     def __contains__(self, name: str) -> bool:

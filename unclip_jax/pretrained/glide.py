@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from unclip_jax.errors import UserError
 from unclip_jax.pretrained import Converted, Options, tokenizers
 from unclip_jax.pretrained.adm import unet_config, unet_params
-from unclip_jax.pretrained.layers import deinterleaved, dense, joined, norm, stacked
+from unclip_jax.pretrained.layers import deinterleaved, dense, final_norm, joined, norm, stacked
 from unclip_jax.pretrained.state_dict import StateDict, count_blocks, read_tensors
 
 SUBFOLDERS = {  # file → subfolder of the output
@@ -135,7 +135,7 @@ def text_params(weights: StateDict, text: dict) -> dict:
         "positions": weights.take("positional_embedding", context, width),
         "padding": weights.take("padding_embedding", context, width),
         "transformer": transformer_params(weights, "transformer.resblocks", text["depth"], width, text["heads"]),
-        "norm": norm(weights, "final_ln", width),
+        "norm": final_norm(weights, width),
     }
 
 

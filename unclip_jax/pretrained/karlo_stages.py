@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from unclip_jax.pretrained.adm import unet_config, unet_params
 from unclip_jax.pretrained.glide import transformer_params
-from unclip_jax.pretrained.layers import dense, norm
+from unclip_jax.pretrained.layers import dense, final_norm, norm
 from unclip_jax.pretrained.state_dict import StateDict, count_blocks
 
 
@@ -32,7 +32,7 @@ def convert_prior(
         "query": weights.take("prd_emb", 1, 1, width)[0, 0],
         "positions": weights.take("positional_embedding", 1, places, width)[0],
         "transformer": transformer_params(weights, "transformer.resblocks", layers, width, heads),
-        "norm": norm(weights, "final_ln", width),
+        "norm": final_norm(weights, width),
         "out": dense(weights, "out_proj", width, dim),
         "embedding_mean": np.asarray(mean, np.float32),
         "embedding_std": np.asarray(std, np.float32),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from unclip_jax.errors import UserError
 from unclip_jax.pretrained.state_dict import StateDict
 
 
@@ -27,6 +28,14 @@ def dense(weights: StateDict, name: str, inputs: int, outputs: int, bias: bool =
 def norm(weights: StateDict, name: str, width: int) -> dict:
     """Converts a LayerNorm or GroupNorm of `width` channels."""
     return {"scale": weights.take(f"{name}.weight", width), "bias": weights.take(f"{name}.bias", width)}
+
+
+def final_norm(weights: StateDict, width: int) -> dict:
+    """Converts the last LayerNorm of GLIDE's text path or of Karlo's prior. Raises UserError where a model has none."""
+    if "final_ln.weight" not in weights:
+        raise UserError(f"{weights.source} has no final_ln: it was trained with xf_final_ln=False, or a prior's "
+                        "final_ln=False, which no released model is and this library does not convert")  # fmt: skip
+    return norm(weights, "final_ln", width)
 
 
 def deinterleaved(params: dict, heads: int, parts: int) -> dict:

@@ -18,6 +18,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 MAX_SCALE = 100.0
 BUFFERS = ("input_resolution", "context_length", "vocab_size")  # scalars of OpenAI's TorchScript archives
 POSITION_IDS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")  # 0, 1, 2, …
+RESNET = "visual.attnpool.positional_embedding"  # which OpenAI's and open_clip's ResNets have
 # Values that transformers leaves out of a config.json because they are its defaults.
 DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 DEFAULT_HEADS = {"image": 12, "text": 8}
@@ -146,6 +147,8 @@ def convert(
     unit_norm: give embeddings length 1; else they stay as the projections leave them. preprocessor: as in
     `convert_huggingface`. Raises UserError for a state dict that is not such a model.
     """
+    if RESNET in weights:
+        raise UserError(f"{weights.source} is a CLIP with a ResNet: expected a vision transformer, such as ViT-L-14")
     widths = weights.shape(OPENAI.image["class_token"])[0], weights.shape(OPENAI.text["tokens"])[1]
     if any(width % head_channels for width in widths[: 1 if text_heads else 2]):
         raise UserError(f"heads of {head_channels} channels do not fit towers of {widths} channels: give their width")

@@ -1,6 +1,5 @@
 """Reads files of PyTorch weights: tensors by name, one at a time, with an account of those missing or never read."""
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import to_path
 from unclip_jax.pretrained.torchscript import is_torchscript, read_torchscript
 
@@ -78,8 +78,12 @@ class StateDict:
 
 
 def count_blocks(weights: StateDict, pattern: str) -> int:
-    """Counts a network's blocks: how many names `pattern.format(0)`, `pattern.format(1)`, … there are in a row."""
-    count = 0
+    """Counts a network's blocks: how many names `pattern.format(0)`, `pattern.format(1)`, … there are in a row.
+
+    Raises UserError where there is none.
+    """
+    weights.shape(pattern.format(0))
+    count = 1
     while pattern.format(count) in weights:
         count += 1
     return count
@@ -130,7 +134,7 @@ def _check_kind(path: Path) -> None:
 def _read_shards(index: Path) -> dict[str, Any]:
     """Reads the tensors of all files that an index names, which lie beside it."""
     try:
-        files = set(json.loads(index.read_text())["weight_map"].values())
+        files = set(parsed_json(index.read_text())["weight_map"].values())
         beside = [index.with_name(name) for name in sorted(files) if name == to_path(name).name]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is no index of safetensors files: it names no weight_map") from error

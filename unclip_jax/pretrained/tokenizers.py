@@ -8,12 +8,12 @@ of neighbours are merged in the order of a list. The result is a tokenizer.json,
 
 import gzip
 import io
-import json
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -93,7 +93,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file, which may be gzipped. Raises UserError for one that is missing, damaged or not JSON."""
     text = _text(path)
     try:
-        return json.loads(text)
+        return parsed_json(text)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): download it again") from error
 

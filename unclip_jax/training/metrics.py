@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from unclip_jax.errors import UserError
+from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import is_remote, to_path, write_bytes
 
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is not a terminal
@@ -180,7 +181,7 @@ def read_log(path: Path) -> list[dict]:
     records: list[dict] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line.decode())
+            record = parsed_json(line.decode())
             if line.endswith(b"\n") and record["step"] >= 0:
                 records.append(record)
                 continue

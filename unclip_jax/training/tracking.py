@@ -61,16 +61,16 @@ class Profiler:
 @contextlib.contextmanager
 def traced(folder: Path) -> Iterator[None]:
     """Traces what runs inside into a folder, on a disk or in a bucket, for xprof or TensorBoard."""
-    remote = is_remote(folder)
-    local = to_path(tempfile.mkdtemp()) if remote else folder
+    aside = is_remote(folder) or not str(folder).isprintable()  # the profiler takes names in UTF-8 alone
+    local = to_path(tempfile.mkdtemp()) if aside else folder
     try:
         with jax.profiler.trace(str(local)):
             yield
-        for path in local.rglob("*") if remote else ():
+        for path in local.rglob("*") if aside else ():
             if path.is_file():
                 write_bytes(folder / path.relative_to(local), path.read_bytes())
     finally:
-        if remote:
+        if aside:
             shutil.rmtree(local)
 
 
