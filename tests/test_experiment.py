@@ -53,8 +53,8 @@ def run(*words):
 def test_results_are_written_in_three_forms(own, tmp_path, capsys):
     assert run(own, "--workdir", tmp_path / "work") == 0
     out = tmp_path / "work" / "own"
-    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [line["value"] for line in lines] == [1, 2, 1]
+    *lines, last = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [line["value"] for line in lines] == [1, 2, 1] and last == {"minutes": 0.0}
     assert lines[-1]["verdict"] == "reproduced" and lines[0]["n"] == 12
     table = (out / "results.md").read_text()
     assert "| the other | 2.000 [2.000, 2.000] |" in table and table in capsys.readouterr().out

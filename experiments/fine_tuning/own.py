@@ -3,12 +3,13 @@
     python experiments/fine_tuning/own.py pictures my_pictures
     python experiments/fine_tuning/own.py count samples
 
-The first writes pictures of a guitar with their captions, as a folder to train on. The second reads what `unclip sample`
-drew for captions of guitars: a drawing counts if the nearest scene, of 49 objects on 8 colours, is the caption's.
-docs/fine_tuning.md has the training between the two.
+The first writes pictures of a guitar with their captions, as a folder to train on. The second reads what `unclip
+sample` drew for captions of guitars: a drawing counts if the nearest scene, of 49 objects on 8 colours, is the
+caption's. docs/fine_tuning.md has the training between the two.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,8 @@ def count(folder: str) -> None:
     """Prints the share of drawings in a folder that show what their captions say."""
     drawn = list(read_pictures(folder, None))
     size = drawn[0].image.shape[0]
-    known = [Scene(name, colour, scale=s) for name in (*objects(), OBJECT) for colour in colours() for s in JITTER_SCALES]
+    each = itertools.product((*objects(), OBJECT), colours(), JITTER_SCALES)
+    known = [Scene(name, colour, scale=scale) for name, colour, scale in each]
     rows = np.stack([emoji_scenes.render(scene, size) for scene in known]).astype(np.float32)
     nearest = [known[int(np.argmin(np.square(rows - picture.image).mean(axis=(1, 2, 3))))] for picture in drawn]
     right = [emoji_scenes.caption(scene) == picture.caption for scene, picture in zip(nearest, drawn, strict=True)]

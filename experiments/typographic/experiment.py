@@ -33,7 +33,7 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
         nearest = np.argmax(unit(z) @ unit(cascade.text_embeddings(list(LABELS))).T, axis=1)
         shown = [names[row] for row in nearest]
     true = [(scene.object, scene.word) for scene in map(factors.as_read, lab.scenes)]
-    hits = np.array([[a == b for a, b in zip(*pair, strict=True)] for pair in zip(shown, true, strict=True)], np.float64)
+    hits = (np.array(shown) == np.array(true)).astype(np.float64)
     return {"object": hits[:, :1], "word": hits[:, 1:]}
 
 

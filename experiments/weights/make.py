@@ -54,7 +54,8 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
     if onward:
         if not begun_with.exists():  # a copy, since the weights are replaced in the end
             shutil.copytree(folder, begun_with)
-            (begun_with / "known.json").write_text(json.dumps(shipped.manifest()[name]))
+            before = {key: value for key, value in shipped.manifest()[name].items() if key != "measured"}
+            (begun_with / "known.json").write_text(json.dumps(before))
         known["begun_with"] = json.loads((begun_with / "known.json").read_text())
         with config.unlocked():
             config.init.bundle, config.init.model = str(begun_with), True
