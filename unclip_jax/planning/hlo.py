@@ -17,7 +17,7 @@ OPERATION = re.compile(r"  (ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(
 SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)([^{}]*)\})?")
 CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-NAME = re.compile(r"%([\w.\-]+)")
+NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")  # with #, of a tuple's element
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 KERNEL = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
 NO_ESTIMATE = 2**62  # cycles from here on mean that the compiler has no estimate
@@ -87,7 +87,40 @@ def parse(text: str) -> Module:
         elif line.endswith("{") and (found := HEADER.match(line)) and not line.startswith("HloModule"):
             current = computations.setdefault(found[2], [])
             entry = found[2] if found[1] else entry
+    for operations in computations.values():
+        operations[:0] = _elements(operations)
     return Module(computations, *_count_runs(computations, entry))
+
+
+def _elements(operations: list[Operation]) -> list[Operation]:
+    """Makes the operations "get-tuple-element" that newer compilers leave out: %loop.state#3 is an element's name."""
+    shapes = {operation.name: operation.shape for operation in operations}
+    found = {}
+
+    def shape(name: str) -> str:
+        if name not in shapes:
+            whole, _, place = name.rpartition("#")
+            shapes[name] = _parts(shape(whole))[int(place)]
+            found[name] = Operation(name, shapes[name], "get-tuple-element", f"%{whole}", "", False)
+        return shapes[name]
+
+    for operation in operations:
+        for name in operation.operands:
+            if "#" in name:
+                shape(name)
+    return list(found.values())
+
+
+def _parts(shape: str) -> list[str]:
+    """Splits the shape of a tuple into those of its elements."""
+    parts, depth = [""], 0
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [re.sub(r"/\*.*?\*/", "", part).strip() for part in parts]
 
 
 def _count_runs(computations: dict[str, list[Operation]], entry: str) -> tuple[dict[str, int], dict[str, int]]:

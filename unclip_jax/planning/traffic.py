@@ -118,7 +118,7 @@ def _read_bytes(name: str, whole: float, inner: dict[str, Operation], module: Mo
                 total += shape_bytes(user.shape) if place == 0 else whole
             elif user.opcode == "dynamic-update-slice" and place == 0:
                 total += shape_bytes(inner[user.operands[1]].shape)
-            elif user.opcode == "bitcast":
+            elif user.opcode in ("bitcast", "get-tuple-element"):
                 total += _read_bytes(user.name, whole, inner, module)
             elif user.opcode == "fusion":
                 deeper = _inner_operations(user, module)
