@@ -32,7 +32,8 @@ The fuzz drivers give [every key of every config](../tests/stress/test_config_fu
 command](../tests/stress/test_flag_fuzz.py) odd values: 0, −1, huge, NaN, None, of other types, empty. How many cases
 they draw is said in them. [The soak](../tests/stress/test_soak.py) trains 20,000 steps on a disk and a bucket
 that fail now and then, and is killed now and then; the weights must be those of a run that nothing disturbs, bit for
-bit.
+bit. Only tests whose results are stored are counted: until the soak and the other stress tests have run on a quiet
+machine, they are not among them.
 
 """
 

@@ -58,7 +58,7 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
             (begun_with / "known.json").write_text(json.dumps(before))
         known["begun_with"] = json.loads((begun_with / "known.json").read_text())
         with config.unlocked():
-            config.init.bundle, config.init.model = str(begun_with), True
+            config.init.bundle = str(begun_with)
     report = train.run(config, f"{workdir}/{name}")
     if isinstance(report, signal.Signals):
         sys.exit(train.exit_status(report))
