@@ -3,8 +3,8 @@
 import numpy as np
 
 from unclip_jax.cascade import Cascade
-from unclip_jax.data import varied_scenes
 from unclip_jax.evaluation import factors
+from unclip_jax.evaluation.factor_scores import likeness
 from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values, every_factor, scene_values
 
 
@@ -16,9 +16,7 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
         z = np.roll(z, -1, axis=0)
     images = cascade.redraw(z, x_T, 0, steps=int(arm.x))["images"][-1]
     found = scene_values(factors.read(images), lab.scenes, every_factor(lab.scenes))
-    true = np.stack([varied_scenes.render(scene, images.shape[1]) for scene in lab.scenes]).astype(np.float64)
-    error = np.sqrt(np.mean(((images - true) / 127.5) ** 2, axis=(1, 2, 3)))
-    return found | {"kept": found["named"], "likeness": 1 - error[:, None]}
+    return found | {"kept": found["named"], "likeness": likeness(images, lab.scenes)[:, None]}
 
 
 STEPS = (10, 25, 50, 100)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from unclip_jax.cascade import Cascade
-from unclip_jax.data import varied_scenes
 from unclip_jax.evaluation import factors
+from unclip_jax.evaluation.factor_scores import likeness
 from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values, scene_values
 
 
@@ -18,10 +18,8 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
         for seed, (sketch, caption) in enumerate(zip(sketches, lab.captions, strict=True))
     ])  # fmt: skip
     found = scene_values(factors.read(images), lab.scenes, lab.named)
-    shown = [lab.scenes[(i + 1) % len(lab.scenes)] for i in range(len(lab.scenes))]
-    true = np.stack([varied_scenes.render(scene, images.shape[1]) for scene in shown]).astype(np.float64)
-    error = np.sqrt(np.mean(((images - np.repeat(true, draws, axis=0)) / 127.5) ** 2, axis=(1, 2, 3)))
-    return found | {"likeness": 1 - error.reshape(-1, draws)}
+    sketched = [*lab.scenes[1:], lab.scenes[0]]
+    return found | {"likeness": likeness(images, sketched).reshape(-1, draws)}
 
 
 STARTS = (0.3, 0.5, 0.7, 0.9)

@@ -5,6 +5,7 @@ import numpy as np
 from unclip_jax.cascade import Cascade
 from unclip_jax.data import varied_scenes
 from unclip_jax.evaluation import factors
+from unclip_jax.evaluation.factor_scores import likeness
 from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values, every_factor, scene_values
 
 SUBSTANCE = ("object", "tint", "colour")
@@ -12,21 +13,18 @@ SUBSTANCE = ("object", "tint", "colour")
 
 def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     """Draws variations of each scene at eta = `arm.x`: "kept", the share of all factors that are as in the scene;
-    "object"; "substance", the share of object, tint and background, less that of the other factors; "error", the root
-    mean squared difference from the picture in [-1, 1], and "likeness", which is 1 - error."""
+    "object"; "substance", the share of object, tint and background, less that of the other factors; "likeness", as
+    of `factor_scores.likeness`."""
     draws = lab.experiment.draws
     z, x_T = (np.repeat(half, draws, axis=0) for half in lab.encoded(cascade, 25))
     images = cascade.redraw(z, x_T, 0, eta=arm.x, steps=25)["images"][-1]
     found = scene_values(factors.read(images), lab.scenes, every_factor(lab.scenes))
-    size = images.shape[1]
-    true = np.stack([varied_scenes.render(scene, size) for scene in lab.scenes]).astype(np.float64)
-    shown = images.reshape(len(true), draws, *images.shape[1:])
-    error = np.sqrt(np.mean(((shown - true[:, None]) / 127.5) ** 2, axis=(2, 3, 4)))
+    alike = likeness(images, lab.scenes).reshape(-1, draws)
     share = {
         is_substance: np.mean([found[n] for n in varied_scenes.factors() if (n in SUBSTANCE) == is_substance], axis=0)
         for is_substance in (True, False)
     }
-    return found | {"kept": found["named"], "substance": share[True] - share[False], "likeness": 1 - error}
+    return found | {"kept": found["named"], "substance": share[True] - share[False], "likeness": alike}
 
 
 ETAS = (0.0, 0.5, 1.0)

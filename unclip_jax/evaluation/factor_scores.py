@@ -116,6 +116,16 @@ def variety(reading: Reading, captions: Sequence[str], named: Sequence[tuple[str
     return results
 
 
+def likeness(images: np.ndarray, scenes: Sequence[varied_scenes.Scene]) -> np.ndarray:
+    """Computes 1 less the root mean squared difference, on a scale of [-1, 1], of pictures from their scenes: (N,).
+
+    images: uint8 (N, R, R, 3), N a multiple of the scenes: the pictures of each scene stand one after another.
+    """
+    true = np.stack([varied_scenes.render(scene, images.shape[1]) for scene in scenes]).astype(np.float64)
+    error = (images - np.repeat(true, len(images) // len(true), axis=0)) / 127.5
+    return 1 - np.sqrt(np.mean(np.square(error), axis=(1, 2, 3)))
+
+
 def data_variety() -> dict[str, float]:
     """Computes for each factor the probability that two scenes of one object in the train split differ in it."""
     held_out = varied_scenes.HELD_OUT
