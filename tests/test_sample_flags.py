@@ -106,7 +106,7 @@ CHANGES = [  # flags, what they change of the decoder's sampling and of the prio
     (["--from=caption"], {}, None),
     (["--steps=2"], {"steps": "2"}, {}),
     (["--sampler=ddpm", "--prior-steps=5"], {"sampler": "ddpm"}, {"steps": "5"}),
-    (["--sampler=dpm++", "--steps=3"], {"sampler": "dpm++", "steps": "3"}, {}),
+    (["--fast", "--steps=3"], {"sampler": "dpm++", "steps": "3"}, {"sampler": "dpm++", "steps": "10"}),
     (["--eta=1", "--steps=ddim4"], {"eta": 1.0, "steps": "ddim4"}, {}),
 ]
 
@@ -183,7 +183,8 @@ def test_without_a_prior_text_and_caption_can_be_drawn(folder, tmp_path):
 
 
 def test_dot_percentile_is_of_the_autoregressive_prior(autoregressive, tmp_path):
-    _, settings = draw(autoregressive, tmp_path / "out", "--dot-percentile=99", "--from=prior")
+    _, settings = draw(autoregressive, tmp_path / "out", "--dot-percentile=99", "--from=prior", "--fast")
+    assert settings["sampling"]["decoder"]["sampler"] == "dpm++"
     assert settings["sampling"]["prior"]["dot_percentile"] == 99.0
     cascade = Cascade.load(str(autoregressive))
     assert cascade.sampled_by({}, {"dot_percentile": 99.0}).prior.stage.config.sampling.dot_percentile == 99.0

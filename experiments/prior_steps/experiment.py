@@ -1,19 +1,32 @@
-"""How many analytic steps the diffusion prior needs."""
+"""How many steps the diffusion prior needs, of which sampler."""
 
 from unclip_jax.trials import Arm, Claim, Experiment
 
-STEPS = (4, 8, 16, 32, 64)
+STEPS = {"analytic": (4, 8, 16, 64), "ddpm": (8, 16, 64), "ddim": (4, 8, 16), "dpm++": (4, 8, 16)}
+LABELS = {"analytic": "Analytic-DPM", "ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM-Solver++"}
 
 EXPERIMENT = Experiment(
-    question="How many steps does the prior need?",
-    paper="unCLIP, appendix C (64 steps of Analytic DPM)",
+    question="How many steps does the prior need, of which sampler?",
+    paper="unCLIP, appendix C (64 steps of Analytic-DPM)",
     models=("clip", "prior", "decoder"),
-    arms=tuple(Arm(f"steps_{n}", f"{n} steps", sampling={"prior": {"steps": str(n)}}, x=n) for n in STEPS),
+    arms=tuple(
+        Arm(
+            f"{sampler.replace('++', '')}_{n}",
+            f"{LABELS[sampler]}, {n} steps",
+            sampling={"prior": {"sampler": sampler, "steps": str(n)}},
+            x=n,
+            series=LABELS[sampler],
+        )
+        for sampler, counts in STEPS.items()
+        for n in counts
+    ),
     measures={"named": "named factors right", "variety": "open factors that differ"},
     claims=(
-        Claim("Sixteen steps are better than four.", "named", "steps_16", "steps_4"),
-        Claim("64 steps are better than sixteen.", "named", "steps_64", "steps_16"),
+        Claim("Sixteen analytic steps are better than four.", "named", "analytic_16", "analytic_4"),
+        Claim("64 are better than sixteen.", "named", "analytic_64", "analytic_16"),
+        Claim("Four analytic steps are better than four of DDIM.", "named", "analytic_4", "ddim_4"),
     ),
-    draws=1,
+    captions=256,
+    draws=2,
     axis="steps of the prior",
 )
