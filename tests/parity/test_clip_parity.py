@@ -4,6 +4,7 @@ transformers' names, in OpenAI's, and as the two halves that pipelines keep apar
 import copy
 import functools
 import json
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +197,7 @@ class Node(torch.nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", ["state dict", "archive"])
+@pytest.mark.parametrize("kind", ["state dict", "state dict of PyTorch before 1.6", "archive"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_openai_form(kind, tmp_path, seen):
     model = reference("B/32")
@@ -207,7 +208,8 @@ def test_openai_form(kind, tmp_path, seen):
         tensors |= {name: torch.tensor(value) for name, value in sizes.items()}
         torch.jit.script(Node(tensors)).save(str(path))
     else:
-        torch.save(tensors, path)
+        torch.save(tensors, path, _use_new_zipfile_serialization="before" not in kind)
+        assert zipfile.is_zipfile(path) == ("before" not in kind)
     config, params = openai_clip.convert(StateDict(read_tensors(path), str(path)), head_channels=8, unit_norm=False)
     images, tokens, lengths = inputs("B/32")
     z_i, z_t, states = forward(config, params, images, tokens, lengths)
