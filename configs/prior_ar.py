@@ -10,7 +10,8 @@ small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores; trains its CLIP first if none is named. Took 7 minutes
        on cores that were busy with other work; cosine to the true embedding 0.85 on held-out captions, where the codes
        of the true embeddings themselves keep 0.99.
-shipped  The autoregressive prior of the cascade of experiments/.
+shipped  The autoregressive prior of experiments/. Two runs of this config, the second on from the first
+       (experiments/weights/make.py --onward), take about as long as the diffusion prior's did.
 """
 
 from unclip_jax import config
@@ -75,10 +76,10 @@ SHIPPED = dict(
     model=dict(embedding_dim=128, num_codes=48, num_buckets=128, num_dot_buckets=16, context=50, width=128, depth=4,
                heads=2, text=dict(vocab_size=1024, context=36, width=128, depth=2, heads=2), remat=False),
     clip=dict(config="configs/clip.py:shipped"),
-    data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",
+    data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(2.0, 1.0), crop="center",
               threads=2),
     optim=dict(learning_rate=0.001, warmup_steps=200, schedule="cosine", weight_decay=0.01, b2=0.99, ema_decay=0.995),
-    train=dict(steps=800, batch_size=256, checkpoint_every=500, sample_every=2000, eval_size=512, keep=2),
+    train=dict(steps=2400, batch_size=256, checkpoint_every=500, sample_every=2000, eval_size=512, keep=2),
 )
 
 

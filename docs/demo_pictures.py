@@ -120,7 +120,9 @@ def fill_inpaint(page: Page, apple: Path, star: Path) -> None:
     """Paints over the upper half."""
     give(page, "inpaint", apple)
     page.locator("#inpaint-prompt textarea").fill("a red apple on a yellow background")
-    box = page.locator("#inpaint-picture canvas").first.bounding_box()
+    canvas = page.locator("#inpaint-picture canvas").first
+    canvas.scroll_into_view_if_needed()  # the mouse reaches only what is in the window
+    box = canvas.bounding_box()
     for share in (0.3, 0.4, 0.5):
         x, y = box["x"] + box["width"] / 2, box["y"] + share * box["height"]
         page.mouse.move(x - 100, y)

@@ -192,8 +192,8 @@ class Cascade(Chain):
     ) -> Drawn:
         """Draws `count` pictures for a caption that keep the layout of a sketch (SDEdit, arXiv 2108.01073).
 
-        start: share of the steps that the sketch is noised by first, from 0 to 1; 0.3 to 0.6 is usual. options: of
-        `generate`.
+        start: share of the chain of noise that the sketch goes through first, from 0 to 1; 0.3 to 0.6 is usual.
+        Drawing takes the steps from there on. options: of `generate`.
         """
         rows = np.repeat(to_float(self._squares([sketch])), count, axis=0)
         decoder = self.decoder.sampled_by(start=start)

@@ -176,10 +176,12 @@ def table(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> str
             measure = experiment.measures.get(line["measure"], line["measure"])
             of = f"{measure}: {labels[line['larger']]} − {labels[line['smaller']]}"
             lines.append(_row(line["claim"], _number(line), of, f"{line['n']:,}", line["verdict"]))
-    trainings = "one training run" if experiment.seeds == 1 else f"{experiment.seeds} training runs"
+    trainings = "one training run of each model"
+    if experiment.seeds > 1:
+        trainings = f"{experiment.seeds} training runs of what arms train"
     drawn = f"{experiment.captions} captions, {experiment.draws} pictures of each"
     counted = drawn if "decoder" in experiment.models else f"{experiment.captions} pictures"
-    lines += ["", f"{counted}, {trainings} of each model."]
+    lines += ["", f"{counted}, {trainings}."]
     return "\n".join(lines) + "\n"
 
 

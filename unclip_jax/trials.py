@@ -29,7 +29,7 @@ from unclip_jax.config import flat_items
 from unclip_jax.data import varied_scenes
 from unclip_jax.drawing import draw_file
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation import comparisons, factors
+from unclip_jax.evaluation import comparisons, factor_scores, factors
 from unclip_jax.evaluation.intervals import Result
 from unclip_jax.evaluation.reading import read_pictures
 from unclip_jax.model import Model
@@ -48,6 +48,7 @@ SIZES = ("shipped", "small", "paper")
 SCENES = {"data.source": "tfds:emoji_scenes/varied_256", "data.crop": "center", "model.vocab_size": 1024,
           "model.text.vocab_size": 1024}  # fmt: skip
 MEASURES = ("named", "all", "binding", "readable", "variety")  # of `Lab.scene_values`, besides the factors
+READERS = factors.__file__, factor_scores.__file__
 Values = Mapping[str, np.ndarray]  # measure → (captions, draws), NaN where a picture has no value
 
 
@@ -245,7 +246,7 @@ class Lab:
     def scene_values(self, cascade: Cascade, arm: Arm) -> Values:
         """Draws the captions and reads the pictures' factors: "named", the share of named factors that are right;
         "all", whether all are; "binding", of `factor_scores.binding`; "readable"; "variety", the share of factors left
-        open in which two pictures of a caption differ; and each factor's own."""
+        open in which two readable pictures of a caption differ; and each factor's own."""
         images = self.draw(cascade, arm)
         reading = factors.read(images.reshape(-1, *images.shape[2:]))
         return scene_values(reading, self.scenes, self.named)
@@ -287,9 +288,9 @@ class Lab:
             return {name: file[name] for name in file.files}
 
     def _about(self) -> list[Any]:
-        """Collects what else values depend on: the code that measures too, by the file that it stands in."""
+        """Collects what else values depend on: the code that measures too, by the files that it stands in."""
         e = self.experiment
-        code = to_path(e.measure.__code__.co_filename).read_bytes()
+        code = b"".join(Path(file).read_bytes() for file in (e.measure.__code__.co_filename, __file__, *READERS))
         return [e.captions, e.draws, e.measure.__qualname__, hashlib.sha256(code).hexdigest(), __version__]
 
 
@@ -325,6 +326,7 @@ def scene_values(
 ) -> Values:
     """Computes what `Lab.scene_values` returns of a reading of pictures, those of each caption one after another."""
     draws = len(reading.scenes) // len(scenes)
+    readable = reading.readable.reshape(len(scenes), draws)
     found = {name: np.full((len(scenes), draws), np.nan) for name in (*MEASURES, *varied_scenes.factors())}
     for row, (scene, names) in enumerate(zip(map(factors.as_read, scenes), named, strict=True)):
         seen = reading.scenes[row * draws : (row + 1) * draws]
@@ -337,11 +339,12 @@ def scene_values(
             if {"tint", "colour"} <= set(names) and sorted(colours) == sorted((scene.tint, scene.colour)):
                 found["binding"][row, k] = np.nan if scene.tint == scene.colour else colours[0] == scene.tint
             left = [name for name in varied_scenes.factors() if name != "object" and name not in names]
-            others = [other for other in seen if other is not shown]
-            differ = [getattr(other, name) != getattr(shown, name) for other in others for name in left]
+            others = [other for j, other in enumerate(seen) if j != k and readable[row, j] and readable[row, k]]
+            pairs = [(other, name) for other in others for name in left
+                     if all(factor_scores.tells(scene.object, name) for scene in (shown, other))]  # fmt: skip
+            differ = [getattr(other, name) != getattr(shown, name) for other, name in pairs]
             found["variety"][row, k] = np.mean(differ) if differ else np.nan
-    found["readable"] = reading.readable.reshape(len(scenes), draws).astype(np.float64)
-    return found
+    return found | {"readable": readable.astype(np.float64)}
 
 
 def every_factor(scenes: Sequence[varied_scenes.Scene]) -> list[tuple[str, ...]]:
@@ -370,12 +373,12 @@ def compare(experiment: Experiment, values: Mapping[str, Values]) -> list[dict[s
 
 
 def verdict(results: Sequence[Mapping[str, Any]]) -> str:
-    """Sums up the verdicts of an experiment's claims: that of all, else "in part" or, where none is reproduced, "cannot
-    tell"."""
+    """Sums up the verdicts of an experiment's claims: that of all, else "in part" where one is reproduced, or "not
+    reproduced"."""
     found = {line["verdict"] for line in results if "verdict" in line}
     if len(found) == 1:
         return found.pop()
-    return "in part" if "reproduced" in found else "cannot tell"
+    return "in part" if "reproduced" in found else "not reproduced"
 
 
 def _line(result: Result) -> dict[str, Any]:

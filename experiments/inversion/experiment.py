@@ -33,7 +33,7 @@ EXPERIMENT = Experiment(
     claims=(
         Claim("More steps reproduce the picture better.", "likeness", "own_100", "own_10"),
         Claim("A hundred steps are better than twenty-five.", "likeness", "own_100", "own_25"),
-        Claim("x_T alone does not hold the picture.", "kept", "own_100", "next_100"),
+        Claim("x_T with another picture's embedding does not hold the picture.", "kept", "own_100", "next_100"),
     ),
     captions=128,
     draws=1,

@@ -4,7 +4,7 @@ from unclip_jax.trials import Arm, Claim, Experiment
 
 EXPERIMENT = Experiment(
     question="Does a prior serve a decoder better than the caption, or its text embedding, alone?",
-    paper="unCLIP, section 5.1, figure 8 and table 1",
+    paper="unCLIP, section 5.1, figure 8",
     models=("clip", "prior", "decoder"),
     arms=(
         Arm("caption", "caption alone", options={"source": "caption"}),
@@ -17,4 +17,5 @@ EXPERIMENT = Experiment(
         Claim("Text embeddings are better than captions alone.", "named", "text", "caption"),
         Claim("The prior's z_i is better than text embeddings.", "named", "prior", "text"),
     ),
+    draws=2,
 )

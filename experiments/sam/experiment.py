@@ -39,6 +39,6 @@ EXPERIMENT = Experiment(
     ),
     captions=512,
     draws=1,
-    seeds=2,
+    seeds=3,
     measure=measure,
 )

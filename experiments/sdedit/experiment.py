@@ -9,7 +9,7 @@ from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values, scene_values
 
 
 def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
-    """Draws each caption over the next scene, noised for `arm.x` of the steps: "named", the share of what the caption
+    """Draws each caption over the next scene, noised for `arm.x` of the chain: "named", the share of what the caption
     names that is right; "likeness" to the sketch, 1 less the root mean squared difference in [-1, 1]."""
     draws = lab.experiment.draws
     sketches = np.roll(np.stack(lab.pictures()), -1, axis=0)
@@ -22,13 +22,17 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     return found | {"likeness": likeness(images, sketched).reshape(-1, draws)}
 
 
+DDIM = {"sampler": "ddim", "steps": "25"}
 STARTS = (0.3, 0.5, 0.7, 0.9)
 
 EXPERIMENT = Experiment(
     question="How far must a sketch be noised for a caption to be followed?",
-    paper="GLIDE, section 1, figure 4 (SDEdit)",
+    paper="GLIDE, figure 4 (SDEdit)",
     models=("clip", "prior", "decoder"),
-    arms=tuple(Arm(f"start_{share:g}", f"noised for {share:g} of the steps", x=share) for share in STARTS),
+    arms=tuple(
+        Arm(f"start_{share:g}", f"noised for {share:g} of the chain", sampling={"decoder": DDIM}, x=share)
+        for share in STARTS
+    ),
     measures={"named": "named factors right", "likeness": "likeness to the sketch"},
     claims=(
         Claim("More noise lets the caption be followed.", "named", "start_0.9", "start_0.3"),
@@ -37,5 +41,5 @@ EXPERIMENT = Experiment(
     captions=128,
     draws=4,
     measure=measure,
-    axis="share of the steps",
+    axis="share of the chain",
 )

@@ -11,6 +11,7 @@ from unclip_jax.evaluation import factors
 from unclip_jax.evaluation.features import unit
 from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values
 
+OTHER = "other noise"
 CHANGED = ("colour", "tint", "object")  # by turns
 
 
@@ -21,11 +22,11 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     before, after = ([varied_scenes.caption(pair[k], ("tint", "colour")) for pair in pairs] for k in (0, 1))
     source, target = cascade.text_embeddings(before), cascade.text_embeddings(after)
     z, x_T = lab.encoded(cascade, 25)
-    if arm.series == "other noise":
+    if arm.series == OTHER:
         x_T = np.asarray(jax.random.normal(jax.random.key(0), x_T.shape))
     directions = unit(target - source) * np.linalg.norm(z, axis=-1, keepdims=True)
     moved = np.stack([slerp(row, d, arm.x) for row, d in zip(z, directions, strict=True)]).astype(np.float32)
-    shown = factors.read(cascade.redraw(moved, x_T, 0, steps=25)["images"][-1]).scenes
+    shown = factors.read(cascade.redraw(moved, x_T, 0, steps=25, inverted=arm.series != OTHER)["images"][-1]).scenes
     changed, kept = [], []
     for i, (picture, pair) in enumerate(zip(shown, pairs, strict=True)):
         old, new = map(factors.as_read, pair)
@@ -51,7 +52,7 @@ EXPERIMENT = Experiment(
     models=("clip", "decoder"),
     arms=(
         *(Arm(f"inverted_{s:g}", f"{s:g} of the way", x=s, series="the picture's x_T") for s in SHARES),
-        *(Arm(f"fresh_{s:g}", f"{s:g} of the way, other noise", x=s, series="other noise") for s in SHARES),
+        *(Arm(f"fresh_{s:g}", f"{s:g} of the way, other noise", x=s, series=OTHER) for s in SHARES),
     ),
     measures={"changed": "asked change is there", "kept": "other factors kept"},
     claims=(
@@ -59,7 +60,7 @@ EXPERIMENT = Experiment(
         Claim("Half of the way changes it more often than a quarter.", "changed", "inverted_0.5", "inverted_0.25"),
         Claim("The picture's own noise keeps the rest better than other noise.", "kept", "inverted_0.5", "fresh_0.5"),
     ),
-    captions=512,
+    captions=256,
     draws=1,
     measure=measure,
     axis="share of the way to the text difference",

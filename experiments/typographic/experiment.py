@@ -48,7 +48,7 @@ def without_word(scene: varied_scenes.Scene, picture: np.ndarray) -> np.ndarray:
 
 EXPERIMENT = Experiment(
     question="Does a written word hide an object from CLIP, and from the decoder?",
-    paper="unCLIP, section 3.3, figure 6",
+    paper="unCLIP, section 4, figure 6",
     models=("clip", "decoder"),
     arms=(
         Arm("blank", "classified by CLIP, without a word"),

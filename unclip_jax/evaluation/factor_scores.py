@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unclip_jax.data import varied_scenes
+from unclip_jax.data.transforms import center_square
 from unclip_jax.data.varied_scenes import ROTATIONS, Scene
 from unclip_jax.evaluation.factors import Reading, as_read, rotation_as_read
 from unclip_jax.evaluation.intervals import Result, Z, wilson
@@ -89,7 +90,7 @@ def diversity(reading: Reading, named: Sequence[tuple[str, ...]]) -> dict[str, R
     """
     results = {}
     for factor in data_variety():
-        open_ = [s for s, names in _readable(reading, named) if factor not in names and _tells(s.object, factor)]
+        open_ = [s for s, names in _readable(reading, named) if factor not in names and tells(s.object, factor)]
         drawn = [getattr(scene, factor) for scene in open_]
         counts = np.array([drawn.count(value) for value in varied_scenes.factors()[factor]])
         results[factor] = evenness(f"diversity, {factor}", counts)
@@ -106,7 +107,7 @@ def variety(reading: Reading, captions: Sequence[str], named: Sequence[tuple[str
     for factor in data_variety():
         waiting, differ = {}, []
         for seen, (text, names) in _readable(reading, list(zip(captions, named, strict=True))):
-            if factor in names or not _tells(seen.object, factor):
+            if factor in names or not tells(seen.object, factor):
                 continue
             if text in waiting:
                 differ.append(getattr(waiting.pop(text), factor) != getattr(seen, factor))
@@ -119,9 +120,11 @@ def variety(reading: Reading, captions: Sequence[str], named: Sequence[tuple[str
 def likeness(images: np.ndarray, scenes: Sequence[varied_scenes.Scene]) -> np.ndarray:
     """Computes 1 less the root mean squared difference, on a scale of [-1, 1], of pictures from their scenes: (N,).
 
-    images: uint8 (N, R, R, 3), N a multiple of the scenes: the pictures of each scene stand one after another.
+    images: uint8 (N, R, R, 3), N a multiple of the scenes: the pictures of each scene stand one after another. The
+    scenes' own pictures are of 64 pixels, averaged down to R.
     """
-    true = np.stack([varied_scenes.render(scene, images.shape[1]) for scene in scenes]).astype(np.float64)
+    drawn = (varied_scenes.render(scene, varied_scenes.FRAME) for scene in scenes)
+    true = np.stack([center_square(picture, images.shape[1], "area") for picture in drawn]).astype(np.float64)
     error = (images - np.repeat(true, len(images) // len(true), axis=0)) / 127.5
     return 1 - np.sqrt(np.mean(np.square(error), axis=(1, 2, 3)))
 
@@ -139,6 +142,6 @@ def _readable(reading: Reading, others: Sequence) -> list[tuple]:
     return [(scene, other) for scene, other, readable in rows if readable]
 
 
-def _tells(name: str, factor: str) -> bool:
+def tells(name: str, factor: str) -> bool:
     """False for the rotation of an object two of whose rotations look alike."""
     return factor != "rotation" or all(rotation_as_read(name, rotation) == rotation for rotation in ROTATIONS)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int, UInt8
 from ml_collections import ConfigDict
 
@@ -340,7 +341,10 @@ def sampling_schedule(config: ConfigDict, sketched: bool = False) -> NoiseSchedu
     """Makes the steps of `config.sampling`; of a chain that starts from a sketch, those from there on."""
     s, d = config.sampling, config.diffusion
     schedule = respace(make_schedule(d.schedule, d.timesteps), respacing(s.sampler, s.steps))
-    return first_steps(schedule, max(1, round(s.start * schedule.num_steps))) if sketched else schedule
+    if not sketched:
+        return schedule
+    # Steps of some samplers are not spread evenly over the chain.
+    return first_steps(schedule, max(1, int(np.searchsorted(schedule.timesteps, s.start * d.timesteps))))
 
 
 def _step(sampling: ConfigDict, eta: Any, C: Table | None) -> Step:
