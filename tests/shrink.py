@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import tempfile
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from ml_collections import ConfigDict
 from PIL import Image
 
-from unclip_jax import cli
-from unclip_jax.bundle import save_bundle
+from unclip_jax import cli, shipped, trials
+from unclip_jax.bundle import load_description, save_bundle
+from unclip_jax.data import varied_scenes
 from unclip_jax.data.tokenizer import train_tokenizer
 from unclip_jax.stages import make_stage
 
@@ -185,3 +187,29 @@ def leaves(config, prefix=""):
     for name, value in config.items():
         found |= leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {f"{prefix}{name}": value}
     return found
+
+
+def save_weights(folder):
+    """Writes a folder as unclip_jax/weights is, of smaller, random models, with the digests of those there in its
+    manifest."""
+    captions = [varied_scenes.scene_at("train", index)[2] for index in range(500)]
+    tokenizer = train_tokenizer(captions, 512).model_bytes
+    manifest, clip = {}, None
+    for name, config_name in {"clip": "clip", "prior": "prior_diffusion", "prior_ar": "prior_ar",
+                              "decoder": "decoder", "glide": "glide"}.items():  # fmt: skip
+        whole = cli.load_config(f"configs/{config_name}.py:shipped").copy_and_resolve_references().unlock()
+        if "clip" in whole:
+            whole.clip.bundle = str(folder / "clip")
+        manifest[name] = {"digest": trials.digest(whole)}
+        config = cli.load_config(f"configs/{config_name}.py:shipped").copy_and_resolve_references().unlock()
+        config.model.update(CHANGES[config_name])
+        text = config.model if config_name == "prior_diffusion" else config.model.text
+        text.context, text.heads = 40, 2
+        if "steps" in config.get("sampling", {}):
+            config.sampling.steps = "3"
+        stage = make_stage(config.lock(), clip)
+        identity = load_description(folder / "clip")["identity"] if stage.needs_clip else ""
+        save_bundle(folder / name, config.stage, config, random_params(stage), tokenizer, identity, {})
+        clip = clip or stage
+    (folder / shipped.MANIFEST.name).write_text(json.dumps(manifest))
+    return folder

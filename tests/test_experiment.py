@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from shrink import compilation_cache, save_weights
 
 from unclip_jax import cli, experiment, shipped, trials
 from unclip_jax.chain import SOURCES
@@ -20,6 +21,8 @@ from unclip_jax.trials import CONFIGS, Arm, Lab
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = sorted(FOLDER.glob(f"*/{experiment.FILE}"))
+# Experiments with a measure of their own of models that come with this package.
+OWN_MEASURES = [path for path in FILES if "def measure" in path.read_text() and "changes=" not in path.read_text()]
 OPTIONS = {"guidance_scale", "prior_guidance_scale", "clip_guidance_scale", "source"}
 SAY = '''
 from unclip_jax.trials import Arm, Claim, Experiment
@@ -222,3 +225,29 @@ def test_an_arm_may_be_of_another_config(tmp_path):
     found = dataclasses.replace(experiment.load(FILES[0]), models=("clip", "prior", "decoder"))
     config = Lab(found, tmp_path, "data").config(Arm("glide", "GLIDE", {"decoder": "glide"}), "decoder")
     assert config.stage == "glide"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OWN_MEASURES, ids=lambda path: path.parent.name)
+def test_what_an_experiment_measures_can_be_measured(path, weights, tmp_path, monkeypatch):
+    """Its first and its last arm of which nothing is trained, drawn by small random models."""
+    monkeypatch.setattr(shipped, "FOLDER", weights)
+    monkeypatch.setattr(shipped, "MANIFEST", weights / "manifest.json")
+    whole = experiment.load(path)
+    if "TRAINING" in whole.measure.__globals__:
+        monkeypatch.setitem(whole.measure.__globals__, "TRAINING", 160)
+    some = dataclasses.replace(whole, captions=6)
+    laboratory = Lab(some, tmp_path, str(tmp_path / "data"))
+    arms = [arm for arm in some.arms if not arm.changes]
+    with compilation_cache():
+        for arm in (arms[0], arms[-1]):
+            values = laboratory.run(arm)
+            assert set(some.measures) <= set(values)
+            for name in some.measures:
+                assert values[name].shape[:2] == (1, 6), name
+                assert np.isfinite(values[name]).any() or name in ("neat", "variety"), "of readable pictures alone"

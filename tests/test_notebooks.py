@@ -10,13 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from documents import ROOT
-from shrink import CHANGES, random_params
-
-from unclip_jax import cli, shipped, trials
-from unclip_jax.bundle import load_description, save_bundle
-from unclip_jax.data import varied_scenes
-from unclip_jax.data.tokenizer import train_tokenizer
-from unclip_jax.stages import make_stage
+from shrink import save_weights
 
 SPEC = importlib.util.spec_from_file_location("run_notebooks", ROOT / "experiments/notebooks/run.py")
 run = importlib.util.module_from_spec(SPEC)
@@ -114,29 +108,7 @@ def test_the_list_of_notebooks_links_to_each(name):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder as unclip_jax/weights is, of smaller, random models, with the digests of those there in its manifest."""
-    folder = tmp_path_factory.mktemp("weights")
-    captions = [varied_scenes.scene_at("train", index)[2] for index in range(500)]
-    tokenizer = train_tokenizer(captions, 512).model_bytes
-    manifest, clip = {}, None
-    for name, config_name in {"clip": "clip", "prior": "prior_diffusion", "prior_ar": "prior_ar",
-                              "decoder": "decoder", "glide": "glide"}.items():  # fmt: skip
-        whole = cli.load_config(f"configs/{config_name}.py:shipped").copy_and_resolve_references().unlock()
-        if "clip" in whole:
-            whole.clip.bundle = str(folder / "clip")
-        manifest[name] = {"digest": trials.digest(whole)}
-        config = cli.load_config(f"configs/{config_name}.py:shipped").copy_and_resolve_references().unlock()
-        config.model.update(CHANGES[config_name])
-        text = config.model if config_name == "prior_diffusion" else config.model.text
-        text.context, text.heads = 40, 2
-        if "steps" in config.get("sampling", {}):
-            config.sampling.steps = "3"
-        stage = make_stage(config.lock(), clip)
-        identity = load_description(folder / "clip")["identity"] if stage.needs_clip else ""
-        save_bundle(folder / name, config.stage, config, random_params(stage), tokenizer, identity, {})
-        clip = clip or stage
-    (folder / shipped.MANIFEST.name).write_text(json.dumps(manifest))
-    return folder
+    return save_weights(tmp_path_factory.mktemp("weights"))
 
 
 # Run after the cell of parameters: the package has the weights of the fixture, and what is trained is small.
