@@ -70,7 +70,7 @@ SHIPPED = dict(
     model=dict(embedding_dim=128, vocab_size=1024, context=36, width=128, depth=4, heads=2, remat=False),
     diffusion=dict(embedding_scale=6.08),
     clip=dict(config="configs/clip.py:shipped"),
-    data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",
+    data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(1.0, 1.0), crop="center",
               threads=2),
     optim=dict(learning_rate=0.001, warmup_steps=200, schedule="cosine", weight_decay=0.01, b2=0.99, ema_decay=0.995),
     train=dict(steps=4500, batch_size=128, checkpoint_every=500, sample_every=2000, eval_size=256, keep=2),
