@@ -2,7 +2,7 @@
 
 from unclip_jax.trials import Arm, Claim, Experiment
 
-STEPS = {"ddpm": ("10", "27", "100"), "ddim": ("5", "10", "27", "fast27"), "dpm++": ("5", "10", "20")}
+STEPS = {"ddpm": ("10", "27", "64"), "ddim": ("5", "10", "27", "fast27"), "dpm++": ("5", "10", "20")}
 LABELS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM-Solver++"}
 
 EXPERIMENT = Experiment(
@@ -22,7 +22,7 @@ EXPERIMENT = Experiment(
     ),
     measures={"named": "named factors right", "readable": "readable"},
     claims=(
-        Claim("DDPM draws better pictures in 100 steps than in 27.", "named", "ddpm_100", "ddpm_27"),
+        Claim("DDPM draws better pictures in 64 steps than in 27.", "named", "ddpm_64", "ddpm_27"),
         Claim("27 steps of DDIM are better spaced by hand than evenly.", "named", "ddim_fast27", "ddim_27"),
         Claim("Ten steps of DPM-Solver++ are better than ten of DDIM.", "named", "dpm_10", "ddim_10"),
         Claim("Twenty steps of DPM-Solver++ are better than ten.", "named", "dpm_20", "dpm_10"),

@@ -50,7 +50,7 @@ EXPERIMENT = Experiment(
               "both_0"),
         Claim("With x_T both ends are reproduced, with one draw of noise they are not.", "first", "both_0", "one_0"),
     ),
-    captions=256,
+    captions=128,
     draws=1,
     measure=measure,
     axis="share of the way",
