@@ -179,7 +179,8 @@ def table(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> str
     trainings = "one training run of each model"
     if experiment.seeds > 1:
         trainings = f"{experiment.seeds} training runs of what arms train"
-    drawn = f"{experiment.captions} captions, {experiment.draws} pictures of each"
+    each = "one picture" if experiment.draws == 1 else f"{experiment.draws} pictures"
+    drawn = f"{experiment.captions} captions, {each} of each"
     counted = drawn if "decoder" in experiment.models else f"{experiment.captions} pictures"
     lines += ["", f"{counted}, {trainings}."]
     return "\n".join(lines) + "\n"
