@@ -84,7 +84,7 @@ def check_pip(arguments):
         elif ours := re.fullmatch(r"(?:\.|unclip_jax)\[(.+)\]", word):
             assert set(ours[1].split(",")) <= extras(), f"no extra {word}"
         else:
-            assert word in ("-e", "-q") or re.fullmatch(r"[a-z][\w-]*", word), f"pip install {word}"
+            assert word in ("-e", "-q", ".") or re.fullmatch(r"[a-z][\w-]*", word), f"pip install {word}"
 
 
 def check_pytest(arguments):
