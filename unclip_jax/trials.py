@@ -290,7 +290,7 @@ class Lab:
     def _about(self) -> list[Any]:
         """Collects what else values depend on: the code that measures too, by the files that it stands in."""
         e = self.experiment
-        code = b"".join(Path(file).read_bytes() for file in (e.measure.__code__.co_filename, __file__, *READERS))
+        code = b"".join(to_path(file).read_bytes() for file in (e.measure.__code__.co_filename, __file__, *READERS))
         return [e.captions, e.draws, e.measure.__qualname__, hashlib.sha256(code).hexdigest(), __version__]
 
 

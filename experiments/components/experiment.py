@@ -56,7 +56,7 @@ EXPERIMENT = Experiment(
         Claim("Objects need more than the first few components.", "object", "first_128", "first_4"),
         Claim("All components show more details than half of them.", "word", "first_128", "first_64"),
     ),
-    captions=256,
+    captions=128,
     draws=1,
     measure=measure,
     axis="components",

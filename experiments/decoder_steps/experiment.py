@@ -27,7 +27,7 @@ EXPERIMENT = Experiment(
         Claim("Ten steps of DPM-Solver++ are better than ten of DDIM.", "named", "dpm_10", "ddim_10"),
         Claim("Twenty steps of DPM-Solver++ are better than ten.", "named", "dpm_20", "dpm_10"),
     ),
-    captions=256,
+    captions=128,
     draws=1,
     axis="steps",
 )

@@ -17,5 +17,5 @@ EXPERIMENT = Experiment(
         Claim("Text embeddings are better than captions alone.", "named", "text", "caption"),
         Claim("The prior's z_i is better than text embeddings.", "named", "prior", "text"),
     ),
-    draws=2,
+    draws=1,
 )

@@ -26,7 +26,7 @@ EXPERIMENT = Experiment(
         Claim("64 are better than sixteen.", "named", "analytic_64", "analytic_16"),
         Claim("Four analytic steps are better than four of DDIM.", "named", "analytic_4", "ddim_4"),
     ),
-    captions=256,
+    captions=128,
     draws=1,
     axis="steps of the prior",
 )

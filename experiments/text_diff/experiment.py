@@ -60,7 +60,7 @@ EXPERIMENT = Experiment(
         Claim("Half of the way changes it more often than a quarter.", "changed", "inverted_0.5", "inverted_0.25"),
         Claim("The picture's own noise keeps the rest better than other noise.", "kept", "inverted_0.5", "fresh_0.5"),
     ),
-    captions=256,
+    captions=128,
     draws=1,
     measure=measure,
     axis="share of the way to the text difference",
