@@ -18,8 +18,8 @@ small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores. It predicts x0, which learns faster in a short run than the
        papers' eps with a learned variance. Took 27 minutes on cores that were half busy with other work; for the first
        half it draws objects at random, and in the end the right one for 63 of 64 held-out captions.
-shipped  The GLIDE of experiments/, with the network of configs/decoder.py:shipped. Two runs of this config, the second on
-       from the first (experiments/weights/make.py --onward), see as many pictures as that decoder did.
+shipped  The GLIDE of experiments/, with the network of configs/decoder.py:shipped. Two runs of this config, the second
+       on from the first (experiments/weights/make.py --onward), see as many pictures as that decoder did.
 """
 
 from unclip_jax import config
