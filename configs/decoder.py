@@ -13,8 +13,8 @@ miniature  The paper's recipe with tiny's networks: eps and L_vlb with a learned
        dropped by half, 250 steps of DDPM. On a CPU add --config.dtype=float32: its compiler is slow with bfloat16.
        Takes 94 minutes on two busy cores. Of 512 drawings of held-out scenes, object and background are right in 95%
        (experiments/recipe).
-shipped  The decoder of the cascade that comes with this package: 32 px, tiny's recipe. Takes 89 minutes of a CPU core;
-       more would help (unclip_jax/weights/README.md).
+shipped  The decoder of the cascade that comes with this package: 32 px, tiny's recipe. A run takes 82 minutes of a CPU
+       core; the weights are of three, each on from the one before (unclip_jax/weights/README.md).
 """
 
 from unclip_jax import config

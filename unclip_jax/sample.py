@@ -239,12 +239,11 @@ def _sampled(cascade: "Cascade", args: argparse.Namespace) -> "Cascade":
                 raise UserError(f"--{name.replace('_', '-')} is of a prior, which this run does not draw from")
     decoder = {"steps": args.steps, "sampler": args.sampler, "eta": args.eta}
     prior = {"steps": args.prior_steps, "dot_percentile": args.dot_percentile}
-    given = [{key: value for key, value in flags.items() if value is not None} for flags in (decoder, prior)]
+    decoder, prior = ({key: value for key, value in flags.items() if value is not None} for flags in (decoder, prior))
     if args.fast:
-        given[0] = FAST | given[0]
-        if cascade.prior and "sampler" in cascade.prior.stage.config.sampling:
-            given[1] = FAST | given[1]
-    return cascade.sampled_by(*given)
+        diffuses = cascade.prior and "sampler" in cascade.prior.stage.config.sampling
+        decoder, prior = FAST | decoder, (FAST if diffuses else {}) | prior
+    return cascade.sampled_by(decoder, prior)
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unclip_jax.data import varied_scenes
-from unclip_jax.data.transforms import center_square
+from unclip_jax.data.transforms import area_resize
 from unclip_jax.data.varied_scenes import ROTATIONS, Scene
 from unclip_jax.evaluation.factors import Reading, as_read, rotation_as_read
 from unclip_jax.evaluation.intervals import Result, Z, wilson
@@ -124,7 +124,7 @@ def likeness(images: np.ndarray, scenes: Sequence[varied_scenes.Scene]) -> np.nd
     scenes' own pictures are of 64 pixels, averaged down to R.
     """
     drawn = (varied_scenes.render(scene, varied_scenes.FRAME) for scene in scenes)
-    true = np.stack([center_square(picture, images.shape[1], "area") for picture in drawn]).astype(np.float64)
+    true = np.stack([area_resize(picture, images.shape[1]) for picture in drawn]).astype(np.float64)
     error = (images - np.repeat(true, len(images) // len(true), axis=0)) / 127.5
     return 1 - np.sqrt(np.mean(np.square(error), axis=(1, 2, 3)))
 
