@@ -72,18 +72,19 @@ def draw(page: Page, prompt: str, path: Path | None = None) -> Path | None:
 
 
 def finished(page: Page, name: str) -> None:
-    """Waits until a tab has answered with all that it was asked for."""
-    if name == "classify":
-        page.wait_for_selector("#classify-shown:has-text('%')")
-        return
+    """Waits until a tab has answered with all that it was asked for. Raises RuntimeError with what it says instead."""
     count = 8 if name in ("interpolate", "text_diff") else 4
     page.wait_for_function(
         """([name, count]) => {
             const shown = [...document.querySelectorAll(`#${name}-shown img`)]
-            return shown.length === count && shown.every(image => !image.src.includes('preview'))
+            const drawn = shown.length === count && shown.every(image => !image.src.includes('preview'))
+            const told = document.querySelector('#classify-shown')?.innerText.includes('%')
+            return (name === 'classify' ? told : drawn) || document.querySelector('[data-testid=toast-body]')
         }""",
         arg=[name, count],
     )
+    if (said := page.locator("[data-testid=toast-body]")).count():
+        raise RuntimeError(f"{name}: {said.first.inner_text()}")
 
 
 def take(page: Page, name: str) -> None:
@@ -117,13 +118,15 @@ def fill_text_diff(page: Page, apple: Path, star: Path) -> None:
 
 
 def fill_inpaint(page: Page, apple: Path, star: Path) -> None:
-    """Paints over the upper half."""
-    give(page, "inpaint", apple)
-    page.locator("#inpaint-prompt textarea").fill("a red apple on a yellow background")
+    """Paints over the apple in the picture, enlarged: the editor shows its pixels one by one."""
+    large = apple.with_name("large.png")
+    Image.open(apple).resize((256, 256), Image.Resampling.NEAREST).save(large)
+    give(page, "inpaint", large)
+    page.locator("#inpaint-prompt textarea").fill("a yellow star on a blue background")
     canvas = page.locator("#inpaint-picture canvas").first
     canvas.scroll_into_view_if_needed()  # the mouse reaches only what is in the window
     box = canvas.bounding_box()
-    for share in (0.3, 0.4, 0.5):
+    for share in (0.3, 0.4, 0.5, 0.6, 0.7):
         x, y = box["x"] + box["width"] / 2, box["y"] + share * box["height"]
         page.mouse.move(x - 100, y)
         page.mouse.down()

@@ -91,10 +91,8 @@ def karlo(name):
     return StateDict(golden.weights(meta), name)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def save_karlo(folder):
     """A cascade of Karlo's decoder, prior and upsampler beside a CLIP of their width."""
-    folder = tmp_path_factory.mktemp("karlo")
     config = small_config("clip").unlock()
     config.model.update(dict(dim=24, unit_norm=False))
     config.model.text.update(dict(width=24, context=7))
@@ -109,6 +107,11 @@ def folder(tmp_path_factory):
     for name, (stage, config, params, clip) in stages.items():
         save_bundle(folder / name, stage, config, params, None, clip, {})
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_karlo(tmp_path_factory.mktemp("karlo"))
 
 
 @pytest.mark.slow

@@ -11,6 +11,11 @@ from unclip_jax.diffusion.schedule import make_schedule, respace, respacing
 from unclip_jax.errors import UserError
 from unclip_jax.paths import same_place, to_path
 
+# Keys of text towers that a model has no use for, by who reads its captions: converted models do not have them.
+_UNREAD = {
+    "clip": tuple(f"model.text.{key}" for key in ("vocab_size", "context", "depth", "heads", "remat")),
+    "none": ("model.text.",),
+}
 MEASURES = ("fid", "sfid", "kid", "inception_score", "precision_recall", "alignment")
 UPSAMPLER_CAPTIONS = ("none", "own")
 
@@ -21,7 +26,8 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     workdir: folder of the run, which must not be that of its init.bundle.
     """
     check_values(config)
-    if lacking := sorted(_needed(config.stage) - set(flat_keys(config))):
+    unread = _UNREAD.get(config.model.get("caption"), ())
+    if lacking := sorted(key for key in _needed(config.stage) - set(flat_keys(config)) if not key.startswith(unread)):
         raise UserError(f"the config has no {lacking[0]}, which every config of stage {config.stage} has: add it")
     _check_measures(config)
     band = config.train.expected_loss
@@ -31,10 +37,14 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     if config.stage == "clip":
         _check_clip(config)
     _check_widths("model", config.model)
+    if config.model.get("caption") == "own" and config.model.get("vocab_size") == 0:
+        raise UserError("model.vocab_size is 0, but the model itself reads captions (model.caption): expected its size")
     if "diffusion" in config:
         _check_diffusion(config.diffusion)
     if "sampling" in config:
         check_sampling(config)
+    if "unet" in config.model:
+        _check_unet(config.model)
     if config.stage == "upsampler":
         m = config.model
         if m.last_step and not config.init.bundle:
@@ -121,6 +131,17 @@ def _check_widths(name: str, section: ConfigDict) -> None:
     for key, value in section.items():
         if isinstance(value, ConfigDict):
             _check_widths(f"{name}.{key}", value)
+
+
+def _check_unet(m: ConfigDict) -> None:
+    """Raises UserError for heads that cannot be, and pictures that the levels cannot halve. m: the section `model`."""
+    u, least = m.unet, 2 ** (len(m.unet.channel_mult) - 1)
+    if not u.head_channels and any(n < 1 or u.channels % n for n in u.heads):
+        raise UserError(f"model.unet.head_channels is 0, and model.unet.heads is {u.heads}: expected a number of "
+                        f"channels, or two of heads, that divides model.unet.channels={u.channels}")  # fmt: skip
+    if m.image_size % least:
+        raise UserError(f"model.image_size is {m.image_size}: expected a multiple of {least}, as the "
+                        f"{len(u.channel_mult)} levels of model.unet.channel_mult halve it")  # fmt: skip
 
 
 def _check_diffusion(d: ConfigDict) -> None:

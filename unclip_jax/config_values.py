@@ -76,6 +76,8 @@ RULES = {
     "width": _size, "depth": _whole(1, 1000), "context": _whole(1, 2**17), "vocab_size": _whole(4, 2**24),
     "heads": _whole(1, 1024), "remat": _flag, "bundle": _text, "drop_text": _share, "drop_caption": _share,
     "patch": _size, "timesteps": _whole(0, 10**6),
+    "model.vocab_size": _whole(0, 2**24),  # 0: no vocabulary of its own
+    "mlp_width": _size,  # of converted CLIPs
     "model.image_size": _whole(1, 2**14), "model.dim": _size, "model.activation": _one_of("gelu", "quick_gelu"),
     "model.initial_scale": _number(1e-6, 1e6), "model.max_scale": _number(1e-6, 1e6),
     "model.mean": _some(_share, 3, 3), "model.std": _some(_number(1e-6, 1), 3, 3),

@@ -34,6 +34,7 @@ from unclip_jax.diffusion.samplers import (
     sample_part,
 )
 from unclip_jax.diffusion.schedule import NoiseSchedule, Table, first_steps, make_schedule, respace, respacing
+from unclip_jax.errors import UserError
 from unclip_jax.keys import draw_rows, split
 from unclip_jax.stages.conditions import Conditions
 
@@ -95,6 +96,15 @@ class Inverter(Sampler, Protocol):
         """DDIM-inverts pictures in [-1, 1] to their x_T, under the same conditions."""
 
 
+def clip_image(clip: ClipTowers) -> dict[str, int]:
+    """Names the picture of a batch that CLIP embeds, and its side in pixels. Raises UserError for a CLIP that reads
+    captions alone."""
+    if not clip.config.model.image:
+        raise UserError("clip.bundle reads captions alone, as Karlo's does without its image_encoder: expected a CLIP "
+                        "that sees the pictures to train on")  # fmt: skip
+    return {"clip_image": clip.config.model.image_size}
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One kind of trained model: what a batch of it holds, and its loss. Those that draw are a `Sampler` too.
@@ -151,7 +161,7 @@ class Stage:
     @property
     def runs_clip(self) -> bool:
         """Tells whether the loss runs CLIP, on pictures or captions in the batch."""
-        return "clip_image" in self.images or "clip_tokens" in self.texts
+        return "clip_tokens" in self.texts or "clip_image" in self.images
 
     @property
     def finishes(self) -> bool:

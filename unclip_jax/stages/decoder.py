@@ -13,6 +13,7 @@ from unclip_jax.stages.base import (
     Metrics,
     Pictures,
     Stage,
+    clip_image,
     diffusion_loss,
     draw,
     empty_caption,
@@ -39,8 +40,7 @@ class Decoder(Stage):
     @property
     def images(self) -> dict[str, int]:
         sees = self.config.model.embedding == "image" and not self.embedded
-        clip = {"clip_image": self.clip.config.model.image_size} if sees else {}
-        return {"image": self.config.model.image_size} | clip
+        return {"image": self.config.model.image_size} | (clip_image(self.clip) if sees else {})
 
     @property
     def vectors(self) -> dict[str, int]:

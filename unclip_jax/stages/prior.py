@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.models.clip import normalize
-from unclip_jax.stages.base import MORE_ON_CHIP, ClipTowers, Scalars, Stage
+from unclip_jax.stages.base import MORE_ON_CHIP, ClipTowers, Scalars, Stage, clip_image
 from unclip_jax.stages.conditions import Conditions, captions
 
 
@@ -21,7 +21,7 @@ class Prior(Stage):
 
     @property
     def images(self) -> dict[str, int]:
-        return {} if self.embedded else {"clip_image": self.clip.config.model.image_size}
+        return {} if self.embedded else clip_image(self.clip)
 
     @property
     def vectors(self) -> dict[str, int]:
