@@ -82,7 +82,10 @@ def test_each_key_that_is_missing_is_named(name):
     config.data.source = "folder:pictures"
     needed = config_checks._needed(config.stage)
     assert len(needed & leaves(config).keys()) > 0.85 * len(leaves(config)), "all but a few that one model alone has"
+    unread = config_checks._UNREAD.get(config.model.get("caption"), ())
     for key in needed - {"stage"}:
+        if key.startswith(unread):
+            continue
         section, _, last = key.rpartition(".")
         less = changed(config, key, None)
         del get(less, section)[last]
