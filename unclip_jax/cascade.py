@@ -188,16 +188,15 @@ class Cascade(Chain):
         return drawn
 
     def sdedit(
-        self, sketch: np.ndarray, text: str, start: float, count: int, seed: int, **options: Any
+        self, sketches: Sequence[np.ndarray], texts: list[str], start: float, seed: int, **options: Any
     ) -> Drawn:
-        """Draws `count` pictures for a caption that keep the layout of a sketch (SDEdit, arXiv 2108.01073).
+        """Draws a picture for each caption that keeps the layout of its sketch (SDEdit, arXiv 2108.01073).
 
-        start: share of the chain of noise that the sketch goes through first, from 0 to 1; 0.3 to 0.6 is usual.
-        Drawing takes the steps from there on. options: of `generate`.
+        start: share of the chain of noise that sketches go through first, from 0 to 1; 0.3 to 0.6 is usual. Drawing
+        takes the steps from there on. options: of `generate`.
         """
-        rows = np.repeat(to_float(self._squares([sketch])), count, axis=0)
         decoder = self.decoder.sampled_by(start=start)
-        return self._generate([text] * count, seed, decoder=decoder, sketch=rows, **options)
+        return self._generate(texts, seed, decoder=decoder, sketch=to_float(self._squares(sketches)), **options)
 
     def similarity(self, images: Sequence[np.ndarray], texts: list[str]) -> np.ndarray:
         """Computes the cosines of CLIP embeddings: (pictures, texts)."""

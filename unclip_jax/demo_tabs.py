@@ -202,7 +202,9 @@ def sdedit(
     seed, options = _seed(seed), {"guidance_scale": guidance, "source": _checked(cascade, prompt)}
 
     def chunk(watched: Cascade, numbers: range) -> Drawn:
-        return watched.sdedit(sketch, prompt, float(start), len(numbers), seed, rows=list(numbers), **options)
+        return watched.sdedit(
+            [sketch] * len(numbers), [prompt] * len(numbers), float(start), seed, rows=list(numbers), **options
+        )
 
     yield from _in_chunks(cascade, chunk, _count(count))
 

@@ -179,7 +179,8 @@ def _edit(
         scales = {"guidance_scale": args.guidance, "clip_guidance_scale": args.clip_guidance}
         if args.command == "inpaint":
             return _scene(cascade, args, images[0], masks, scales), [args.prompt[-1]] * args.n, False
-        drawn = cascade.sdedit(images[0], args.prompt[0], args.start, args.n, args.seed, **scales)["images"][-1]
+        pairs = [images[0]] * args.n, [args.prompt[0]] * args.n
+        drawn = cascade.sdedit(*pairs, args.start, args.seed, **scales)["images"][-1]
         return drawn, args.prompt * args.n, False
     free = {"seed": args.seed, "steps": args.steps, "guidance_scale": args.guidance}
     if args.command == "variations":

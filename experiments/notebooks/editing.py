@@ -191,8 +191,8 @@ shown(np.concatenate([erased[None], filled]), columns=count + 1)
 # %%
 sketch = np.full((side, side, 3), (250, 210, 60), np.uint8)
 sketch[side // 2 : -side // 8, side // 4 : -side // 4] = (60, 160, 70)
-starts = (0.3, 0.5, 0.7, 0.9)
-followed = [cascade.sdedit(sketch, "a large green castle on a yellow background", start, 1, seed=0) for start in starts]
+starts, caption = (0.3, 0.5, 0.7, 0.9), "a large green castle on a yellow background"
+followed = [cascade.sdedit([sketch], [caption], start, seed=0) for start in starts]
 labels = ["the sketch", *(f"start {start:g}" for start in starts)]
 shown(np.concatenate([sketch[None], *(drawn["images"][0] for drawn in followed)]), labels, columns=5)
 

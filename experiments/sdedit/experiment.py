@@ -13,10 +13,8 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     names that is right; "likeness" to the sketch, 1 less the root mean squared difference in [-1, 1]."""
     draws = lab.experiment.draws
     sketches = np.roll(np.stack(lab.pictures()), -1, axis=0)
-    images = np.concatenate([
-        cascade.sdedit(sketch, caption, arm.x, draws, seed)["images"][-1]
-        for seed, (sketch, caption) in enumerate(zip(sketches, lab.captions, strict=True))
-    ])  # fmt: skip
+    captions = [caption for caption in lab.captions for _ in range(draws)]
+    images = cascade.sdedit(np.repeat(sketches, draws, axis=0), captions, arm.x, seed=0)["images"][-1]
     found = scene_values(factors.read(images), lab.scenes, lab.named)
     sketched = [*lab.scenes[1:], lab.scenes[0]]
     return found | {"likeness": likeness(images, sketched).reshape(-1, draws)}
