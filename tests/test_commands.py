@@ -87,6 +87,16 @@ REFUSED = [
          "--config.data.tokenizer={file}"],
         "but CLIP reads the captions",
     ),
+    *(
+        (plan, [f"--config=configs/{name}.py:tiny", f"--config.model.{key}"], says)
+        for name, key, says in (
+            ("decoder", "image_size=14", r"model\.image_size is 14: expected a multiple of 4, as the 3 levels"),
+            ("decoder", "unet.head_channels=0", r"head_channels is 0, and model\.unet\.heads is \(0, 0\): expected"),
+            ("glide", "factor=3", r"model\.factor is 3: expected one that divides model\.image_size=16"),
+            ("glide", "factor=2", r"model\.factor is 2, but there is no model\.interpolation"),
+            ("upsampler_256", "factor=0", r"model\.factor is 0: expected one that divides"),
+        )
+    ),
     (plan, [], "no config"),
     (plan, [CLIP, "--config.model.widht=3"], "no key 'model.widht'"),
     (plan, [CLIP, "--config.stage=clop"], "stage 'clop' does not exist"),
@@ -261,11 +271,14 @@ def test_rerank_keeps_each_prompts_nearest_best_first():
 
 
 HANGS = """
-import threading, time
+import concurrent.futures, threading, time
 from unclip_jax import cli
 cli.LEAVE_SECONDS = 0.5
 def main(argv):
-    threading.Thread(target=lambda: time.sleep(60)).start()
+    if argv[2] == "thread":
+        threading.Thread(target=lambda: time.sleep(60)).start()
+    else:
+        concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 60)
     if argv[1] == "2":
         raise cli.UserError("a mistake")
     return int(argv[1])
@@ -280,11 +293,24 @@ def test_a_terminal_of_ascii_alone_shows_other_letters_by_their_numbers():
     assert (run.returncode, run.stdout, run.stderr) == (0, "samples/\\u732b.png\n", "")
 
 
-@pytest.mark.parametrize("status", [2, 3])
-def test_a_thread_that_hangs_does_not_keep_a_process_alive(status):
+@pytest.mark.parametrize(("status", "kind"), [(2, "thread"), (3, "thread"), (3, "executor")])
+def test_a_thread_that_hangs_does_not_keep_a_process_alive(status, kind):
+    """An executor's thread is waited for earlier than others."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", HANGS, str(status)], env=environment, timeout=30)
+    run = subprocess.run([sys.executable, "-c", HANGS, str(status), kind], env=environment, timeout=30)
     assert run.returncode == status
+
+
+def test_futures_that_end_after_an_error_of_storage_say_nothing(monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(sys, "__unraisablehook__", said.append)
+    with pytest.raises(SystemExit):
+        cli.run(lambda argv: 0)
+    closed, another = (argparse.Namespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another"))
+    sys.unraisablehook(closed)
+    sys.unraisablehook(another)
+    assert said == [another]
 
 
 def test_losses_are_expected_of_the_config_s_own_data_alone(tmp_path):

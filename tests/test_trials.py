@@ -197,6 +197,10 @@ def test_values_of_pictures_are_those_of_factor_scores():
     np.testing.assert_array_equal(values["all"][:, 0], 1)
     assert values["named"][:, 1].mean() < 0.6
     assert np.nanmean(values["binding"]) == pytest.approx(factor_scores.binding(reading, asked, names).value)
+    told = np.array([{"tint", "colour"} <= set(n) and s.tint != s.colour
+                     for s, n in zip(map(factors.as_read, scenes), named, strict=True)])  # fmt: skip
+    assert 0 < told.sum() < len(told) and np.isnan(values["both"][~told]).all()
+    np.testing.assert_array_equal(values["both"][told], (values["tint"] * values["colour"])[told])
     assert np.nanmean(values["readable"]) == factor_scores.precision(reading).value
     for row in range(11):
         pair = [factors.as_read(scene) for scene in scenes[row : row + 2]]

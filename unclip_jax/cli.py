@@ -115,6 +115,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of ASCII alone shows other letters as \u732b
             stream.reconfigure(errors="backslashreplace")
+    sys.unraisablehook = _unraisable
     try:
         with storage_errors("a file", "mend that and run the same command again"):
             status = main(sys.argv) or 0
@@ -135,6 +136,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     sys.exit(status)
 
 
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """Leaves out what TensorStore's futures say that end when an error of storage has closed their event loop."""
+    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(found)
+
+
 def _leave_soon(status: int) -> None:
     """Ends the process with `status` if it has not ended in LEAVE_SECONDS once Python shuts down: a thread that hangs
     in storage would keep it alive. One of several processes stays, since others may still write and need it."""
@@ -142,11 +149,15 @@ def _leave_soon(status: int) -> None:
     if jax and jax.distributed.is_initialized():
         return
 
+    ending = threading.Event()
+
     def leave() -> None:
-        threading.main_thread().join()
+        ending.wait()
         time.sleep(LEAVE_SECONDS)
         os._exit(status)
 
+    # Python calls what is registered here before it waits for the threads of executors; nothing public is as early.
+    threading._register_atexit(ending.set)  # type: ignore[attr-defined]
     threading.Thread(target=leave, daemon=True).start()
 
 

@@ -26,7 +26,7 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     workdir: folder of the run, which must not be that of its init.bundle.
     """
     check_values(config)
-    unread = _UNREAD.get(config.model.get("caption"), ())
+    unread = _UNREAD.get(config.get("model", {}).get("caption"), ())
     if lacking := sorted(key for key in _needed(config.stage) - set(flat_keys(config)) if not key.startswith(unread)):
         raise UserError(f"the config has no {lacking[0]}, which every config of stage {config.stage} has: add it")
     _check_measures(config)
@@ -44,7 +44,7 @@ def check_config(config: ConfigDict, workdir: str) -> None:
     if "sampling" in config:
         check_sampling(config)
     if "unet" in config.model:
-        _check_unet(config.model)
+        _check_unet(config.stage, config.model)
     if config.stage == "upsampler":
         m = config.model
         if m.last_step and not config.init.bundle:
@@ -133,8 +133,9 @@ def _check_widths(name: str, section: ConfigDict) -> None:
             _check_widths(f"{name}.{key}", value)
 
 
-def _check_unet(m: ConfigDict) -> None:
-    """Raises UserError for heads that cannot be, and pictures that the levels cannot halve. m: the section `model`."""
+def _check_unet(stage: str, m: ConfigDict) -> None:
+    """Raises UserError for heads that cannot be, and sizes that neither the levels nor the factor of an upsampler
+    divide. m: the section `model`."""
     u, least = m.unet, 2 ** (len(m.unet.channel_mult) - 1)
     if not u.head_channels and any(n < 1 or u.channels % n for n in u.heads):
         raise UserError(f"model.unet.head_channels is 0, and model.unet.heads is {u.heads}: expected a number of "
@@ -142,6 +143,12 @@ def _check_unet(m: ConfigDict) -> None:
     if m.image_size % least:
         raise UserError(f"model.image_size is {m.image_size}: expected a multiple of {least}, as the "
                         f"{len(u.channel_mult)} levels of model.unet.channel_mult halve it")  # fmt: skip
+    factor = m.get("factor", 0)
+    if (factor and m.image_size % factor) or (stage == "upsampler" and not factor):
+        raise UserError(f"model.factor is {factor}: expected one that divides model.image_size={m.image_size}")
+    if factor and "interpolation" not in m:
+        raise UserError(f"model.factor is {factor}, but there is no model.interpolation: expected 0, or a config of an "
+                        "upsampler, such as configs/glide_upsampler.py")  # fmt: skip
 
 
 def _check_diffusion(d: ConfigDict) -> None:

@@ -47,7 +47,7 @@ SIZES = ("shipped", "small", "paper")
 # What models of the larger sizes learn here too, with a vocabulary that its captions can fill.
 SCENES = {"data.source": "tfds:emoji_scenes/varied_256", "data.crop": "center", "model.vocab_size": 1024,
           "model.text.vocab_size": 1024}  # fmt: skip
-MEASURES = ("named", "all", "binding", "readable", "variety")  # of `Lab.scene_values`, besides the factors
+MEASURES = ("named", "all", "both", "binding", "readable", "variety")  # of `Lab.scene_values`, besides the factors
 READERS = factors.__file__, factor_scores.__file__
 Values = Mapping[str, np.ndarray]  # measure → (captions, draws), NaN where a picture has no value
 
@@ -245,8 +245,8 @@ class Lab:
 
     def scene_values(self, cascade: Cascade, arm: Arm) -> Values:
         """Draws the captions and reads the pictures' factors: "named", the share of named factors that are right;
-        "all", whether all are; "binding", of `factor_scores.binding`; "readable"; "variety", the share of factors left
-        open in which two readable pictures of a caption differ; and each factor's own."""
+        "all", whether all are; "both", whether two named colours are; "binding", of `factor_scores.binding`;
+        "readable"; "variety", the share of open factors in which two readable pictures differ; each factor's own."""
         images = self.draw(cascade, arm)
         reading = factors.read(images.reshape(-1, *images.shape[2:]))
         return scene_values(reading, self.scenes, self.named)
@@ -336,8 +336,10 @@ def scene_values(
                 found[name][row, k] = hit
             found["named"][row, k], found["all"][row, k] = np.mean(list(right.values())), all(right.values())
             colours = (shown.tint, shown.colour)
-            if {"tint", "colour"} <= set(names) and sorted(colours) == sorted((scene.tint, scene.colour)):
-                found["binding"][row, k] = np.nan if scene.tint == scene.colour else colours[0] == scene.tint
+            if {"tint", "colour"} <= set(names) and scene.tint != scene.colour:
+                found["both"][row, k] = colours == (scene.tint, scene.colour)
+                if sorted(colours) == sorted((scene.tint, scene.colour)):
+                    found["binding"][row, k] = colours[0] == scene.tint
             left = [name for name in varied_scenes.factors() if name != "object" and name not in names]
             others = [other for j, other in enumerate(seen) if j != k and readable[row, j] and readable[row, k]]
             pairs = [(other, name) for other in others for name in left

@@ -10,9 +10,9 @@ EXPERIMENT = Experiment(
         Arm("unclip", "unCLIP", options={"guidance_scale": 2.0}),
         Arm("glide", "GLIDE", {"decoder": "glide"}, options={"guidance_scale": 2.0}),
     ),
-    measures={"binding": "colours bound", "word": "word spelled", "tint": "tint", "colour": "background"},
+    measures={"both": "both colours right", "binding": "colours not exchanged", "word": "word spelled"},
     claims=(
-        Claim("GLIDE binds attributes better than unCLIP.", "binding", "glide", "unclip"),
+        Claim("GLIDE binds attributes better than unCLIP.", "both", "glide", "unclip"),
         Claim("GLIDE spells words better than unCLIP.", "word", "glide", "unclip"),
     ),
 )

@@ -126,7 +126,7 @@ print("left out:", ", ".join(arm.label for arm in whole.arms if arm.name not in 
 # %%
 caption_alone = Arm("caption", "the caption alone", options={"guidance_scale": 2.0, "source": "caption"})
 of_the_embedding = (
-    Claim("Without the embedding, colours are bound better.", "binding", "caption", "unclip"),
+    Claim("Without the embedding, colours are bound better.", "both", "caption", "unclip"),
     Claim("Without the embedding, words are spelled better.", "word", "caption", "unclip"),
 )
 part = dataclasses.replace(part, arms=(*part.arms, caption_alone), claims=(*part.claims, *of_the_embedding))
