@@ -1,6 +1,7 @@
 """The command that runs experiments, those that come with it, and what is said of them."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -251,3 +252,13 @@ def test_what_an_experiment_measures_can_be_measured(path, weights, tmp_path, mo
             for name in some.measures:
                 assert values[name].shape[:2] == (1, 6), name
                 assert np.isfinite(values[name]).any() or name in ("neat", "variety"), "of readable pictures alone"
+
+
+def test_the_table_of_samplers_is_of_what_was_measured():
+    folder = FOLDER / "decoder_steps"
+    spec = importlib.util.spec_from_file_location("frechet_of_samplers", folder / "frechet.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (folder / "samplers.md").read_text()
+    assert page == module.table(json.loads((folder / "frechet.json").read_text()))
+    assert page.count("| Decoder |") == 10 and page.count("| Prior |") == 13

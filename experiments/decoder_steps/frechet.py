@@ -23,6 +23,11 @@ from unclip_jax.trials import Lab
 HERE = Path(__file__).parent
 CARD = {"features": "the CLIP of this package"}
 GROUPS = 16  # of pictures, for the interval
+HEAD = """# Samplers and their steps
+
+Written by `frechet.py`. Fréchet distances are of embeddings by the CLIP that comes with this package, with a jackknifed
+95% interval. They grow as pictures get fewer: compare them within this table alone.
+"""
 PARTS = {"decoder_steps": "Decoder", "prior_steps": "Prior"}
 
 
@@ -44,8 +49,8 @@ def measure(name: str, workdir: Path) -> dict[str, dict[str, float]]:
 
 
 def table(found: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Writes the distances beside the alignment that was published, as Markdown."""
-    lines = ["| model | sampler | named factors right | Fréchet distance |", "|---|---|--:|--:|"]
+    """Writes the distances beside the alignment that was published, as a page of Markdown."""
+    lines = [HEAD, "| model | sampler | named factors right | Fréchet distance |", "|---|---|--:|--:|"]
     for name, model in PARTS.items():
         path = HERE.parent / name
         results = [json.loads(line) for line in (path / RESULTS).read_text().splitlines()]
