@@ -4,8 +4,9 @@
     python experiments/fine_tuning/own.py count samples
 
 The first writes pictures of a guitar with their captions, as a folder to train on. The second reads what `unclip
-sample` drew for captions of guitars: a drawing counts if the nearest scene, of 49 objects on 8 colours, is the
-caption's. docs/fine_tuning.md has the training between the two.
+sample` drew for captions of guitars: the scene that a drawing is nearest to, of 49 objects on 8 colours, each in three
+sizes, and the colours alone. It prints how often that is a guitar, how often it has the caption's background, and how
+often both. docs/fine_tuning.md has the training between the two.
 """
 
 import argparse
@@ -38,16 +39,20 @@ def pictures(folder: Path) -> None:
 
 
 def count(folder: str) -> None:
-    """Prints the share of drawings in a folder that show what their captions say."""
+    """Prints the shares of drawings in a folder with a guitar, with the background of their caption, and with both."""
     drawn = list(read_pictures(folder, None))
     size = drawn[0].image.shape[0]
     each = itertools.product((*objects(), OBJECT), colours(), JITTER_SCALES)
     known = [Scene(name, colour, scale=scale) for name, colour, scale in each]
-    rows = np.stack([emoji_scenes.render(scene, size) for scene in known]).astype(np.float32)
-    nearest = [known[int(np.argmin(np.square(rows - picture.image).mean(axis=(1, 2, 3))))] for picture in drawn]
-    right = [emoji_scenes.caption(scene) == picture.caption for scene, picture in zip(nearest, drawn, strict=True)]
-    result = share("right", np.array(right), "drawings")
-    print(f"{result.value:.3f} [{result.low:.3f}, {result.high:.3f}] of {result.n}")
+    plain = [np.broadcast_to(np.uint8(rgb), (size, size, 3)) for rgb in colours().values()]
+    rows = np.stack([*(emoji_scenes.render(scene, size) for scene in known), *plain]).astype(np.float32)
+    names = [(scene.object, scene.colour) for scene in known] + [("", colour) for colour in colours()]
+    nearest = [names[int(np.argmin(np.square(rows - picture.image).mean(axis=(1, 2, 3))))] for picture in drawn]
+    guitar = np.array([name == OBJECT for name, _ in nearest])
+    background = np.array([colour in picture.caption for (_, colour), picture in zip(nearest, drawn, strict=True)])
+    for name, hits in (("a guitar", guitar), ("the background", background), ("both", guitar & background)):
+        result = share(name, hits, "drawings")
+        print(f"{name}: {result.value:.3f} [{result.low:.3f}, {result.high:.3f}] of {result.n}")
 
 
 def main() -> None:
