@@ -106,3 +106,13 @@ def test_unknown_key_names_the_nearest():
     config = changed(small_config("decoder"), "train.stepz", 3)
     with pytest.raises(UserError, match=r"no config has a key train\.stepz: the nearest is train\.steps"):
         check_values(config)
+
+
+def test_heads_matter_where_there_is_attention_alone():
+    config = small_config("upsampler_256").unlock()
+    config.data.source = "folder:pictures"
+    config.model.unet.update(dict(head_channels=0, heads=(0, 0), attention=(), middle_attention=False))
+    check_config(config, "runs/x")
+    config.model.unet.middle_attention = True
+    with pytest.raises(UserError, match=r"head_channels is 0, and model\.unet\.heads is \(0, 0\): expected"):
+        check_config(config, "runs/x")

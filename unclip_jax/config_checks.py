@@ -137,7 +137,8 @@ def _check_unet(stage: str, m: ConfigDict) -> None:
     """Raises UserError for heads that cannot be, and sizes that neither the levels nor the factor of an upsampler
     divide. m: the section `model`."""
     u, least = m.unet, 2 ** (len(m.unet.channel_mult) - 1)
-    if not u.head_channels and any(n < 1 or u.channels % n for n in u.heads):
+    attends = u.attention or u.middle_attention
+    if attends and not u.head_channels and any(n < 1 or u.channels % n for n in u.heads):
         raise UserError(f"model.unet.head_channels is 0, and model.unet.heads is {u.heads}: expected a number of "
                         f"channels, or two of heads, that divides model.unet.channels={u.channels}")  # fmt: skip
     if m.image_size % least:
