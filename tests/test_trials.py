@@ -15,7 +15,8 @@ from unclip_jax import cli, experiment, trials
 from unclip_jax.data import varied_scenes
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import factor_scores, factors
-from unclip_jax.trials import Arm, Claim, Experiment, Lab, Stopped, compare, digest, scene_values, verdict
+from unclip_jax.evaluation.factor_values import scene_values
+from unclip_jax.trials import Arm, Claim, Experiment, Lab, Stopped, compare, digest, verdict
 
 MEASURED = [
     path
@@ -131,6 +132,28 @@ def test_what_is_trained_is_in_the_digest():
         other = config.copy_and_resolve_references()
         other.update_from_flattened_dict({key: value})
         assert digest(other) != before, key
+
+
+def test_the_weights_that_a_training_begins_with_are_in_the_digest(bundles):
+    config = cli.load_config("configs/clip.py:tiny").unlock()
+    before = digest(config)
+    found = set()
+    for name in ("clip", "decoder"):
+        config.init.bundle = str(bundles / name)
+        found.add(digest(config))
+    assert len({before, *found}) == 3
+    shutil.copytree(bundles / "decoder", bundles / "elsewhere")
+    config.init.bundle = str(bundles / "elsewhere")
+    assert digest(config) in found, "where they lie does not matter"
+
+
+def test_trainings_are_short_at_the_shipped_size_alone(tmp_path):
+    steps = {"decoder": {"train.steps": 3}}
+    for size, expected in (("shipped", [3, None]), ("small", [None, None])):
+        experiment = dataclasses.replace(SMALL, size=size, short=steps)
+        whole = cli.load_config(f"configs/decoder.py:{size}").train.steps
+        found = [lab(tmp_path, experiment).config(arm, "decoder").train.steps for arm in (TEXT, PLAIN)]
+        assert found == [number or whole for number in expected]
 
 
 def test_a_key_that_a_config_does_not_have_is_named(tmp_path):

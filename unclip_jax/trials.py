@@ -29,7 +29,7 @@ from unclip_jax.config import flat_items
 from unclip_jax.data import varied_scenes
 from unclip_jax.drawing import draw_file
 from unclip_jax.errors import UserError
-from unclip_jax.evaluation import comparisons, factor_scores, factors
+from unclip_jax.evaluation import comparisons, factor_scores, factor_values, factors
 from unclip_jax.evaluation.intervals import Result
 from unclip_jax.evaluation.reading import read_pictures
 from unclip_jax.model import Model
@@ -47,8 +47,7 @@ SIZES = ("shipped", "small", "paper")
 # What models of the larger sizes learn here too, with a vocabulary that its captions can fill.
 SCENES = {"data.source": "tfds:emoji_scenes/varied_256", "data.crop": "center", "model.vocab_size": 1024,
           "model.text.vocab_size": 1024}  # fmt: skip
-MEASURES = ("named", "all", "both", "binding", "readable", "variety")  # of `Lab.scene_values`, besides the factors
-READERS = factors.__file__, factor_scores.__file__
+READERS = factors.__file__, factor_scores.__file__, factor_values.__file__
 Values = Mapping[str, np.ndarray]  # measure → (captions, draws), NaN where a picture has no value
 
 
@@ -89,8 +88,9 @@ class Experiment:
     paper: where the claims stand, such as "unCLIP, section 5.1, figure 8". models: of each arm's cascade. measures:
     name → label of what tables and figures show. captions: how many, of those that were held out. draws: pictures of
     each. seeds: how often models are trained, each time by another seed: those that an arm changes, and for every arm
-    those in `seeded`. size: of the configs, one of `SIZES`. measure: what is measured of an arm's cascade. axis: name
-    of the arms' x.
+    those in `seeded`. size: of the configs, one of `SIZES`. short: model → key of its config → value, for models that
+    an arm changes, at size "shipped" alone, so that two CPU cores train them soon. measure: what is measured of an
+    arm's cascade. axis: name of the arms' x.
     """
 
     question: str
@@ -104,6 +104,7 @@ class Experiment:
     seeds: int = 1
     seeded: tuple[str, ...] = ()
     size: str = "shipped"
+    short: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     measure: "Callable[[Lab, Cascade, Arm], Values]" = lambda lab, cascade, arm: lab.scene_values(cascade, arm)
     axis: str = ""
 
@@ -193,7 +194,10 @@ class Lab:
             config.update_from_flattened_dict({key: value for key, value in SCENES.items() if key in known})
             if name == "upsampler_1024":
                 config.data.source = config.data.source.replace("256", "1024")
-        for key, value in arm.changes.get(name, {}).items():
+        changes = arm.changes.get(name, {})
+        if changes and self.experiment.size == "shipped":
+            changes = {**self.experiment.short.get(name, {}), **changes}
+        for key, value in changes.items():
             if key not in known:
                 raise UserError(f"arm {arm.name} changes {key}, which {spec} does not have")
             config.update_from_flattened_dict({key: value})
@@ -244,12 +248,10 @@ class Lab:
         return self._encoded[key]
 
     def scene_values(self, cascade: Cascade, arm: Arm) -> Values:
-        """Draws the captions and reads the pictures' factors: "named", the share of named factors that are right;
-        "all", whether all are; "both", whether two named colours are; "binding", of `factor_scores.binding`;
-        "readable"; "variety", the share of open factors in which two readable pictures differ; each factor's own."""
+        """Draws the captions and computes `factor_values.scene_values` of the pictures."""
         images = self.draw(cascade, arm)
         reading = factors.read(images.reshape(-1, *images.shape[2:]))
-        return scene_values(reading, self.scenes, self.named)
+        return factor_values.scene_values(reading, self.scenes, self.named)
 
     def _seeds(self, arm: Arm) -> range:
         """Numbers the trainings of an arm."""
@@ -315,43 +317,13 @@ class Stopped(Exception):
 
 
 def digest(config: ConfigDict) -> str:
-    """Computes a digest of all keys of a config that change what is trained, and of the CLIP in clip.bundle."""
+    """Computes a digest of all keys of a config that change what is trained, and of the bundles in clip.bundle and
+    init.bundle."""
     told = {key: value for key, value in flat_items(config) if not key.startswith(UNTOLD)}
     clip = load_description(to_path(config.clip.bundle))["identity"] if "clip" in config else ""
+    if config.init.bundle:
+        told["init.bundle"] = load_description(to_path(config.init.bundle))["identity"]
     return _hash([told, clip])
-
-
-def scene_values(
-    reading: factors.Reading, scenes: Sequence[varied_scenes.Scene], named: Sequence[tuple[str, ...]]
-) -> Values:
-    """Computes what `Lab.scene_values` returns of a reading of pictures, those of each caption one after another."""
-    draws = len(reading.scenes) // len(scenes)
-    readable = reading.readable.reshape(len(scenes), draws)
-    found = {name: np.full((len(scenes), draws), np.nan) for name in (*MEASURES, *varied_scenes.factors())}
-    for row, (scene, names) in enumerate(zip(map(factors.as_read, scenes), named, strict=True)):
-        seen = reading.scenes[row * draws : (row + 1) * draws]
-        for k, shown in enumerate(seen):
-            right = {name: getattr(shown, name) == getattr(scene, name) for name in ("object", *names)}
-            for name, hit in right.items():
-                found[name][row, k] = hit
-            found["named"][row, k], found["all"][row, k] = np.mean(list(right.values())), all(right.values())
-            colours = (shown.tint, shown.colour)
-            if {"tint", "colour"} <= set(names) and scene.tint != scene.colour:
-                found["both"][row, k] = colours == (scene.tint, scene.colour)
-                if sorted(colours) == sorted((scene.tint, scene.colour)):
-                    found["binding"][row, k] = colours[0] == scene.tint
-            left = [name for name in varied_scenes.factors() if name != "object" and name not in names]
-            others = [other for j, other in enumerate(seen) if j != k and readable[row, j] and readable[row, k]]
-            pairs = [(other, name) for other in others for name in left
-                     if all(factor_scores.tells(scene.object, name) for scene in (shown, other))]  # fmt: skip
-            differ = [getattr(other, name) != getattr(shown, name) for other, name in pairs]
-            found["variety"][row, k] = np.mean(differ) if differ else np.nan
-    return found | {"readable": readable.astype(np.float64)}
-
-
-def every_factor(scenes: Sequence[varied_scenes.Scene]) -> list[tuple[str, ...]]:
-    """Names all factors of each scene but the object, for `scene_values` of pictures that are to be as their scenes."""
-    return [tuple(name for name in varied_scenes.factors() if name != "object")] * len(scenes)
 
 
 def compare(experiment: Experiment, values: Mapping[str, Values]) -> list[dict[str, Any]]:

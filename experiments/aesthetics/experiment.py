@@ -5,14 +5,15 @@ import numpy as np
 from unclip_jax.cascade import Cascade
 from unclip_jax.evaluation import factors
 from unclip_jax.evaluation.factor_scores import tells
-from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values, scene_values
+from unclip_jax.evaluation.factor_values import scene_values
+from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values
 
 NEAT = {"rotation": "upright", "place": "centre", "pattern": "plain"}
 
 
 def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     """Draws the captions. "neat": of the factors in `NEAT` that a caption leaves open, the share that is neat in
-    a readable picture; "variety", as of `Lab.scene_values`."""
+    a readable picture; "variety", as of `scene_values`."""
     images = lab.draw(cascade, arm)
     reading = factors.read(images.reshape(-1, *images.shape[2:]))
     neat = np.full(images.shape[:2], np.nan)

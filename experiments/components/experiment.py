@@ -6,9 +6,10 @@ import numpy as np
 from unclip_jax.cascade import Cascade
 from unclip_jax.data import varied_scenes
 from unclip_jax.evaluation import factors
+from unclip_jax.evaluation.factor_values import every_factor, scene_values
 from unclip_jax.evaluation.features import unit
 from unclip_jax.stages.codes import principal_components
-from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values, every_factor, scene_values
+from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values
 
 COUNTS = (2, 4, 8, 16, 32, 64, 128)
 TRAINING = 4096  # scenes in which the components are found

@@ -5,7 +5,8 @@ import numpy as np
 from unclip_jax.cascade import Cascade
 from unclip_jax.evaluation import factors
 from unclip_jax.evaluation.factor_scores import likeness
-from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values, every_factor, scene_values
+from unclip_jax.evaluation.factor_values import every_factor, scene_values
+from unclip_jax.trials import Arm, Claim, Experiment, Lab, Values
 
 
 def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:

@@ -24,7 +24,7 @@ def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
 
 
 def arm(name: str, label: str, rho: float) -> Arm:
-    return Arm(name, label, changes={"clip": {"optim.sam_rho": rho, "train.steps": 400}})
+    return Arm(name, label, changes={"clip": {"optim.sam_rho": rho}})
 
 
 EXPERIMENT = Experiment(
@@ -40,5 +40,6 @@ EXPERIMENT = Experiment(
     captions=512,
     draws=1,
     seeds=3,
+    short={"clip": {"train.steps": 400}},
     measure=measure,
 )
