@@ -14,6 +14,13 @@ from unclip_jax.bundle import save_bundle
 from unclip_jax.stages import make_stage
 
 ROOT = Path(__file__).parents[2]
+STARTED: list[subprocess.Popen] = []  # by the test that runs
+
+
+def pytest_collection_modifyitems(items):
+    """The soak comes first, since it takes as long as all else together: with `-n 2 --dist loadfile
+    --no-loadscope-reorder` one process runs it, the other the rest."""
+    items.sort(key=lambda item: "test_soak" not in item.nodeid)
 
 
 class Runs:
@@ -43,6 +50,7 @@ class Runs:
         index = len(list(self.folder.glob("*.log")))
         with open(self.folder / f"{index}.log", "w") as log:
             run = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, stdout=log, stderr=log)
+        STARTED.append(run)
         run.log = Path(log.name)
         return run
 
@@ -65,6 +73,16 @@ class Runs:
         """Whether a checkpoint is being written."""
         folder = self.folder / workdir / "checkpoints"
         return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def none_left():
+    """A test that fails leaves no run behind that would slow down the next."""
+    yield
+    while STARTED:
+        run = STARTED.pop()
+        run.kill()
+        run.wait()
 
 
 @pytest.fixture(scope="session")

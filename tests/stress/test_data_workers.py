@@ -78,5 +78,5 @@ def test_a_signal_to_all_processes_ends_a_run_in_good_order(runs, straight, numb
     workers = begun(run)
     for process in (*workers, run.pid):
         os.kill(process, number)
-    assert run.wait(60) == 128 + number, run.log.read_text()[-3000:]
+    assert run.wait(120) == 128 + number, run.log.read_text()[-3000:]
     assert "saved: the same command goes on from there" in run.log.read_text() and all_gone(workers)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.stress
 KILLS = 20
 
 
-def wait_until(condition, run, seconds=120):
+def wait_until(condition, run, seconds=400):
     """Until it holds or the run has ended."""
     end = time.monotonic() + seconds
     while not condition() and run.poll() is None:
@@ -70,13 +70,13 @@ def test_sigterm_at_any_time_saves_and_exits_143(runs, straight, seed):
     time.sleep(rng.uniform(0, 4))
     told = time.monotonic()
     run.terminate()
-    status = run.wait(60)
+    status = run.wait(120)
     took, said = time.monotonic() - told, run.log.read_text()
     assert status == (0 if "state sha256" in said else 143), said[-3000:]
     if status:  # else it had ended by itself
         step = int(said.split("stopped at step ")[1].split()[0])
         assert runs.saved(workdir)[-1] == step and not runs.saving(workdir)
-    assert took < 20
+    assert took < 40
     assert runs.finish(workdir) == straight[0] and runs.losses(workdir) == straight[1]
 
 
@@ -95,7 +95,7 @@ def test_sigterm_while_reading_hangs_saves_and_ends(runs, straight):
         assert run.poll() is None and logged < 30
         told = time.monotonic()
         run.terminate()
-        assert run.wait(60) == 143, run.log.read_text()[-3000:]
+        assert run.wait(120) == 143, run.log.read_text()[-3000:]
         assert time.monotonic() - told < 40
         assert "stopped at step" in run.log.read_text()
     finally:
