@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shrink import compilation_cache, save_cascade
+from shrink import compilation_cache, save_cascade, small_stage, tokenizer_bytes
 
 from unclip_jax import cli, experiment, trials
+from unclip_jax.bundle import save_bundle
 from unclip_jax.data import varied_scenes
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import factor_scores, factors
 from unclip_jax.evaluation.factor_values import scene_values
+from unclip_jax.evaluation.preferences import chance
 from unclip_jax.trials import Arm, Claim, Experiment, Lab, Stopped, compare, digest, verdict
 
 MEASURED = [
@@ -23,7 +25,8 @@ MEASURED = [
     for path in sorted((Path(__file__).parents[1] / "experiments").glob(f"*/{experiment.FILE}"))
     if "measure=measure" in path.read_text()
 ]
-FOLDERS = {"clip": "clip", "prior_diffusion": "prior", "decoder": "decoder", "upsampler": "upsampler_256"}
+FOLDERS = {"clip": "clip", "prior_diffusion": "prior", "decoder": "decoder", "upsampler": "upsampler_256",
+           "glide": "glide"}  # fmt: skip
 PLAIN = Arm("plain", "as it comes")
 GUIDED = Arm("guided", "guided", options={"guidance_scale": 4.0}, x=4.0)
 TEXT = Arm("text", "trained on z_t", changes={"decoder": {"model.embedding": "text"}})
@@ -37,7 +40,10 @@ SMALL = Experiment(
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     with compilation_cache():
-        yield save_cascade(tmp_path_factory.mktemp("bundles"))
+        folder = save_cascade(tmp_path_factory.mktemp("bundles"))
+        stage, _, params = small_stage("glide")
+        save_bundle(folder / "glide", "glide", stage.config, params, tokenizer_bytes(), "", {})
+        yield folder
 
 
 @pytest.fixture
@@ -171,6 +177,7 @@ def test_a_key_that_a_config_does_not_have_is_named(tmp_path):
         ({"arms": (PLAIN, GUIDED, Arm("a", "", changes={"decodr": {}}))}, "'decodr' is a model that arm a changes"),
         ({"arms": (PLAIN, GUIDED, Arm("a", "", sampling={"clip": {}}))}, "'clip' is a model that arm a samples"),
         ({"claims": (Claim("", "named", "guided", "plane"),)}, "'plane' is an arm of a claim: expected one of plain"),
+        ({"votes": "nmaed"}, "'nmaed' is the measure of votes: expected one of named"),
         ({"claims": (Claim("", "nmaed", "guided", "plain"),)}, "'nmaed' is the measure of a claim"),
     ],
 )
@@ -252,6 +259,28 @@ def test_verdicts_follow_the_interval_of_the_difference():
     assert [line["verdict"] for line in claims] == ["reproduced", "not reproduced", "cannot tell"]
     assert [line["value"] for line in claims] == pytest.approx([0.3, -0.3, 0], abs=0.04)
     assert json.loads(json.dumps(found)) == found
+
+
+def test_an_oracle_votes_by_a_measure():
+    """Elo scores of three arms, the n of all votes, and what a table shows of them."""
+    arms = (PLAIN, GUIDED, TEXT)
+    rng = np.random.default_rng(0)
+    values = {arm.name: {"named": gap + rng.normal(size=(1, 60, 2))} for arm, gap in zip(arms, (0, 1, 2), strict=True)}
+    values["plain"]["named"][0, 0, 0] = np.nan
+    voted = dataclasses.replace(SMALL, votes="named")
+    found = compare(voted, values)
+    scores = [line for line in found if line.get("measure") == "elo"]
+    wins = [np.nanmean(values[one]["named"] > values["plain"]["named"]) for one in ("guided", "text")]
+    assert [line["arm"] for line in scores] == ["plain", "guided", "text"] and scores[0]["n"] == 60 * 2 * 3 - 2
+    for line, share in zip(scores[1:], wins, strict=True):
+        assert chance(line["value"] - scores[0]["value"]) == pytest.approx(share, abs=0.08)
+        assert line["low"] < line["value"] < line["high"]
+    table = experiment.table(voted, found)
+    assert "| Elo by named factors |" in table and f"| {scores[2]['value']:.0f} [" in table
+    assert not [line for line in compare(SMALL, values) if line.get("measure") == "elo"]
+    values["text"]["named"] += 100  # it never loses
+    assert [line["value"] for line in compare(voted, values) if line.get("measure") == "elo"] == [None] * 3
+    assert "| — |" in experiment.table(voted, compare(voted, values))
 
 
 def test_the_verdict_of_all_claims():

@@ -165,10 +165,10 @@ def overview() -> str:
 
 def table(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> str:
     """Writes results as two tables of Markdown: arms with their measures, and claims with their verdicts."""
-    lines = [_row("arm", *experiment.measures.values()), _row(*["---"] * (1 + len(experiment.measures)))]
+    lines = [_row("arm", *experiment.shown.values()), _row(*["---"] * (1 + len(experiment.shown)))]
     for arm in experiment.arms:
         found = {line["measure"]: line for line in results if line.get("arm") == arm.name}
-        lines.append(_row(arm.label, *(_number(found[name]) for name in experiment.measures)))
+        lines.append(_row(arm.label, *(_number(found[name]) for name in experiment.shown)))
     labels = {arm.name: arm.label for arm in experiment.arms}
     lines += ["", _row("claim", "difference", "of", "n", "verdict"), _row(*["---"] * 5)]
     for line in results:
@@ -191,7 +191,10 @@ def _row(*cells: str) -> str:
 
 
 def _number(line: Mapping[str, Any]) -> str:
-    return "—" if line["value"] is None else f"{line['value']:.3f} [{line['low']:.3f}, {line['high']:.3f}]"
+    digits = 0 if line["measure"] == "elo" else 3
+    parts = (line[name] for name in ("value", "low", "high"))
+    value, low, high = ("—" if part is None else f"{part:.{digits}f}" for part in parts)
+    return value if value == "—" else f"{value} [{low}, {high}]"
 
 
 def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> bytes:
@@ -204,10 +207,10 @@ def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> by
     # The same results give the same file; letters stay text, which keeps it small.
     matplotlib.rcParams |= {"svg.hashsalt": "unclip_jax", "svg.fonttype": "none"}
     over_x = all(arm.x is not None for arm in experiment.arms)
-    count, labels = len(experiment.measures), [arm.label for arm in experiment.arms]
+    count, labels = len(experiment.shown), [arm.label for arm in experiment.arms]
     size = (3.2 * count, 2.8) if over_x else (2.6 * count + 1.5, 0.32 * len(labels) + 1.2)
     figure, panels = plt.subplots(1, count, figsize=size, layout="constrained", sharey=not over_x, squeeze=False)
-    for panel, (name, label) in zip(panels[0], experiment.measures.items(), strict=True):
+    for panel, (name, label) in zip(panels[0], experiment.shown.items(), strict=True):
         lines = {line["arm"]: line for line in results if line.get("measure") == name and "arm" in line}
         for series in dict.fromkeys(arm.series for arm in experiment.arms):
             arms = [(at, arm) for at, arm in enumerate(experiment.arms) if arm.series == series]

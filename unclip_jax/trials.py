@@ -9,6 +9,7 @@ measured is kept in the same folder too, so an experiment that was stopped goes 
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import signal
 import sys
@@ -31,6 +32,7 @@ from unclip_jax.drawing import draw_file
 from unclip_jax.errors import UserError
 from unclip_jax.evaluation import comparisons, factor_scores, factor_values, factors
 from unclip_jax.evaluation.intervals import Result
+from unclip_jax.evaluation.preferences import Vote, elo_scores
 from unclip_jax.evaluation.reading import read_pictures
 from unclip_jax.model import Model
 from unclip_jax.paths import to_path, write_bytes
@@ -44,6 +46,7 @@ UNTOLD = ("data.data_dir", "data.threads", "data.workers", "clip.", "mesh.", "tr
           "train.keep", "train.watchdog_minutes", "train.expected_loss", "train.sample_every", "train.measure",
           "train.draw_size")  # fmt: skip
 SIZES = ("shipped", "small", "paper")
+ELO = "elo"  # name of the scores that come of votes
 # What models of the larger sizes learn here too, with a vocabulary that its captions can fill.
 SCENES = {"data.source": "tfds:emoji_scenes/varied_256", "data.crop": "center", "model.vocab_size": 1024,
           "model.text.vocab_size": 1024}  # fmt: skip
@@ -90,7 +93,8 @@ class Experiment:
     each. seeds: how often models are trained, each time by another seed: those that an arm changes, and for every arm
     those in `seeded`. size: of the configs, one of `SIZES`. short: model → key of its config → value, for models that
     an arm changes, at size "shipped" alone, so that two CPU cores train them soon. measure: what is measured of an
-    arm's cascade. axis: name of the arms' x.
+    arm's cascade. votes: the measure by which an oracle votes between two arms' pictures for a caption; Elo scores come
+    of it. axis: name of the arms' x.
     """
 
     question: str
@@ -106,7 +110,13 @@ class Experiment:
     size: str = "shipped"
     short: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     measure: "Callable[[Lab, Cascade, Arm], Values]" = lambda lab, cascade, arm: lab.scene_values(cascade, arm)
+    votes: str = ""
     axis: str = ""
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """Name → label of all that tables and figures show of an arm."""
+        return {**self.measures, **({ELO: f"Elo by {self.measures[self.votes]}"} if self.votes else {})}
 
     def __post_init__(self) -> None:
         """Raises UserError for arms, models, measures and claims that do not go together."""
@@ -120,6 +130,7 @@ class Experiment:
             _known(f"a model that arm {arm.name} changes", [*arm.configs, *arm.changes], self.models)
             sampled = {"decoder", "prior"} & {*self.models}
             _known(f"a model that arm {arm.name} samples otherwise", arm.sampling, sampled)
+        _known("the measure of votes", filter(None, [self.votes]), self.measures)
         for claim in self.claims:
             _known("an arm of a claim", (claim.larger, claim.smaller), names)
             _known("the measure of a claim", [claim.measure], self.measures)
@@ -327,16 +338,17 @@ def digest(config: ConfigDict) -> str:
 
 
 def compare(experiment: Experiment, values: Mapping[str, Values]) -> list[dict[str, Any]]:
-    """Computes the mean of each arm's measures, and for each claim the difference and a verdict, as JSON objects.
+    """Computes the mean of each arm's measures, its Elo score where there are votes, and for each claim the difference
+    and a verdict, as JSON objects.
 
     values: arm → measure → (seeds, captions, draws). The verdict is "reproduced" where the interval of the difference
     is above 0, "not reproduced" where it is below, and else "cannot tell".
     """
-    found = []
-    for arm in experiment.arms:
-        for measure in experiment.measures:
-            about = {"arm": arm.name} | ({} if arm.x is None else {"x": arm.x})
-            found.append(about | _line(comparisons.mean(measure, values[arm.name][measure])))
+    found, scores = [], _elo(experiment, values)
+    for place, arm in enumerate(experiment.arms):
+        results = [comparisons.mean(measure, values[arm.name][measure]) for measure in experiment.measures]
+        about = {"arm": arm.name} | ({} if arm.x is None else {"x": arm.x})
+        found += [about | _line(result) for result in (*results, *scores[place : place + 1])]
     for claim in experiment.claims:
         pair = (values[name][claim.measure] for name in (claim.larger, claim.smaller))
         result = comparisons.difference(claim.measure, *pair)
@@ -344,6 +356,21 @@ def compare(experiment: Experiment, values: Mapping[str, Values]) -> list[dict[s
         arms = {"larger": claim.larger, "smaller": claim.smaller}
         found.append({"claim": claim.text} | arms | _line(result) | {"verdict": verdict})
     return found
+
+
+def _elo(experiment: Experiment, values: Mapping[str, Values]) -> list[Result]:
+    """Computes the Elo score of each arm where there are votes: of two arms' pictures for a caption, the one with the
+    larger value wins. A bootstrap draws captions. NaN where some arm never lost."""
+    votes, names = [], [arm.name for arm in experiment.arms]
+    for one, other in itertools.combinations(names if experiment.votes else (), 2):
+        gaps = values[one][experiment.votes] - values[other][experiment.votes]
+        for (_, caption, _), gap in np.ndenumerate(gaps):
+            if np.isfinite(gap):
+                votes.append(Vote(caption, one, other, "left" if gap > 0 else "right" if gap < 0 else "tie"))
+    try:
+        return [result._replace(name=ELO) for result in elo_scores(votes, names)] if votes else []
+    except UserError:
+        return [Result(ELO, *[float("nan")] * 3, len(votes), {}) for _ in names]
 
 
 def verdict(results: Sequence[Mapping[str, Any]]) -> str:
