@@ -307,9 +307,15 @@ def test_futures_that_end_after_an_error_of_storage_say_nothing(monkeypatch):
     monkeypatch.setattr(sys, "__unraisablehook__", said.append)
     with pytest.raises(SystemExit):
         cli.run(lambda argv: 0)
-    closed, another = (argparse.Namespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another"))
-    sys.unraisablehook(closed)
-    sys.unraisablehook(another)
+    raised = []
+    for text, file in (("Event loop is closed", "a.py"), ("cannot be read", "/x/orbax/y.py"), ("another", "a.py")):
+        try:
+            exec(compile("raise RuntimeError(text)", file, "exec"), {"text": text})
+        except RuntimeError as error:
+            raised.append(argparse.Namespace(exc_value=error, exc_traceback=error.__traceback__))
+    another = raised[-1]
+    for found in raised:
+        sys.unraisablehook(found)
     assert said == [another]
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -137,8 +138,11 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 
 
 def _unraisable(found: "sys.UnraisableHookArgs") -> None:
-    """Leaves out what TensorStore's futures say that end when an error of storage has closed their event loop."""
-    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+    """Leaves out what an error of storage makes Orbax's other reads and writes say while Python deletes them: the error
+    itself is raised, or was mended by trying again."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(found.exc_traceback)]
+    closed = isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
+    if not (closed or any("orbax" in file for file in files)):
         sys.__unraisablehook__(found)
 
 

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from unclip_jax import __version__
-from unclip_jax.errors import UserError
+from unclip_jax.errors import StorageError, UserError
 from unclip_jax.paths import to_path
 from unclip_jax.training import checkpoint
 from unclip_jax.training.checkpoint import Checkpointer, SaveClock
@@ -175,6 +175,15 @@ def test_save_that_fails_behind_the_back_is_raised(toy, at_step, tmp_path, monke
                     getattr(checkpointer, find)()
                     assert find == "check"
         assert checkpointer.latest_step() is None
+
+
+def test_a_save_that_lost_a_part_in_silence_ends_in_one_line(toy, at_step, tmp_path, monkeypatch):
+    """Storage failed where Orbax takes an error for "nothing is there"."""
+    checkpointer = Checkpointer(str(tmp_path), 2)
+    checkpointer.save(at_step(1, toy.mesh(1, 1)), {})
+    monkeypatch.setattr(checkpoint, "_complete", lambda manager, step: False)
+    with pytest.raises(StorageError, match=r"checkpoint .*/1 is not whole.*: the same command goes on from the one"):
+        checkpointer.wait()
 
 
 def test_checkpoint_of_another_model_is_an_error_that_lists_the_leaves(toy, at_step, tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import unclip_jax
-from unclip_jax.errors import UserError
+from unclip_jax.errors import StorageError, UserError
 from unclip_jax.paths import is_remote, to_path
 from unclip_jax.training import preflight
 from unclip_jax.training.checksums import checksums
@@ -145,7 +145,8 @@ class Checkpointer:
         self._manager.wait_until_finished()
         step, self._written = self._written, None
         if step is not None and not _complete(self._manager, step):
-            raise OSError(f"checkpoint {self._manager.directory}/{step} is not whole; those before it are good")
+            raise StorageError(f"{self._path(step)} is not whole, since storage failed: the same command goes on from "
+                               "the one before")  # fmt: skip
 
     def close(self) -> None:
         """Waits, then frees the background threads."""
