@@ -10,6 +10,7 @@ from PIL import Image
 
 from unclip_jax.data import sources, splits
 from unclip_jax.data.emoji_scenes import encode_png, scenes
+from unclip_jax.data.places import read_file
 from unclip_jax.data.sources import open_source, without_picture
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import copy_folder, to_path
@@ -244,6 +245,17 @@ def test_folder_in_a_bucket_has_the_same_records(bucket, tmp_path):
         assert pickle.loads(pickle.dumps(there))[0] == here[0]
     with pytest.raises(UserError, match=r"no folder gs://.*nowhere"):
         opened(f"folder:{bucket}/nowhere")
+
+
+def test_a_file_in_a_bucket_is_read_in_one_request(bucket, monkeypatch):
+    from gcsfs import GCSFileSystem
+
+    path, asked, call = to_path(bucket) / "a.txt", [], GCSFileSystem._call
+    path.write_bytes(b"some words")
+    monkeypatch.setattr(GCSFileSystem, "_call", lambda *args, **more: asked.append(args) or call(*args, **more))
+    assert read_file(path) == b"some words" and len(asked) == 1
+    with pytest.raises(FileNotFoundError):
+        read_file(to_path(bucket) / "b.txt")
 
 
 def test_emoji_scenes_are_drawn_into_a_bucket(bucket, data_dir, capsys):

@@ -85,7 +85,7 @@ COMMANDS = {
     "quickstart": (quickstart, ["--out=out", "--seed=1", "--steps=1"]),
     "doctor": (doctor, ["--json"]),
     "push": (push, ["{cascade}", "hf:me/tiny", "--license=mit"]),
-    "demo": (demo, [BUNDLE, "--port=47860"]),
+    "demo": (demo, [BUNDLE, "--port=17860"]),
     "pretrained": (pretrained, ["glide", "{glide}", "--out=out", *ARGS]),
     "data filter train": (data, ["filter", "train", "--positive={pictures}", "--negative={others}",
                                  "--clip={cascade}/clip", "--out=out/filter.npz"]),

@@ -16,6 +16,7 @@ import numpy as np
 from unclip_jax.data import captions, splits
 from unclip_jax.data.decoding import SNIFFED_BYTES, endings, is_picture
 from unclip_jax.data.names import Names
+from unclip_jax.data.places import read_file
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.paths import files_below
 
@@ -29,7 +30,7 @@ class FolderRecords:
     """Pictures anywhere below a folder, each with its captions: `find` says where these are.
 
     pictures: names of the files. captions: for each, the name of a file, or INLINE and a list in JSON. feature: name of
-    the captions in JSON files. In a bucket each record takes several requests: tars and TFDS datasets are faster there.
+    the captions in JSON files. In a bucket each file is a request: tars and TFDS datasets are faster there.
     """
 
     def __init__(self, folder: Path, pictures: Names, captions: Names, feature: str):
@@ -40,14 +41,14 @@ class FolderRecords:
 
     def __getitem__(self, index: int) -> dict:
         record = self.without_picture(index)
-        return {"image": (self._folder / record["key"]).read_bytes()} | record
+        return {"image": read_file(self._folder / record["key"])} | record
 
     def without_picture(self, index: int) -> dict:
         source = self._captions[index]
         if source.startswith(INLINE):
             found = json.loads(source.removeprefix(INLINE))
         else:
-            data = (self._folder / source).read_bytes()
+            data = read_file(self._folder / source)
             is_json = source.lower().endswith(".json")
             found = captions.captions_in_json(data, self._feature) if is_json else captions.captions_in(data)
         return {"caption": found[0] if len(found) == 1 else found, "key": self._pictures[index]}
@@ -170,7 +171,7 @@ def _tables(
         place, _, base = name.rpartition("/")
         if base.lower() not in captions.METADATA:
             continue
-        for row in captions.rows_of_metadata(base.lower(), (folder / name).read_bytes()):
+        for row in captions.rows_of_metadata(base.lower(), read_file(folder / name)):
             try:
                 said = captions.cleaned(captions.captions_named(row, feature))
                 found[captions.folded(posixpath.normpath(posixpath.join(place, row["file_name"])))] += said

@@ -1,4 +1,4 @@
-"""Finds files by patterns, and reads parts of them, on a disk or in a bucket."""
+"""Finds files by patterns, and reads them or parts of them, on a disk or in a bucket."""
 
 import glob
 import os
@@ -33,6 +33,15 @@ def files_matching(pattern: str, ending: str) -> tuple[Path, dict[str, tuple[int
     if not found:
         raise UserError(f"no files {pattern}: expected a folder of {ending} files, or such as {wanted}")
     return folder, {name: found[name] for name in sorted(found, key=lambda name: name.split("/"))}
+
+
+def read_file(path: Path) -> bytes:
+    """Reads a file, in one request where it is in a bucket: its path's own `read_bytes` asks for what it is first."""
+    if is_remote(path):
+        import fsspec
+
+        return fsspec.filesystem("gcs").cat_file(str(path))
+    return path.read_bytes()
 
 
 def read_part(path: Path, start: int, length: int) -> bytes:

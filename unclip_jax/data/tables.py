@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unclip_jax.data import captions, splits
-from unclip_jax.data.places import files_matching
+from unclip_jax.data.places import files_matching, read_file
 from unclip_jax.errors import UnreadableRecord, UserError
 from unclip_jax.foreign import parsed_json
 from unclip_jax.paths import is_remote, on_disk, to_path
@@ -234,6 +234,6 @@ def _picture(value: Any, folder: Path) -> bytes:
     if isinstance(value, bytes):
         return value
     try:
-        return (folder / to_path(value)).read_bytes() if not is_remote(value) else to_path(value).read_bytes()
+        return read_file(to_path(value) if is_remote(value) else folder / to_path(value))
     except (UserError, FileNotFoundError) as error:
         raise UnreadableRecord(f"its picture {value} is no file that can be read: {error}") from error
