@@ -57,7 +57,7 @@ class Runs:
     def finish(self, workdir: str, *flags: str, devices: int = 4) -> str:
         """Runs to the end; the digest of the state."""
         run = self.start(workdir, *flags, devices=devices)
-        assert run.wait(300) == 0, run.log.read_text()[-3000:]
+        assert run.wait(900) == 0, run.log.read_text()[-3000:]
         return run.log.read_text().splitlines()[-1].removeprefix("state sha256 ")
 
     def losses(self, workdir: str) -> list[tuple[int, float]]:

@@ -54,7 +54,7 @@ class Builder:
             time.sleep(0.02)
 
     def finish(self):
-        assert self.process.wait(120) == 0, self.log.read_text()[-3000:]
+        assert self.process.wait(300) == 0, self.log.read_text()[-3000:]
 
     def workers(self):
         """Processes of the build's session but the build itself."""
@@ -118,7 +118,7 @@ def test_a_killed_worker_ends_the_build_which_goes_on(pictures, straight, tmp_pa
     build = Builder(pictures, tmp_path / "out", "--workers=2")
     build.wait_for(SECOND, 10)
     os.kill(build.workers()[-1], signal.SIGKILL)
-    assert build.process.wait(120) == 2
+    assert build.process.wait(300) == 2
     assert "what is done is kept: the same command goes on" in build.log.read_text().splitlines()[-1]
     again = Builder(pictures, tmp_path / "out", "--workers=1")
     again.finish()

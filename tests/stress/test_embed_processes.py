@@ -64,7 +64,7 @@ def start(folder, out, *flags, devices=4, cluster=None):
 
 def said(process, status=0):
     """What a process says until its end."""
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == status, errors[-3000:]
     return errors
 

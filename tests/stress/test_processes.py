@@ -28,7 +28,7 @@ def test_losses_are_those_of_one_process(runs, straight, port, count, mixed):
     workdir = f"of_{count}{'_mixed' * mixed}"
     processes = start(runs, workdir, count, port, mixed=mixed)
     for run in processes:
-        assert run.wait(300) == 0, run.log.read_text()[-3000:]
+        assert run.wait(900) == 0, run.log.read_text()[-3000:]
     assert len({run.log.read_text().splitlines()[-1] for run in processes}) == 1, "one digest"
     steps, losses = zip(*runs.losses(workdir), strict=True)
     assert steps == tuple(range(1, 31))

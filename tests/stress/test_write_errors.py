@@ -127,7 +127,7 @@ def test_files_cut_short(states, tmp_path, size):
     folder = shutil.copytree(first, tmp_path / "run")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", LIMITED, str(folder), str(size)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     step, found = newest(folder, abstract)
     assert (step, found) == ((2, digest(two)) if run.returncode == 0 else (1, digest(one))), run.stderr[-2000:]
     assert (run.returncode != 0 and "Error" in run.stderr) if size <= 1000 else (run.returncode == 0 or size < 200_000)
@@ -147,7 +147,7 @@ def test_training_on_a_full_disk_ends_in_one_line(runs, size):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", FULL, str(size), f"--config={runs.folder / 'small.json'}"]
     command += [f"--workdir={runs.folder / f'full_{size}'}"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     said = run.stderr.splitlines()
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr[-3000:]
     assert said[-1].startswith("error: ") and "File too large; the checkpoints there are kept" in said[-1], said[-5:]
