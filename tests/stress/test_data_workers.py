@@ -25,7 +25,7 @@ def workers_of(run):
     return found
 
 
-def begun(run, seconds=120):
+def begun(run, seconds=400):
     """Waits until two workers are at work, and a step is done; returns the workers."""
     end = time.monotonic() + seconds
     while len(workers_of(run)) < 2 or "step" not in run.log.read_text():
@@ -34,7 +34,7 @@ def begun(run, seconds=120):
     return workers_of(run)
 
 
-def all_gone(processes, seconds=10):
+def all_gone(processes, seconds=30):
     end = time.monotonic() + seconds
     while any(Path(f"/proc/{process}").exists() for process in processes) and time.monotonic() < end:
         time.sleep(0.02)
