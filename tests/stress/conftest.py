@@ -17,12 +17,6 @@ ROOT = Path(__file__).parents[2]
 STARTED: list[subprocess.Popen] = []  # by the test that runs
 
 
-def pytest_collection_modifyitems(items):
-    """The soak comes first, since it takes as long as all else together: with `-n 2 --dist loadfile
-    --no-loadscope-reorder` one process runs it, the other the rest."""
-    items.sort(key=lambda item: "test_soak" not in item.nodeid)
-
-
 class Runs:
     """Starts `unclip_jax.train` on the small decoder; all runs share one cache of compiled programs."""
 
