@@ -114,6 +114,15 @@ def test_bad_files_are_one_clear_line(tmp_path, break_it, says):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("heads", ["0", "5"])
+def test_heads_that_do_not_fit_are_refused(heads, tmp_path):
+    """0: one for each 64 channels, of which this text path has fewer."""
+    save_file(glide_tensors(3), tmp_path / "base.safetensors")
+    save_vocabulary(tmp_path)
+    with pytest.raises(UserError, match=r"attention heads do not fit a transformer of \d+ channels: give .* --heads"):
+        convert(tmp_path, tmp_path / "out", "--heads", heads)
+
+
 def test_a_model_without_a_last_norm_is_refused(tmp_path):
     """Of GLIDE's text path, or of Karlo's prior."""
     tensors = {name: value for name, value in glide_tensors(3).items() if "final_ln" not in name}

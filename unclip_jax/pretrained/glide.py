@@ -142,8 +142,11 @@ def text_params(weights: StateDict, text: dict) -> dict:
 def transformer_params(weights: StateDict, name: str, depth: int, width: int, heads: int) -> dict:
     """Converts the blocks of a transformer of GLIDE or Karlo: the parameters of `models.transformer.Transformer`.
 
-    name: of the list of blocks in the state dict. depth: number of blocks.
+    name: of the list of blocks in the state dict. depth: number of blocks. Raises UserError for heads that do not
+    divide the width.
     """
+    if not heads or width % heads:
+        raise UserError(f"{heads} attention heads do not fit a transformer of {width} channels: give theirs by --heads")
 
     def block(n: int) -> dict:
         here = f"{name}.{n}"
