@@ -162,6 +162,7 @@ def test_scales_sampler_and_steps_are_heeded(cascade):
     assert demo_tabs.inversion_steps(cascade)[0] == 250
 
 
+@pytest.mark.slow
 def test_edits_are_those_of_the_cascade(cascade, files):
     wide, square = (demo_tabs.read(files[name]) for name in ("wide", "square"))
     varied = joined(demo_tabs.vary(cascade, files["wide"], 0.5, 2, 3, STEPS))

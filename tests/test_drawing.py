@@ -112,6 +112,7 @@ def test_processes_share_the_shards_and_draw_the_same(one, undisturbed, tmp_path
     assert counts == [5, 4] and content(tmp_path) == content(undisturbed)
 
 
+@pytest.mark.slow
 def test_eight_devices_draw_what_one_draws(folder, undisturbed, tmp_path, monkeypatch):
     """Each holding all parameters, and four sharing them."""
     monkeypatch.setattr(sharding, "SMALLEST_SPLIT", 256)  # so that the small networks' parameters are split, too

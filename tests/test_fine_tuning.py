@@ -194,6 +194,7 @@ def stored_average(run, step):
     return ocp.StandardCheckpointer().restore(run.folder / "checkpoints" / str(step) / "ema")
 
 
+@pytest.mark.slow
 def test_low_rank_changes_are_merged_into_the_bundle_and_resumed_bit_for_bit(trained):
     optim = dict(lora_rank=2, learning_rate=0.01, warmup_steps=0, schedule="constant")
     fast = dict(steps=4, checkpoint_every=2, sample_every=100)

@@ -39,7 +39,11 @@ def test_the_papers_has_neither_attention_nor_captions():
 @pytest.mark.parametrize(
     ("changes", "added"),
     [
-        ({"model__unet__attention": (1, 2)}, {"down_0_0", "down_1_0", "up_0_0", "up_0_1", "up_1_0", "up_1_1"}),
+        pytest.param(
+            {"model__unet__attention": (1, 2)},
+            {"down_0_0", "down_1_0", "up_0_0", "up_0_1", "up_1_0", "up_1_1"},
+            marks=pytest.mark.slow,
+        ),
         ({"model__unet__middle_attention": True}, {"middle"}),
     ],
 )
