@@ -19,6 +19,8 @@ RESULTS = """<testsuites><testsuite>
 <property name="counts" value='{"works": 5, "refused": 3}'/></properties></testcase>
 <testcase classname="tests.b.test_c" name="test_z[b]"><properties>
 <property name="counts" value='{"refused": 4, "late": 1, "traceback": 2}'/></properties><failure/></testcase>
+<testcase classname="tests.stress.test_flag_fuzz" name="test_odd_values_are_refused_in_one_line_or_work[plan]">
+<error/></testcase>
 </testsuite></testsuites>"""
 
 
@@ -38,8 +40,9 @@ def test_the_page_is_made_of_the_stored_results():
 def test_results_are_counted(tmp_path):
     (tmp_path / "a.xml").write_text(RESULTS)
     found = robustness.read(str(tmp_path / "a.xml"))
-    assert found["tests/test_a.py::test_x"] == {"passed": 2, "failed": 1} and len(found) == 3
+    assert found["tests/test_a.py::test_x"] == {"passed": 2, "failed": 1} and len(found) == 4
     x, z = "tests/test_a.py::test_x", "tests/b/test_c.py::test_z"
     assert robustness.counts(robustness.Kind("", right=(x,)), found) == (2, 0, 1)
     assert robustness.counts(robustness.Kind("", refused=(x,), counted=(z,)), found) == (5, 9, 4)
+    assert robustness.counts(robustness.KINDS["commands and configs"], found) == (0, 0, 1), "ended before it had counted"
     assert robustness.counts(robustness.Kind("", right=("tests/unknown.py::test_x",)), found) == (0, 0, 0)
