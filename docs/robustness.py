@@ -33,9 +33,9 @@ command](../tests/stress/test_flag_fuzz.py) odd values: 0, −1, huge, NaN, None
 are counted here. [The soak](../tests/stress/test_soak.py) trains 20,000 steps on a disk and a bucket that fail now and
 then, and is killed now and then; the weights must be those of a run that nothing disturbs, bit for bit.
 
-`pytest -m stress tests/stress` ran through in one go: 81 tests passed, none failed, in 107 minutes, 44 of them the soak,
-on two cores that did other work at the same time. The five tests that need Apache Beam passed by themselves. The run
-draws some of each fuzz driver's cases; all of them took some hours more.
+`pytest -m stress tests/stress` ran through in one go: 81 tests passed and none failed, in 107 minutes, 44 of them the
+soak, on two cores that did other work at the same time. The five tests that need Apache Beam passed by themselves. The
+run draws some of each fuzz driver's cases; all of them took some hours more.
 
 """
 

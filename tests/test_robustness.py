@@ -44,5 +44,5 @@ def test_results_are_counted(tmp_path):
     x, z = "tests/test_a.py::test_x", "tests/b/test_c.py::test_z"
     assert robustness.counts(robustness.Kind("", right=(x,)), found) == (2, 0, 1)
     assert robustness.counts(robustness.Kind("", refused=(x,), counted=(z,)), found) == (5, 9, 4)
-    assert robustness.counts(robustness.KINDS["commands and configs"], found) == (0, 0, 1), "ended before it had counted"
+    assert robustness.counts(robustness.KINDS["commands and configs"], found) == (0, 0, 1), "ended too early to count"
     assert robustness.counts(robustness.Kind("", right=("tests/unknown.py::test_x",)), found) == (0, 0, 0)
