@@ -2,7 +2,7 @@
 
 from unclip_jax.trials import Arm, Claim, Experiment
 
-SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+SCALES = (1.0, 1.5, 2.0, 4.0)
 GLIDE = {"decoder": "glide"}
 
 EXPERIMENT = Experiment(
@@ -18,10 +18,10 @@ EXPERIMENT = Experiment(
     ),
     measures={"named": "named factors right", "readable": "readable", "variety": "open factors that differ"},
     claims=(
-        Claim("Guidance makes GLIDE's pictures fit their captions better.", "named", "glide_3", "glide_1"),
-        Claim("It costs GLIDE diversity.", "variety", "glide_1", "glide_3"),
-        Claim("unCLIP keeps more diversity than GLIDE at the same scale.", "variety", "unclip_3", "glide_3"),
-        Claim("GLIDE fits captions better than unCLIP, both guided.", "named", "glide_3", "unclip_3"),
+        Claim("Guidance makes GLIDE's pictures fit their captions better.", "named", "glide_4", "glide_1"),
+        Claim("It costs GLIDE diversity.", "variety", "glide_1", "glide_4"),
+        Claim("unCLIP keeps more diversity than GLIDE at the same scale.", "variety", "unclip_4", "glide_4"),
+        Claim("GLIDE fits captions better than unCLIP, both guided.", "named", "glide_4", "unclip_4"),
     ),
     axis="guidance scale",
 )

@@ -6,8 +6,8 @@
 
 Each model is trained by its config of size "shipped", against the CLIP in unclip_jax/weights: clip comes first. The
 same command continues a training that was stopped. Weights are rounded to float16. --onward begins with the weights
-that are there, not with random ones. --measure draws captions that were held out, and writes how many pictures show
-them into the manifest.
+that are there, not with random ones; glide begins with those of the decoder at first. --measure draws captions that were
+held out, and writes how many pictures show them into the manifest.
 """
 
 import argparse
@@ -19,9 +19,11 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from unclip_jax import cli, shipped, train
 from unclip_jax.bundle import load_bundle, save_bundle
@@ -41,7 +43,8 @@ ROWS = 64  # that are drawn at once
 def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
     """Trains a model, or goes on with its run, and stores it as unclip_jax/weights/NAME.
 
-    onward: the run begins with the weights that are stored there, of which the manifest keeps what it knew.
+    onward: the run begins with the weights that are stored there, of which the manifest keeps what it knew. A GLIDE that
+    is not there yet begins with the decoder's, which knows how to draw: it has to learn captions alone.
     """
     config = cli.load_config(f"configs/{MODELS[name]}.py:shipped").copy_and_resolve_references()
     stored = config.copy_and_resolve_references()  # without this machine's folders
@@ -51,11 +54,15 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
         if "clip" in config:
             config.clip.bundle = str(shipped.FOLDER / "clip")
     known = dict(digest=digest(config))
-    if onward:
+    if onward or name == "glide":
         if not begun_with.exists():  # a copy, since the weights are replaced in the end
-            shutil.copytree(folder, begun_with)
-            before = {key: value for key, value in shipped.manifest()[name].items() if key != "measured"}
-            (begun_with / "known.json").write_text(json.dumps(before))
+            source = name if onward else "decoder"
+            if onward:
+                shutil.copytree(folder, begun_with)
+            else:
+                store_glide_of_decoder(begun_with, stored)
+            before = {key: value for key, value in shipped.manifest()[source].items() if key != "measured"}
+            (begun_with / "known.json").write_text(json.dumps({"model": source} | before))
         known["begun_with"] = json.loads((begun_with / "known.json").read_text())
         with config.unlocked():
             config.init.bundle = str(begun_with)
@@ -74,6 +81,19 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
         made=f"{datetime.date.today()}, Python {platform.python_version()}, jax {jax.__version__}",
         minutes=round(read_log(to_path(workdir) / name / "metrics.jsonl")[-1]["seconds"] / 60),
     )
+
+
+def store_glide_of_decoder(folder: Path, config: ConfigDict) -> None:
+    """Stores a GLIDE with the decoder's text path and U-Net. Its embedding is left out; what the dropped one adds to the
+    timestep's embedding is kept, in a bias."""
+    decoder = load_bundle(shipped.FOLDER / "decoder")
+    conditioner = dict(decoder.params["conditioner"])
+    null, dense = conditioner.pop("null_embedding"), conditioner.pop("image_to_emb")
+    del conditioner["image_to_tokens"]
+    bias = conditioner["text_to_emb"]["bias"] + null @ dense["kernel"] + dense["bias"]
+    conditioner["text_to_emb"] = conditioner["text_to_emb"] | {"bias": bias}
+    params = {"conditioner": conditioner, "unet": decoder.params["unet"]}
+    save_bundle(folder, "glide", config, params, decoder.tokenizer_bytes, "", {})
 
 
 def measure() -> None:
