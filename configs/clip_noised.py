@@ -8,7 +8,8 @@ small  Emoji scenes of two objects at 64 px, for one GPU.
 tiny   Emoji scenes of one object at 16 px, what the tiny decoder draws, for two CPU cores. Took 11 minutes
        on cores that were busy with other work; then, among 64 held-out pictures and captions, finds its own in 93 %
        without noise, 85, 73 and 34 % at a quarter, half and three quarters of the timesteps, 2 % (chance) at the last.
-shipped  The noised CLIP of the cascade of experiments/, for their GLIDE and decoder at 32 px.
+shipped  The noised CLIP that comes with this package, for its GLIDE and decoder at 32 px. It goes on from the clean
+       CLIP, whose network it has (experiments/weights/make.py).
 """
 
 from unclip_jax import config
@@ -58,12 +59,12 @@ TINY = dict(
 
 SHIPPED = dict(
     dtype="float32",
-    model=dict(image_size=32, dim=128, image=dict(patch=4, width=128, depth=4, heads=2),
-               text=dict(vocab_size=1024, context=36, width=128, depth=4, heads=2), remat=False),
+    model=dict(image_size=32, dim=128, activation="quick_gelu", image=dict(patch=8, width=128, depth=4, heads=2),
+               text=dict(vocab_size=1024, context=36, width=128, depth=3, heads=2), remat=False),
     data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 1.0), crop="center",
               threads=2),
-    optim=dict(learning_rate=0.001, warmup_steps=200, weight_decay=0.05, clip_norm=1.0, ema_decay=0.995),
-    train=dict(steps=4000, batch_size=256, checkpoint_every=500, sample_every=1000, eval_size=512, keep=2),
+    optim=dict(learning_rate=0.0005, warmup_steps=50, weight_decay=0.05, clip_norm=1.0, ema_decay=0.995),
+    train=dict(steps=600, batch_size=256, checkpoint_every=500, sample_every=1000, eval_size=512, keep=2),
 )
 
 

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import re
+import runpy
+from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
 
@@ -13,11 +16,14 @@ from unclip_jax.cascade import Cascade
 from unclip_jax.chain import UPSAMPLERS
 from unclip_jax.data import emoji_scenes
 from unclip_jax.evaluation import scene_scores
+from unclip_jax.origin import load_origin
+from unclip_jax.stages import make_stage
 from unclip_jax.trials import CONFIGS, digest
 
 MODELS = shipped.manifest()
 PARTS = ("value", "low", "high")
-CASCADE = {"clip", "prior", "decoder", "noised_clip", *UPSAMPLERS}
+CASCADE = {"clip", "prior", "decoder", *UPSAMPLERS}
+MAKE = runpy.run_path(str(Path(__file__).parents[1] / "experiments" / "weights" / "make.py"))
 
 
 def test_there_is_a_cascade_and_it_is_small():
@@ -54,6 +60,23 @@ def test_the_card_says_what_was_measured():
     found = [result[part] for kind in measured.values() for result in kind["all"].values() for part in PARTS]
     values = {f"{value:.3f}" for value in found}
     assert len(values) > 5 and set(re.findall(r"\b[01]\.\d{3}\b", text)) <= values
+
+
+def test_glide_begins_with_what_the_decoder_does_without_its_embedding(tmp_path):
+    config = cli.load_config("configs/glide.py:shipped").copy_and_resolve_references()
+    MAKE["store_glide_of_decoder"](tmp_path / "begun_with", config)
+    with config.unlocked():
+        config.init.bundle = str(tmp_path / "begun_with")
+    glide, decoder = make_stage(config), load_bundle(shipped.FOLDER / "decoder")
+    params = load_origin(config, glide, "").params  # as a run of this config loads it
+    tokens, length = np.arange(36)[None] % 7, np.array([5])
+    own = make_stage(decoder.config)._conditioner()
+    without = np.zeros((1, 128)), np.array([False])
+    expected = own.apply({"params": decoder.params["conditioner"]}, tokens, length, *without)
+    found = glide._conditioner().apply({"params": params["conditioner"]}, tokens, length)
+    np.testing.assert_allclose(found.emb, expected.emb, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.context, expected.context[:, : found.context.shape[1]], rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_equal(params["unet"], decoder.params["unet"])
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ EXPERIMENT = Experiment(
         Claim("Guided GLIDE loses variety.", "variety", "glide_1", "glide_4"),
         Claim("Guided unCLIP is more varied than guided GLIDE.", "variety", "unclip_4", "glide_4"),
     ),
+    draws=2,
     measure=measure,
     axis="guidance scale",
 )

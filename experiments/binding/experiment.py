@@ -15,4 +15,5 @@ EXPERIMENT = Experiment(
         Claim("GLIDE binds attributes better than unCLIP.", "both", "glide", "unclip"),
         Claim("GLIDE spells words better than unCLIP.", "word", "glide", "unclip"),
     ),
+    draws=2,
 )

@@ -2,7 +2,7 @@
 
 from unclip_jax.trials import Arm, Claim, Experiment
 
-SCALES = (1.0, 1.5, 2.0, 4.0)
+SCALES = (1.0, 2.0, 4.0)
 GLIDE = {"decoder": "glide"}
 
 EXPERIMENT = Experiment(
@@ -23,5 +23,6 @@ EXPERIMENT = Experiment(
         Claim("unCLIP keeps more diversity than GLIDE at the same scale.", "variety", "unclip_4", "glide_4"),
         Claim("GLIDE fits captions better than unCLIP, both guided.", "named", "glide_4", "unclip_4"),
     ),
+    draws=2,
     axis="guidance scale",
 )

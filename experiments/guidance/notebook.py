@@ -120,8 +120,8 @@ print("left out:", ", ".join(arm.label for arm in whole.arms if arm.name not in 
 
 # %%
 alone = (
-    Claim("Guidance makes unCLIP's pictures fit their captions better.", "named", "unclip_3", "unclip_1"),
-    Claim("It costs unCLIP diversity.", "variety", "unclip_1", "unclip_3"),
+    Claim("Guidance makes unCLIP's pictures fit their captions better.", "named", "unclip_4", "unclip_1"),
+    Claim("It costs unCLIP diversity.", "variety", "unclip_1", "unclip_4"),
 )
 part = dataclasses.replace(part, claims=(*part.claims, *alone))
 

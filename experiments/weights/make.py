@@ -6,8 +6,8 @@
 
 Each model is trained by its config of size "shipped", against the CLIP in unclip_jax/weights: clip comes first. The
 same command continues a training that was stopped. Weights are rounded to float16. --onward begins with the weights
-that are there, not with random ones; glide begins with those of the decoder at first. --measure draws captions that were
-held out, and writes how many pictures show them into the manifest.
+that are there, not with random ones; at first glide begins with those of the decoder, and noised_clip with those of
+clip. --measure draws captions that were held out, and writes how many pictures show them into the manifest.
 """
 
 import argparse
@@ -36,6 +36,8 @@ from unclip_jax.training.metrics import read_log
 from unclip_jax.trials import CONFIGS, digest
 
 MODELS = CONFIGS | {"prior_ar": "prior_ar", "glide": "glide"}
+# Models that know already what they have to learn of another: a decoder how to draw, a CLIP what captions mean.
+BEGINNINGS = {"glide": "decoder", "noised_clip": "clip"}
 PICTURES = 512  # of each kind of scenes
 ROWS = 64  # that are drawn at once
 
@@ -43,8 +45,7 @@ ROWS = 64  # that are drawn at once
 def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
     """Trains a model, or goes on with its run, and stores it as unclip_jax/weights/NAME.
 
-    onward: the run begins with the weights that are stored there, of which the manifest keeps what it knew. A GLIDE that
-    is not there yet begins with the decoder's, which knows how to draw: it has to learn captions alone.
+    onward: the run begins with the weights that are stored there, of which the manifest keeps what it knew.
     """
     config = cli.load_config(f"configs/{MODELS[name]}.py:shipped").copy_and_resolve_references()
     stored = config.copy_and_resolve_references()  # without this machine's folders
@@ -54,13 +55,12 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
         if "clip" in config:
             config.clip.bundle = str(shipped.FOLDER / "clip")
     known = dict(digest=digest(config))
-    if onward or name == "glide":
-        if not begun_with.exists():  # a copy, since the weights are replaced in the end
-            source = name if onward else "decoder"
-            if onward:
-                shutil.copytree(folder, begun_with)
-            else:
+    if source := name if onward else BEGINNINGS.get(name):
+        if not begun_with.exists():
+            if name == "glide" and not onward:
                 store_glide_of_decoder(begun_with, stored)
+            else:  # a copy, since the weights are replaced in the end
+                shutil.copytree(shipped.FOLDER / source, begun_with)
             before = {key: value for key, value in shipped.manifest()[source].items() if key != "measured"}
             (begun_with / "known.json").write_text(json.dumps({"model": source} | before))
         known["begun_with"] = json.loads((begun_with / "known.json").read_text())
@@ -84,8 +84,8 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
 
 
 def store_glide_of_decoder(folder: Path, config: ConfigDict) -> None:
-    """Stores a GLIDE with the decoder's text path and U-Net. Its embedding is left out; what the dropped one adds to the
-    timestep's embedding is kept, in a bias."""
+    """Stores a GLIDE with the decoder's text path and U-Net. Its embedding is left out; what the dropped one adds to
+    the timestep's embedding is kept, in a bias."""
     decoder = load_bundle(shipped.FOLDER / "decoder")
     conditioner = dict(decoder.params["conditioner"])
     null, dense = conditioner.pop("null_embedding"), conditioner.pop("image_to_emb")
