@@ -18,8 +18,9 @@ small  Emoji scenes of two objects, for one GPU.
 tiny   Emoji scenes of one object, for two CPU cores. It predicts x0, which learns faster in a short run than the
        papers' eps with a learned variance. Took 27 minutes on cores that were half busy with other work; for the first
        half it draws objects at random, and in the end the right one for 63 of 64 held-out captions.
-shipped  The GLIDE that comes with this package, with the network of configs/decoder.py:shipped. It goes on from that
-       decoder, without its embedding (experiments/weights/make.py), since captions alone teach a U-Net slowly.
+shipped  The GLIDE that comes with this package, with the network of configs/decoder.py:shipped. It begins with that
+       decoder's U-Net and with a text path that has learned the decoder's conditions
+       (experiments/weights/glide_start.py), since captions are learned slowly from pictures alone.
 """
 
 from unclip_jax import config
@@ -86,7 +87,7 @@ SHIPPED = dict(
     data=dict(source="tfds:emoji_scenes/varied_64 + tfds:emoji_scenes/single_64", weights=(3.0, 2.0), crop="center",
               threads=2),
     optim=dict(learning_rate=0.001, warmup_steps=200, schedule="cosine", b2=0.99, clip_norm=1.0, ema_decay=0.998),
-    train=dict(steps=2000, batch_size=32, checkpoint_every=500, sample_every=1000, eval_size=256, keep=2),
+    train=dict(steps=1000, batch_size=32, checkpoint_every=500, sample_every=1000, eval_size=256, keep=2),
 )
 
 

@@ -1,7 +1,4 @@
-"""Inpainting by a model that was trained to see the known pixels, and by one that has them put back at every step.
-
-The paper fine-tunes its model to inpaint; here both are trained from nothing, for as long.
-"""
+"""Inpainting by a GLIDE fine-tuned to see the known pixels, and by one that has them put back at every step."""
 
 import numpy as np
 
@@ -66,5 +63,6 @@ EXPERIMENT = Experiment(
     ),
     captions=128,
     draws=2,
+    short={"decoder": {"init.bundle": "shipped:glide", "train.steps": 750, "optim.learning_rate": 0.0005}},
     measure=measure,
 )

@@ -19,11 +19,10 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
+import glide_start
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from unclip_jax import cli, shipped, train
 from unclip_jax.bundle import load_bundle, save_bundle
@@ -58,7 +57,7 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
     if source := name if onward else BEGINNINGS.get(name):
         if not begun_with.exists():
             if name == "glide" and not onward:
-                store_glide_of_decoder(begun_with, stored)
+                glide_start.store(begun_with, stored, load_bundle(shipped.FOLDER / "decoder"))
             else:  # a copy, since the weights are replaced in the end
                 shutil.copytree(shipped.FOLDER / source, begun_with)
             before = {key: value for key, value in shipped.manifest()[source].items() if key != "measured"}
@@ -81,19 +80,6 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
         made=f"{datetime.date.today()}, Python {platform.python_version()}, jax {jax.__version__}",
         minutes=round(read_log(to_path(workdir) / name / "metrics.jsonl")[-1]["seconds"] / 60),
     )
-
-
-def store_glide_of_decoder(folder: Path, config: ConfigDict) -> None:
-    """Stores a GLIDE with the decoder's text path and U-Net. Its embedding is left out; what the dropped one adds to
-    the timestep's embedding is kept, in a bias."""
-    decoder = load_bundle(shipped.FOLDER / "decoder")
-    conditioner = dict(decoder.params["conditioner"])
-    null, dense = conditioner.pop("null_embedding"), conditioner.pop("image_to_emb")
-    del conditioner["image_to_tokens"]
-    bias = conditioner["text_to_emb"]["bias"] + null @ dense["kernel"] + dense["bias"]
-    conditioner["text_to_emb"] = conditioner["text_to_emb"] | {"bias": bias}
-    params = {"conditioner": conditioner, "unet": decoder.params["unet"]}
-    save_bundle(folder, "glide", config, params, decoder.tokenizer_bytes, "", {})
 
 
 def measure() -> None:
