@@ -159,6 +159,11 @@ def test_missing_folder_says_what_is_expected(tmp_path):
         Cascade.load(str(tmp_path / "nothing"))
 
 
+def test_one_model_is_no_cascade_unless_it_is_a_glide(folder):
+    with pytest.raises(UserError, match=r"decoder is one model, of stage 'decoder': expected a folder with decoder/"):
+        Cascade.load(str(folder / "decoder"))
+
+
 def test_decoder_of_another_clip_is_refused(tmp_path):
     with pytest.raises(UserError, match="decoder was trained against another CLIP"):
         Cascade.load(str(save_cascade(tmp_path, clip_of_decoder="f" * 64)))

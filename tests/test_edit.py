@@ -281,7 +281,7 @@ def test_glide_follows_sketches_and_is_guided_only_where_it_was_trained_for_it(t
     stage, _, params = small_stage("glide")
     config = stage.config.copy_and_resolve_references().unlock()
     config.diffusion.drop_caption = drop_caption
-    save_bundle(tmp_path / "glide" / "decoder", "glide", config.lock(), params, tokenizer_bytes(), "", {})
+    save_bundle(tmp_path / "glide", "glide", config.lock(), params, tokenizer_bytes(), "", {})  # alone
     options = [f"--image={files['one']}", "--prompt=a fox", "-n", "1"]
     assert run(tmp_path / "glide", tmp_path / "out", "sdedit", *options) == 0
     options = ["--prompt=a fox", "-n", "1", f"--out={tmp_path / 'drawn'}"]

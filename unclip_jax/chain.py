@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from unclip_jax.arrays import Key
-from unclip_jax.bundle import load_description
+from unclip_jax.bundle import CONFIG, load_description
 from unclip_jax.config_checks import check_sampling
 from unclip_jax.data.transforms import center_square
 from unclip_jax.errors import UserError
@@ -67,7 +67,8 @@ class Chain:
 
     @classmethod
     def load(cls, folder: str = SHIPPED, devices: Sequence[jax.Device] | None = None, fsdp: int = 1) -> Self:
-        """Reads a folder of bundles, on a disk or gs://...; by default those that come with this package.
+        """Reads a folder of bundles, on a disk or gs://...; by default those that come with this package. A GLIDE's own
+        bundle is a cascade too, of that model alone.
 
         devices: which of this process's rows are split over; None: all rows are on the first. fsdp: so many of them, a
         divisor of their number, share one copy of each model's parameters, for models that do not fit one. Raises
@@ -78,10 +79,15 @@ class Chain:
             raise UserError(f"no bundle at {root}: expected a folder with decoder/ and what it needs")
         clip = prior = noised_clip = None
         load = functools.partial(Model.load, devices=devices, fsdp=fsdp)
-        if load_description(root / "decoder")["stage"] == "decoder":
+        alone = (root / CONFIG).exists()
+        drawing = root if alone else root / "decoder"
+        stage = load_description(drawing)["stage"]
+        if alone and stage != "glide":
+            raise UserError(f"{root} is one model, of stage {stage!r}: expected a folder with decoder/ and what it needs")
+        if stage == "decoder":
             clip = load(root / "clip", ("clip",))
             prior = load(root / "prior", PRIORS, clip) if (root / "prior").exists() else None
-        decoder = load(root / "decoder", ("decoder", "glide"), clip)
+        decoder = load(drawing, ("decoder", "glide"), clip)
         if (root / "noised_clip").exists():
             noised_clip = load(root / "noised_clip", ("clip",))
             _check_noised_clip(root, noised_clip, decoder)

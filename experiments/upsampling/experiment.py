@@ -52,6 +52,6 @@ EXPERIMENT = Experiment(
     ),
     captions=128,
     draws=1,
-    short={"upsampler_256": {"train.steps": 300}},
+    short={"upsampler_256": {"train.steps": 1000}},
     measure=measure,
 )
