@@ -56,8 +56,8 @@ def test_experiments_find_what_their_configs_would_train(name):
 
 def test_the_card_says_what_was_measured():
     text = (shipped.FOLDER / "README.md").read_text()
-    measured = MODELS["decoder"]["measured"]
-    found = [result[part] for kind in measured.values() for result in kind["all"].values() for part in PARTS]
+    kinds = [kind for known in MODELS.values() for kind in known.get("measured", {}).values()]
+    found = [result[part] for kind in kinds for result in kind["all"].values() for part in PARTS]
     values = {f"{value:.3f}" for value in found}
     assert len(values) > 5 and set(re.findall(r"\b[01]\.\d{3}\b", text)) <= values
 
@@ -84,10 +84,11 @@ def test_the_text_path_that_glide_begins_with_learns_the_decoders_conditions(mon
 
 
 @pytest.mark.slow
-def test_the_cascade_draws_as_well_as_the_manifest_says():
+@pytest.mark.parametrize(("model", "cascade"), [("decoder", "shipped:"), ("glide", "shipped:glide")])
+def test_models_draw_as_well_as_the_manifest_says(model, cascade):
     """The first pictures of those that were measured."""
     captions = [text for _, text in emoji_scenes.scenes("single", "test")]
-    images = Cascade.load().generate(captions, 0)["images"][-1]
+    images = Cascade.load(cascade).generate(captions, 0)["images"][-1]
     found = {result.name: result.value for result in scene_scores.score(images, captions)}
-    for name, known in MODELS["decoder"]["measured"]["single"]["first"].items():
+    for name, known in MODELS[model]["measured"]["single"]["first"].items():
         np.testing.assert_allclose(found[name], known["value"], atol=0.04)

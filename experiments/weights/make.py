@@ -2,12 +2,13 @@
 
     python experiments/weights/make.py clip prior decoder --workdir runs/weights
     python experiments/weights/make.py prior decoder --onward --workdir runs/onward
-    python experiments/weights/make.py --measure
+    python experiments/weights/make.py --measure decoder glide
 
 Each model is trained by its config of size "shipped", against the CLIP in unclip_jax/weights: clip comes first. The
 same command continues a training that was stopped. Weights are rounded to float16. --onward begins with the weights
 that are there, not with random ones; at first glide begins with those of the decoder, and noised_clip with those of
-clip. --measure draws captions that were held out, and writes how many pictures show them into the manifest.
+clip. --measure draws captions that were held out, with the cascade of decoder or by glide, and writes how many pictures
+show them into the manifest.
 """
 
 import argparse
@@ -30,13 +31,14 @@ from unclip_jax.cascade import Cascade
 from unclip_jax.data import emoji_scenes, varied_scenes
 from unclip_jax.evaluation import scene_scores
 from unclip_jax.evaluation.intervals import Result
-from unclip_jax.paths import to_path
+from unclip_jax.paths import SHIPPED, to_path
 from unclip_jax.training.metrics import read_log
 from unclip_jax.trials import CONFIGS, digest
 
 MODELS = CONFIGS | {"prior_ar": "prior_ar", "glide": "glide"}
 # Models that know already what they have to learn of another: a decoder how to draw, a CLIP what captions mean.
 BEGINNINGS = {"glide": "decoder", "noised_clip": "clip"}
+DRAWING = {"decoder": SHIPPED, "glide": f"{SHIPPED}glide"}  # model that draws → its cascade
 PICTURES = 512  # of each kind of scenes
 ROWS = 64  # that are drawn at once
 
@@ -82,9 +84,9 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
     )
 
 
-def measure() -> None:
-    """Draws scenes of the test splits with the cascade, and writes what is right of them into the manifest."""
-    cascade = Cascade.load()
+def measure(name: str) -> None:
+    """Draws scenes of the test splits with a model of `DRAWING`, and writes what is right of them into the manifest."""
+    cascade = Cascade.load(DRAWING[name])
     single = [text for _, text in emoji_scenes.scenes("single", "test")]
     varied = [varied_scenes.scene_at("test", index)[2] for index in range(PICTURES)]
     found = {}
@@ -99,7 +101,7 @@ def measure() -> None:
             results = scene_scores.score(np.stack(images[:count]), captions[:count])
             kept = [r for r in results if not r.name.startswith(("diversity", "variety"))]  # of readable pictures
             found[kind][part] = {result.name: rounded(result) for result in kept}
-    write("decoder", measured=found)
+    write(name, measured=found)
 
 
 def rounded(result: Result) -> dict[str, float]:
@@ -120,7 +122,7 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/weights")
     parser.add_argument("--data-dir", help="folder of the datasets; default: WORKDIR/data")
     parser.add_argument("--onward", action="store_true", help="begin with the weights that are there")
-    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--measure", nargs="+", choices=DRAWING, default=[])
     args = parser.parse_args()
     for name in args.models:
         if name not in MODELS:
@@ -128,8 +130,8 @@ def main() -> None:
     to_path(args.workdir).mkdir(parents=True, exist_ok=True)
     for name in args.models:
         make(name, args.workdir, args.data_dir or f"{args.workdir}/data", args.onward)
-    if args.measure:
-        measure()
+    for name in args.measure:
+        measure(name)
 
 
 if __name__ == "__main__":
