@@ -16,6 +16,7 @@ import importlib.util
 import io
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -228,7 +229,7 @@ def figure(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> by
                 panel.set_xscale("log", base=2)
                 panel.xaxis.set_major_formatter("{x:g}")
         else:
-            panel.set(xlabel=label, yticks=range(len(labels)), yticklabels=labels)
+            panel.set(xlabel=textwrap.fill(label, 28), yticks=range(len(labels)), yticklabels=labels)
             panel.margins(y=0.15)
     if not over_x:
         panels[0][0].invert_yaxis()
