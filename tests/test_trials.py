@@ -238,9 +238,15 @@ def test_values_of_pictures_are_those_of_factor_scores():
         left = [name for name in left if all(factor_scores.tells(scene.object, name) for scene in pair)]
         differ = np.mean([getattr(pair[0], name) != getattr(pair[1], name) for name in left])
         np.testing.assert_array_equal(values["variety"][row], [differ, differ] if left else [np.nan, np.nan])
-    unreadable = dataclasses.replace(reading, readable=np.arange(24) != 1)
-    blind = scene_values(unreadable, scenes, named)["variety"]
-    assert np.isnan(blind[0]).all() and np.isfinite(blind[1:]).sum() == np.isfinite(values["variety"][1:]).sum()
+    unread = {part: np.where(np.arange(24) % 2, 1.0, found) for part, found in reading.unexplained.items()}
+    for part, factors_left in {"background": {"colour", "pattern"}, "word": {"word"}}.items():
+        blind = dataclasses.replace(reading, unexplained=unread | {part: reading.unexplained[part]})
+        variety = scene_values(blind, scenes, named)["variety"]
+        for row, names in enumerate(named):
+            left = factors_left - {*names}
+            assert np.isfinite(variety[row]).all() == bool(left)
+            differ = [getattr(shown[2 * row], name) != getattr(shown[2 * row + 1], name) for name in left]
+            np.testing.assert_array_equal(variety[row], [np.mean(differ) if left else np.nan] * 2)
 
 
 def results(*gaps):

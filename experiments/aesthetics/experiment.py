@@ -12,18 +12,19 @@ NEAT = {"rotation": "upright", "place": "centre", "pattern": "plain"}
 
 
 def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
-    """Draws the captions. "neat": of the factors in `NEAT` that a caption leaves open, the share that is neat in
-    a readable picture; "variety", as of `scene_values`."""
+    """Draws the captions. "neat": of the factors in `NEAT` that a caption leaves open and a picture shows readably, the
+    share that is neat; "variety", as of `scene_values`."""
     images = lab.draw(cascade, arm)
     reading = factors.read(images.reshape(-1, *images.shape[2:]))
+    shows = {name: reading.shows(name) for name in NEAT}
     neat = np.full(images.shape[:2], np.nan)
     for row, names in enumerate(lab.named):
         left = [name for name in NEAT if name not in names]
         for k in range(images.shape[1]):
             at = row * images.shape[1] + k
             shown = reading.scenes[at]
-            told = [getattr(shown, name) == NEAT[name] for name in left if tells(shown.object, name)]
-            neat[row, k] = np.mean(told) if told and reading.readable[at] else np.nan
+            told = [name for name in left if shows[name][at] and tells(shown.object, name)]
+            neat[row, k] = np.mean([getattr(shown, name) == NEAT[name] for name in told]) if told else np.nan
     return scene_values(reading, lab.scenes, lab.named) | {"neat": neat}
 
 

@@ -18,14 +18,14 @@ def scene_values(
     """Computes values of each picture, (scenes, draws) each, NaN where a picture has none.
 
     "named", the share of the named factors that are right; "all", whether all are; "both", whether two named colours
-    are; "binding", of pictures that show both, whether they are not exchanged; "readable"; "variety", the share of the
-    open factors in which two readable pictures differ; and each factor's own.
+    are; "binding", of pictures that show both, whether they are not exchanged; "readable"; "variety", of the
+    open factors that two pictures show readably, the share in which they differ; and each factor's own.
 
     reading: of the pictures, those of each scene one after another. named: the factors besides the object that each
     scene's caption names.
     """
     draws = len(reading.scenes) // len(scenes)
-    readable = reading.readable.reshape(len(scenes), draws)
+    shows = {name: reading.shows(name).reshape(len(scenes), draws) for name in varied_scenes.factors()}
     found = {name: np.full((len(scenes), draws), np.nan) for name in (*MEASURES, *varied_scenes.factors())}
     for row, (scene, names) in enumerate(zip(map(as_read, scenes), named, strict=True)):
         seen = reading.scenes[row * draws : (row + 1) * draws]
@@ -40,12 +40,12 @@ def scene_values(
                 if sorted(colours) == sorted((scene.tint, scene.colour)):
                     found["binding"][row, k] = colours[0] == scene.tint
             left = [name for name in varied_scenes.factors() if name != "object" and name not in names]
-            others = [other for j, other in enumerate(seen) if j != k and readable[row, j] and readable[row, k]]
-            pairs = [(other, name) for other in others for name in left
-                     if all(tells(scene.object, name) for scene in (shown, other))]  # fmt: skip
+            others = [(j, other) for j, other in enumerate(seen) if j != k]
+            pairs = [(other, name) for j, other in others for name in left if shows[name][row, [j, k]].all()
+                     and all(tells(scene.object, name) for scene in (shown, other))]  # fmt: skip
             differ = [getattr(other, name) != getattr(shown, name) for other, name in pairs]
             found["variety"][row, k] = np.mean(differ) if differ else np.nan
-    return found | {"readable": readable.astype(np.float64)}
+    return found | {"readable": reading.readable.reshape(len(scenes), draws).astype(np.float64)}
 
 
 def every_factor(scenes: Sequence[Scene]) -> list[tuple[str, ...]]:

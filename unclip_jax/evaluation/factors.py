@@ -27,6 +27,7 @@ from unclip_jax.data.varied_scenes import FRAME, PATTERNS, PLACES, ROTATIONS, SI
 # worst square of background and the worst letter as a fraction of the range of brightness, of the object as a fraction
 # of the change that the drawing makes to the background.
 UNEXPLAINED = {"background": 0.12, "word": 0.12, "object": 0.35}
+SHOWN_BY = {"colour": "background", "pattern": "background", "word": "word"}  # factor → part; others: the object
 
 _CHUNK = 16  # pictures compared at once
 _NEAR = tuple(itertools.product((-1, 0, 1), repeat=2))  # shifts (down, right) of a drawing
@@ -50,6 +51,11 @@ class Reading:
     scenes: list[Scene]
     unexplained: dict[str, np.ndarray]
     readable: np.ndarray
+
+    def shows(self, factor: str) -> np.ndarray:
+        """Tells which pictures show a factor readably: bool (N,), True where the part that shows it is explained."""
+        part = SHOWN_BY.get(factor, "object")
+        return self.unexplained[part] < UNEXPLAINED[part]
 
 
 class _Drawings(NamedTuple):
