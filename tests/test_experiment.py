@@ -131,7 +131,7 @@ def test_the_cost_of_training_is_said_first(tmp_path, monkeypatch, capsys):
     config = cli.load_config("configs/glide.py:shipped")
     shapes = jax.eval_shape(checked_stage(config).init, jax.random.key(0))
     one = config.train.steps * train_step_flops(config, shapes)
-    assert one < float(said[""].group(2)) < 4 * one and said[""].group(4) == "core"
+    assert 2 * one < float(said[""].group(2)) < 10 * one and said[""].group(4) == "core"
     assert float(said[""].group(3)) == pytest.approx(float(said[""].group(2)) / 40e9 / 3600, rel=0.05)
     assert float(said[":small"].group(2)) > 100 * one and said[":small"].group(4) == "chip"
     assert not list((tmp_path / "work").rglob("*.json"))
