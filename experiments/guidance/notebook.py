@@ -156,14 +156,13 @@ SVG(experiment.figure(part, results))
 # %% [markdown]
 # ## Look at it
 #
-# Pictures of one caption, a row for each scale.
+# Pictures of one caption, a row for each arm.
 
 # %%
-cascade = lab.cascade(part.arms[0])
-same = {"rows": [0] * 6, "draws": range(6)}
-rows = [cascade.generate([lab.captions[1]] * 6, seed=0, **same, **arm.options)["images"][-1] for arm in part.arms[:5]]
-print(lab.captions[1])
-shown(np.concatenate(rows), [arm.label for arm in part.arms[:5] for _ in range(6)], columns=6)
+asked, same = [lab.captions[1]] * 6, {"rows": [0] * 6, "draws": range(6)}
+rows = [lab.cascade(arm).generate(asked, seed=0, **same, **arm.options)["images"][-1] for arm in part.arms]
+print(asked[0])
+shown(np.concatenate(rows), [arm.label for arm in part.arms for _ in range(6)], columns=6)
 
 # %% [markdown]
 # ## What was published
