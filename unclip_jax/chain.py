@@ -83,8 +83,8 @@ class Chain:
         drawing = root if alone else root / "decoder"
         stage = load_description(drawing)["stage"]
         if alone and stage != "glide":
-            what = f"one model, of stage {stage!r}"
-            raise UserError(f"{root} is {what}: expected a folder with decoder/ and what it needs")
+            raise UserError(f"{root} is one model, of stage {stage!r}: expected a folder with decoder/ and what it "
+                            "needs")  # fmt: skip
         if stage == "decoder":
             clip = load(root / "clip", ("clip",))
             prior = load(root / "prior", PRIORS, clip) if (root / "prior").exists() else None

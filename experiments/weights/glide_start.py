@@ -32,7 +32,7 @@ DROPPED = 0.1  # share of captions and embeddings that are left out
 
 
 def store(folder: Path, config: ConfigDict, decoder: Bundle) -> None:
-    """Trains the text path and stores a GLIDE, by its config, with the decoder's U-Net."""
+    """Trains the text path and stores a GLIDE, by its config, with the decoder's U-Net, as a bundle in the folder."""
     cascade = Cascade.load()
     captions, embeddings = scenes(cascade)
     tokens = cascade.decoder.tokenizer.encode(captions, config.model.text.context, ends=False)

@@ -6,9 +6,9 @@
 
 Each model is trained by its config of size "shipped", against the CLIP in unclip_jax/weights: clip comes first. The
 same command continues a training that was stopped. Weights are rounded to float16. --onward begins with the weights
-that are there, not with random ones; at first glide begins with those of the decoder, and noised_clip with those of
-clip. --measure draws captions that were held out, with the cascade of decoder or by glide, and writes how many pictures
-show them into the manifest.
+that are there, not with random ones; at first glide begins with the decoder's U-Net (glide_start.py), and noised_clip
+with clip. --measure draws captions that were held out, with the cascade of decoder or by glide, and writes how many
+pictures show them into the manifest.
 """
 
 import argparse
