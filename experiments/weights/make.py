@@ -99,7 +99,7 @@ def measure(name: str) -> None:
         found[kind] = {"seconds": round(time.monotonic() - began)}
         for part, count in (("all", PICTURES), ("first", ROWS)):
             results = scene_scores.score(np.stack(images[:count]), captions[:count])
-            kept = [r for r in results if not r.name.startswith(("diversity", "variety"))]  # of readable pictures
+            kept = [r for r in results if not r.name.startswith(("diversity", "variety"))]  # the manifest stays short
             found[kind][part] = {result.name: rounded(result) for result in kept}
     write(name, measured=found)
 

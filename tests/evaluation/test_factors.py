@@ -204,6 +204,18 @@ def test_scenes_of_one_caption_are_all_right_and_differ_where_it_is_open():
     assert differ["place"].value == 0 and differ["tint"].n == 0
 
 
+def test_factors_are_counted_where_their_part_is_readable():
+    """Without an object the background is still told, and all that an object shows is not."""
+    scene = Scene("fish", "red", "small", "centre", "upright", "blue", "plain", "SEA")
+    scenes = [scene, dataclasses.replace(scene, colour="red")]
+    blank = np.zeros((SIDES["small"],) * 2 + (3,))
+    reading = read(np.stack([put(scene, sticker=blank) for scene in scenes]))
+    assert not reading.readable.any()
+    spread, differ = diversity(reading, [()] * 2), variety(reading, ["one"] * 2, [()] * 2)
+    assert [spread[name].n for name in ("colour", "pattern", "tint", "size", "place", "rotation")] == [2, 2, 0, 0, 0, 0]
+    assert (differ["colour"].value, differ["pattern"].value, differ["tint"].n) == (1, 0, 0)
+
+
 def test_exchanged_colours_are_not_bound(true):
     asked = true[0]
     swapped = [dataclasses.replace(scene, tint=scene.colour, colour=scene.tint) for scene in asked]

@@ -85,13 +85,12 @@ def precision(reading: Reading) -> Result:
 def diversity(reading: Reading, named: Sequence[tuple[str, ...]]) -> dict[str, Result]:
     """Computes how evenly the values of each factor are drawn where the caption leaves it open: `evenness`.
 
-    1 where all values are drawn alike, as nearly in the data; 0 where it is always the same one. It counts the readable
-    pictures and, for rotation, only those of objects whose four rotations differ.
+    1 where all values are drawn alike, as nearly in the data; 0 where it is always the same one. It counts the pictures
+    that show the factor readably (`Reading.shows`). For rotation, it counts only objects whose four rotations differ.
     """
     results = {}
     for factor in data_variety():
-        open_ = [s for s, names in _readable(reading, named) if factor not in names and tells(s.object, factor)]
-        drawn = [getattr(scene, factor) for scene in open_]
+        drawn = [getattr(seen, factor) for seen, names in _shown(reading, named, factor) if factor not in names]
         counts = np.array([drawn.count(value) for value in varied_scenes.factors()[factor]])
         results[factor] = evenness(f"diversity, {factor}", counts)
     return results
@@ -100,14 +99,14 @@ def diversity(reading: Reading, named: Sequence[tuple[str, ...]]) -> dict[str, R
 def variety(reading: Reading, captions: Sequence[str], named: Sequence[tuple[str, ...]]) -> dict[str, Result]:
     """Computes how often two pictures for one caption differ in each factor that it leaves open.
 
-    Readable pictures with the same caption are compared two by two, each only once, so that n counts independent
-    twos. `data_variety` is the share for the data.
+    Pictures that have the same caption and show the factor readably (`Reading.shows`) are compared two by two, each
+    only once, so that n counts independent twos. `data_variety` is the share for the data.
     """
     results = {}
     for factor in data_variety():
         waiting, differ = {}, []
-        for seen, (text, names) in _readable(reading, list(zip(captions, named, strict=True))):
-            if factor in names or not tells(seen.object, factor):
+        for seen, (text, names) in _shown(reading, list(zip(captions, named, strict=True)), factor):
+            if factor in names:
                 continue
             if text in waiting:
                 differ.append(getattr(waiting.pop(text), factor) != getattr(seen, factor))
@@ -136,10 +135,10 @@ def data_variety() -> dict[str, float]:
     return {factor: 1 - 1 / k for factor, k in values.items() if factor != "object"}
 
 
-def _readable(reading: Reading, others: Sequence) -> list[tuple]:
-    """Pairs the scenes of readable pictures with what goes with them."""
-    rows = zip(reading.scenes, others, reading.readable, strict=True)
-    return [(scene, other) for scene, other, readable in rows if readable]
+def _shown(reading: Reading, others: Sequence, factor: str) -> list[tuple]:
+    """Pairs the scenes of pictures that show a factor readably with what goes with them."""
+    rows = zip(reading.scenes, others, reading.shows(factor), strict=True)
+    return [(scene, other) for scene, other, shows in rows if shows and tells(scene.object, factor)]
 
 
 def tells(name: str, factor: str) -> bool:
