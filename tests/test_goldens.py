@@ -125,7 +125,7 @@ def check_karlo_decoder(meta, inputs, outputs):
     @jax.jit
     def run(params, x, t, states, length, text, image):
         has = jnp.ones(len(x), bool)
-        conditioning = stage._conditioner().apply({"params": params["conditioner"]}, states, length, text, image, has)
+        conditioning = stage.conditioner().apply({"params": params["conditioner"]}, states, length, text, image, has)
         return stage._unet().apply({"params": params["unet"]}, x, t, *conditioning)
 
     caption = inputs["text_seq"], lengths(inputs["mask"]), inputs["text_feat"]

@@ -75,7 +75,7 @@ def test_the_text_path_that_glide_begins_with_learns_the_decoders_conditions(mon
     tokens = Tokenizer(decoder.tokenizer_bytes).encode(captions, config.model.text.context, ends=False)
     params = glide_start.trained(config, decoder, tokens, embeddings)
 
-    teacher, student = (make_stage(c)._conditioner() for c in (decoder.config, config))
+    teacher, student = (make_stage(c).conditioner() for c in (decoder.config, config))
     given = {"params": decoder.params["conditioner"]}, *tokens, embeddings, np.ones(len(captions), bool)
     expected, found = teacher.apply(*given), student.apply({"params": params["conditioner"]}, *tokens)
     for aim, made in ((expected.emb, found.emb), (expected.context[:, -4:], found.context[:, -4:])):

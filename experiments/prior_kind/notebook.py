@@ -135,9 +135,9 @@ results = compare(part, values)
 # * *Open factors that differ*: of two pictures of one caption, how often they differ in what it leaves open. A prior
 #   that always drew the most likely embedding would be right more often, and differ less.
 #
-# The diffusion prior draws two embeddings and keeps the one that is nearer to the caption's; *one draw* leaves that
-# out. The autoregressive prior is given the dot product that embedding and caption should have: a percentile of those
-# in training.
+# The diffusion prior draws two embeddings and keeps the one that is nearer to the caption's
+# ([prior_draws](../prior_draws)). The autoregressive prior is given the dot product that embedding and caption should
+# have: a percentile of those in training.
 #
 # In brackets are 95 % intervals, by a bootstrap over captions and pictures. A claim is *reproduced* where the interval
 # of the difference is above 0, *not reproduced* where it is below, and else *cannot tell*: more captions and draws make

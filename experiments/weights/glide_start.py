@@ -60,7 +60,7 @@ def trained(
 
     tokens: of N captions, with their lengths. embeddings: of their pictures, (N, dim).
     """
-    teacher, student = (make_stage(c)._conditioner() for c in (decoder.config, config))
+    teacher, student = (make_stage(c).conditioner() for c in (decoder.config, config))
     given = decoder.params["conditioner"]
     params = make_stage(config).init(jax.random.key(0))["conditioner"]
     optim = config.optim.copy_and_resolve_references().unlock()

@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import glide_start
 import jax
@@ -81,7 +82,13 @@ def make(name: str, workdir: str, data_dir: str, onward: bool) -> None:
         bytes=sum(map(len, files.values())),
         made=f"{datetime.date.today()}, Python {platform.python_version()}, jax {jax.__version__}",
         minutes=round(read_log(to_path(workdir) / name / "metrics.jsonl")[-1]["seconds"] / 60),
+        held_out=held_out(to_path(workdir) / name),
     )
+
+
+def held_out(run: Path) -> dict[str, float]:
+    """Returns the last evaluation of a run, on held-out pictures, for the manifest."""
+    return {key: round(value, 4) for key, value in read_log(run / "evaluation.jsonl")[-1].items()}
 
 
 def measure(name: str) -> None:

@@ -156,7 +156,7 @@ def test_decoder(variant, seen):
     @differentiated
     def ours(params):
         both, has = jnp.concatenate([jnp.zeros_like(z_i), z_i]), jnp.array([False, True])
-        conditioning = stage._conditioner().apply(
+        conditioning = stage.conditioner().apply(
             {"params": params["conditioner"]}, states, length, z_t, both, has
         )
         return stage._unet().apply({"params": params["unet"]}, x, t, *conditioning)

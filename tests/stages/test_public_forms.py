@@ -230,7 +230,7 @@ def test_positions_behind_the_caption_are_masked_in_karlos_decoder():
 
     @jax.jit
     def output(states):
-        conditioning = stage._conditioner().apply({"params": params["conditioner"]}, states, length, z_t, z_i, yes)
+        conditioning = stage.conditioner().apply({"params": params["conditioner"]}, states, length, z_t, z_i, yes)
         return stage._unet().apply({"params": params["unet"]}, x, jnp.full((2,), 500), *conditioning)
 
     gradient = jax.grad(lambda s: jnp.sum(output(s) ** 2))(states)

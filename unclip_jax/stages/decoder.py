@@ -62,7 +62,8 @@ class Decoder(Stage):
         dtype = jnp.dtype(self.config.dtype)
         return UNet(**self.config.model.unet, out_channels=output_channels(self.config, 3), dtype=dtype)
 
-    def _conditioner(self) -> Conditioner | ClipConditioner:
+    def conditioner(self) -> Conditioner | ClipConditioner:
+        """Builds the network that embeds CLIP embeddings and captions, with params["conditioner"], for the U-Net."""
         m, dtype = self.config.model, jnp.dtype(self.config.dtype)
         shared = {
             "emb_width": 4 * m.unet.channels,
@@ -84,7 +85,7 @@ class Decoder(Stage):
         else:
             text = self.clip.config.model.text
             caption = (jnp.zeros((1, text.context, text.width)), one, z)
-        conditioning, conditioner = self._conditioner().init_with_output(key_conditioner, *caption, z, one > 0)
+        conditioning, conditioner = self.conditioner().init_with_output(key_conditioner, *caption, z, one > 0)
         x = jnp.zeros((1, m.image_size, m.image_size, 3))
         unet = self._unet().init(key_unet, x, one, *conditioning)
         return {"conditioner": conditioner["params"], "unet": unet["params"]}
@@ -110,7 +111,7 @@ class Decoder(Stage):
             text_embedding, states = self.clip.embed_texts_with_states(frozen, tokens, length)
             caption = states, length, text_embedding
         variables = {"params": params["conditioner"]}
-        return self._conditioner().apply(variables, *caption, image_embedding, has_embedding)
+        return self.conditioner().apply(variables, *caption, image_embedding, has_embedding)
 
     def embeddings(self, frozen: Params, batch: Batch) -> Float[Array, "B dim"]:
         """Reads or computes CLIP's embeddings of a batch: of the pictures or, by `model.embedding`, of the captions."""

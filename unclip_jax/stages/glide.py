@@ -55,7 +55,8 @@ class Glide(Stage):
         dtype = jnp.dtype(self.config.dtype)
         return UNet(**self.config.model.unet, out_channels=output_channels(self.config, 3), dtype=dtype)
 
-    def _conditioner(self) -> TextConditioner:
+    def conditioner(self) -> TextConditioner:
+        """Builds the network that embeds captions, with params["conditioner"], for the U-Net."""
         m, dtype = self.config.model, jnp.dtype(self.config.dtype)
         text = TextTransformer(**m.text, remat=m.unet.remat, dtype=dtype)
         return TextConditioner(text=text, emb_width=4 * m.unet.channels)
@@ -65,7 +66,7 @@ class Glide(Stage):
         key_conditioner, key_unet = jax.random.split(key)
         one = jnp.ones((1,), jnp.int32)
         tokens = jnp.zeros((1, m.text.context), jnp.int32)
-        conditioning, conditioner = self._conditioner().init_with_output(key_conditioner, tokens, one)
+        conditioning, conditioner = self.conditioner().init_with_output(key_conditioner, tokens, one)
         channels = 3 + 4 * m.inpaint + 3 * bool(m.factor)
         x = jnp.zeros((1, m.image_size, m.image_size, channels))
         unet = self._unet().init(key_unet, x, one, *conditioning)
@@ -117,7 +118,7 @@ class Glide(Stage):
         self, params: Params, tokens: Int[Array, "B context"], length: Int[Array, " B"]
     ) -> Conditioning:
         """Computes the U-Net's conditions from captions; length 0 drops one."""
-        return self._conditioner().apply({"params": params["conditioner"]}, tokens, length)
+        return self.conditioner().apply({"params": params["conditioner"]}, tokens, length)
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: Key, train: bool = True

@@ -67,7 +67,8 @@ class Upsampler(Stage):
         dtype = jnp.dtype(self.config.dtype)
         return UNet(**self.config.model.unet, out_channels=output_channels(self.config, 3), dtype=dtype)
 
-    def _conditioner(self) -> TextConditioner:
+    def conditioner(self) -> TextConditioner:
+        """Builds the network that embeds captions, with params["conditioner"], for the U-Net."""
         m, dtype = self.config.model, jnp.dtype(self.config.dtype)
         text = TextTransformer(**m.text, remat=m.unet.remat, dtype=dtype)
         return TextConditioner(text=text, emb_width=4 * m.unet.channels)
@@ -78,7 +79,7 @@ class Upsampler(Stage):
         if self._reads:
             key_conditioner, key = jax.random.split(key)
             tokens = jnp.zeros((1, m.text.context), jnp.int32)
-            conditioning, conditioner = self._conditioner().init_with_output(key_conditioner, tokens, one)
+            conditioning, conditioner = self.conditioner().init_with_output(key_conditioner, tokens, one)
         params = self._unet().init(key, jnp.zeros((1, self.patch, self.patch, 6)), one, *conditioning)["params"]
         params = {"first": params, "last": params} if m.last_step else params
         return {"conditioner": conditioner["params"], "unet": params} if self._reads else params
@@ -89,7 +90,7 @@ class Upsampler(Stage):
         """Computes the U-Net's conditions from captions, where it reads any; length 0 drops one."""
         if not self._reads:
             return None
-        return self._conditioner().apply({"params": params["conditioner"]}, tokens, length)
+        return self.conditioner().apply({"params": params["conditioner"]}, tokens, length)
 
     def _unets(self, params: Params) -> list[Params]:
         """Lists the U-Net's parameters, and after them those of the last step's, if there is one."""
