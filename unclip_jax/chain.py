@@ -28,7 +28,7 @@ from unclip_jax.keys import RowKeys, seed_key
 from unclip_jax.model import Model
 from unclip_jax.paths import SHIPPED, to_path
 from unclip_jax.pictures import to_float, to_uint8
-from unclip_jax.stages.conditions import Conditions
+from unclip_jax.stages.conditions import Conditions, guidance
 from unclip_jax.watching import Watch
 
 BYTES = 5  # of a colour of a pixel, as a float and as it is stored
@@ -313,7 +313,7 @@ class Chain:
                             "needs: fine-tune it with --config.diffusion.drop_caption=0.2")  # fmt: skip
         if model.stage.guided and "guidance_scale" in sampling:
             scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-            conditions = conditions._replace(guidance_scale=np.float32(scale))
+            conditions = conditions._replace(guidance_scale=guidance(scale))
         frozen = self.clip.params if model.stage.needs_clip else {}
         with self.watch.stage(name):
             watch = None if name == "prior" else self.watch

@@ -13,7 +13,7 @@ from shrink import CONFIGS, random_batch, small_stage
 from unclip_jax.models.unet import read_context
 from unclip_jax.stages import make_stage
 from unclip_jax.stages.base import diffusion_loss
-from unclip_jax.stages.conditions import Conditions, captions
+from unclip_jax.stages.conditions import Conditions, captions, guidance
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.sharding import batch_sharding, gather_params, make_mesh, param_shardings, replicated
 
@@ -204,6 +204,24 @@ def test_guidance_scale_one_is_the_conditional_prior_and_traced_scales_compile_o
     np.testing.assert_allclose(np.linalg.norm(outputs[0], axis=-1), 1, rtol=1e-5)
     assert not np.allclose(outputs[0], outputs[4])
     assert not np.allclose(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("name", ["decoder", "glide", "prior_diffusion", "prior_ar"])
+def test_without_a_guidance_scale_the_conditional_model_draws_in_half_the_time(name):
+    stage, frozen, params = small_stage(name)
+    batch = random_batch(stage, 4)
+    z = jax.random.normal(jax.random.key(2), (4, stage.config.model.get("embedding_dim", 8)))
+    z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+    given = {"prior": {"text_embedding": z}, "decoder": {"image_embedding": z}}.get(name.split("_")[0], {})
+    conditions = Conditions(**captions(batch), **given)
+    assert guidance(1.0) is None and guidance(2.0) == 2
+    drawn, flops = [], []
+    for scale in (guidance(1.0), jnp.float32(1)):
+        draw = jax.jit(stage.sample).lower(params, frozen, conditions._replace(guidance_scale=scale), jax.random.key(0))
+        flops.append(draw.cost_analysis()["flops"])
+        drawn.append(draw.compile()(params, frozen, conditions._replace(guidance_scale=scale), jax.random.key(0)))
+    np.testing.assert_allclose(*drawn, atol=1e-4)
+    assert 0.45 < flops[0] / flops[1] < 0.65
 
 
 def test_upsampler_trained_on_patches_takes_whole_pictures_of_any_size():

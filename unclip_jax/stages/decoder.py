@@ -22,7 +22,7 @@ from unclip_jax.stages.base import (
     to_float,
     to_uint8,
 )
-from unclip_jax.stages.conditions import Conditions, captions
+from unclip_jax.stages.conditions import Conditions, captions, guidance
 
 
 class Decoder(Stage):
@@ -142,11 +142,13 @@ class Decoder(Stage):
     ) -> Float[Array, "B R R 3"]:
         """Draws pictures in [-1, 1] for captions, embeddings and a guidance scale. The unconditional branch has neither
         embedding nor caption, and without `image_embedding` the conditional one has the caption alone."""
-        twice = {name: jnp.concatenate([array] * 2) for name, array in captions(conditions).items()}
-        rows = len(next(iter(twice.values()))) // 2
-        has, z = jnp.arange(2 * rows) < rows, conditions.image_embedding
-        given = (jnp.zeros((2 * rows, self.clip.dim)), has & False) if z is None else (jnp.concatenate([z, z]), has)
-        network = self._network(params, self.condition(params, frozen, twice, has, *given))
+        times = conditions.branches
+        repeated = {name: jnp.concatenate([array] * times) for name, array in captions(conditions).items()}
+        total = len(next(iter(repeated.values())))
+        rows = total // times
+        has, z = jnp.arange(total) < rows, conditions.image_embedding
+        given = (jnp.zeros((total, self.clip.dim)), has & False) if z is None else (jnp.tile(z, (times, 1)), has)
+        network = self._network(params, self.condition(params, frozen, repeated, has, *given))
         size = self.config.model.image_size
         return draw(self.config, network, (rows, size, size, 3), conditions, key)
 
@@ -169,6 +171,6 @@ class Decoder(Stage):
         conditions = Conditions(
             **captions(batch),
             image_embedding=self.embeddings(frozen, batch),
-            guidance_scale=jnp.float32(self.config.sampling.guidance_scale),
+            guidance_scale=guidance(self.config.sampling.guidance_scale),
         )
         return {"drawn": to_uint8(self.sample(params, frozen, conditions, keys)), "true": batch["image"]}

@@ -28,7 +28,7 @@ from unclip_jax.stages.base import (
     to_float,
     to_uint8,
 )
-from unclip_jax.stages.conditions import Conditions, captions
+from unclip_jax.stages.conditions import Conditions, captions, guidance
 
 
 class Glide(Stage):
@@ -175,7 +175,7 @@ class Glide(Stage):
         truth = to_float(batch["image"])
         conditions = self._erase(Conditions(**captions(batch)), truth, key_known)
         if self.guided and "guidance_scale" in self.config.sampling:
-            conditions = conditions._replace(guidance_scale=jnp.float32(self.config.sampling.guidance_scale))
+            conditions = conditions._replace(guidance_scale=guidance(self.config.sampling.guidance_scale))
         if self.config.model.factor:
             conditions = conditions._replace(low_res=rounded(area_downsample(truth, self.config.model.factor)))
         examples = {"drawn": to_uint8(self.sample(params, frozen, conditions, key_draw))}

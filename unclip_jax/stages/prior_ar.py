@@ -104,10 +104,11 @@ class PriorAR(Prior):
         rows = len(conditions.text_embedding)
         key_dot, key_codes = split(key)
         dot = codes.encode_dot(fixed, codes.draw_dot(fixed, key_dot, rows, s.dot_percentile), m.num_dot_buckets)
-        # Rows: all conditional, then all unconditional.
+        # Rows: all conditional, then, if guided, all unconditional.
+        times = conditions.branches
         caption = conditions.tokens, conditions.tokens_length, conditions.text_embedding
-        twice = (jnp.concatenate([array] * 2) for array in caption)
-        given = *twice, jnp.arange(2 * rows) < rows, jnp.tile(dot, 2)
+        repeated = (jnp.concatenate([array] * times) for array in caption)
+        given = *repeated, jnp.arange(times * rows) < rows, jnp.tile(dot, times)
 
         def apply(*arguments: Any, method: str) -> Any:
             return self._model().apply({"params": network}, *arguments, method=method)
@@ -115,12 +116,14 @@ class PriorAR(Prior):
         def step(carry: tuple, k: jax.Array) -> tuple[tuple, jax.Array]:
             cache, token = carry
             logits, cache = apply(cache, k, token, method="step")
-            conditional, null = jnp.split(logits, 2)
-            guided = null + conditions.guidance_scale * (conditional - null)
+            guided = logits
+            if conditions.guidance_scale is not None:
+                conditional, null = jnp.split(logits, 2)
+                guided = null + conditions.guidance_scale * (conditional - null)
             # The largest logit with Gumbel noise is a draw from softmax(logits / temperature); 0 takes the likeliest.
             noise = draw_rows(jax.random.gumbel, fold_in(key_codes, k), guided.shape)
             code = jnp.argmax(guided + s.temperature * noise, axis=-1).astype(jnp.int32)
-            return (cache, jnp.tile(code, 2)), code
+            return (cache, jnp.tile(code, times)), code
 
         _, drawn = jax.lax.scan(step, apply(*given, method="start"), jnp.arange(m.num_codes))
         return drawn.T

@@ -160,10 +160,11 @@ class PriorDiffusion(Prior):
     ) -> Float[Array, "B dim"]:
         """Draws `sampling.draws` embeddings for each caption and keeps the one nearest to its text embedding."""
         draws, z_t = self.config.sampling.draws, conditions.text_embedding
-        # Rows: every draw conditional, then every draw unconditional.
-        keep = jnp.arange(2 * draws * len(z_t)) < draws * len(z_t)
-        repeated = {name: jnp.concatenate([array] * 2 * draws) for name, array in captions(conditions).items()}
-        condition = self._condition(frozen, repeated, jnp.tile(z_t, (2 * draws, 1)), keep)
+        # Rows: every draw conditional, then, if guided, every draw unconditional.
+        times = conditions.branches * draws
+        keep = jnp.arange(times * len(z_t)) < draws * len(z_t)
+        repeated = {name: jnp.concatenate([array] * times) for name, array in captions(conditions).items()}
+        condition = self._condition(frozen, repeated, jnp.tile(z_t, (times, 1)), keep)
         network, mean, std = self._network(params, condition)
         C = params["fixed"]["C"] if self._analytic else None
         keys = jnp.concatenate([fold_in(key, draw) for draw in range(draws)]) if key.ndim else key

@@ -28,7 +28,7 @@ from unclip_jax.stages.base import (
     to_float,
     to_uint8,
 )
-from unclip_jax.stages.conditions import Conditions, captions
+from unclip_jax.stages.conditions import Conditions, captions, guidance
 
 
 class Upsampler(Stage):
@@ -163,7 +163,7 @@ class Upsampler(Stage):
         small = rounded(area_downsample(to_float(truth), self.config.model.factor))
         conditions = Conditions(**captions(batch), low_res=small)
         if self.guided:
-            conditions = conditions._replace(guidance_scale=jnp.float32(self.config.sampling.guidance_scale))
+            conditions = conditions._replace(guidance_scale=guidance(self.config.sampling.guidance_scale))
         drawn = to_uint8(self.sample(params, frozen, conditions, keys))
         return {"drawn": drawn, "interpolated": to_uint8(self._enlarged(small)), "true": truth}
 
