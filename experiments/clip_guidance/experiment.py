@@ -1,7 +1,7 @@
 """CLIP guidance against classifier-free guidance, by a noised CLIP and by one that saw no noise.
 
-The noised CLIP has its gradient taken at x_t; the other, which does not know noise, at the predicted x0, led back to x_t
-through the U-Net.
+The noised CLIP has its gradient taken at x_t; the other, which does not know noise, at the predicted x0, led back to
+x_t through the U-Net.
 """
 
 import jax
