@@ -313,7 +313,7 @@ class Chain:
                             "needs: fine-tune it with --config.diffusion.drop_caption=0.2")  # fmt: skip
         if model.stage.guided and "guidance_scale" in sampling:
             scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-            conditions = conditions._replace(guidance_scale=guidance(scale))
+            conditions = conditions._replace(guidance_scale=guidance(float(scale)))
         frozen = self.clip.params if model.stage.needs_clip else {}
         with self.watch.stage(name):
             watch = None if name == "prior" else self.watch

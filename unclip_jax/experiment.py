@@ -176,7 +176,8 @@ def table(experiment: "Experiment", results: Sequence[Mapping[str, Any]]) -> str
         if "claim" in line:
             measure = experiment.measures.get(line["measure"], line["measure"])
             of = f"{measure}: {labels[line['larger']]} − {labels[line['smaller']]}"
-            lines.append(_row(line["claim"], _number(line), of, f"{line['n']:,}", line["verdict"]))
+            said = f"ours: {line['verdict']}" if line["ours"] else line["verdict"]
+            lines.append(_row(line["claim"], _number(line), of, f"{line['n']:,}", said))
     trainings = "one training run of each model"
     if experiment.seeds > 1:
         trainings = f"{experiment.seeds} training runs of what arms train"

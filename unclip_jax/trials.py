@@ -76,12 +76,16 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sentence of a paper that is true of these arms if `measure` is larger for one than for the other."""
+    """A sentence of a paper that is true of these arms if `measure` is larger for one than for the other.
+
+    ours: no paper says so. It does not count in the verdict of the experiment.
+    """
 
     text: str
     measure: str
     larger: str
     smaller: str
+    ours: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +346,8 @@ def compare(experiment: Experiment, values: Mapping[str, Values]) -> list[dict[s
     and a verdict, as JSON objects.
 
     values: arm → measure → (seeds, captions, draws). The verdict is "reproduced" where the interval of the difference
-    is above 0, "not reproduced" where it is below, and else "cannot tell".
+    is above 0, "not reproduced" where it is below, and else "cannot tell"; on a claim of ours "holds", or "does not
+    hold".
     """
     found, scores = [], _elo(experiment, values)
     for place, arm in enumerate(experiment.arms):
@@ -352,9 +357,10 @@ def compare(experiment: Experiment, values: Mapping[str, Values]) -> list[dict[s
     for claim in experiment.claims:
         pair = (values[name][claim.measure] for name in (claim.larger, claim.smaller))
         result = comparisons.difference(claim.measure, *pair)
-        verdict = "reproduced" if result.low > 0 else "not reproduced" if result.high < 0 else "cannot tell"
-        arms = {"larger": claim.larger, "smaller": claim.smaller}
-        found.append({"claim": claim.text} | arms | _line(result) | {"verdict": verdict})
+        yes, no = ("holds", "does not hold") if claim.ours else ("reproduced", "not reproduced")
+        verdict = yes if result.low > 0 else no if result.high < 0 else "cannot tell"
+        about = {"claim": claim.text, "larger": claim.larger, "smaller": claim.smaller, "ours": claim.ours}
+        found.append(about | _line(result) | {"verdict": verdict})
     return found
 
 
@@ -374,9 +380,9 @@ def _elo(experiment: Experiment, values: Mapping[str, Values]) -> list[Result]:
 
 
 def verdict(results: Sequence[Mapping[str, Any]]) -> str:
-    """Sums up the verdicts of an experiment's claims: that of all, else "in part" where one is reproduced, or "not
+    """Sums up the verdicts on the papers' claims: that of all, else "in part" where one is reproduced, or "not
     reproduced"."""
-    found = {line["verdict"] for line in results if "verdict" in line}
+    found = {line["verdict"] for line in results if "verdict" in line and not line["ours"]}
     if len(found) == 1:
         return found.pop()
     return "in part" if "reproduced" in found else "not reproduced"

@@ -13,7 +13,7 @@ EXPERIMENT = Experiment(
     measures={"both": "both colours right", "binding": "colours not exchanged", "word": "word spelled"},
     claims=(
         Claim("GLIDE binds attributes better than unCLIP.", "both", "glide", "unclip"),
-        Claim("GLIDE spells words better than unCLIP.", "word", "glide", "unclip"),
+        Claim("GLIDE spells words better than unCLIP.", "word", "glide", "unclip", ours=True),
     ),
     draws=2,
 )

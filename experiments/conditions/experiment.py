@@ -51,7 +51,7 @@ EXPERIMENT = Experiment(
         Claim("Where the two contradict, the picture follows the embedding.", "named", "other_own", "own_other"),
         Claim("The caption helps beside the embedding.", "named", "own_own", "no_own"),
         Claim("It helps to bind two colours.", "both", "own_own", "no_own"),
-        Claim("It helps to spell words.", "word", "own_own", "no_own"),
+        Claim("It helps to spell words.", "word", "own_own", "no_own", ours=True),
     ),
     draws=2,
     measure=measure,

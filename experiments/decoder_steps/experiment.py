@@ -24,8 +24,8 @@ EXPERIMENT = Experiment(
     claims=(
         Claim("DDPM draws better pictures in 64 steps than in 27.", "named", "ddpm_64", "ddpm_27"),
         Claim("27 steps of DDIM are better spaced by hand than evenly.", "named", "ddim_fast27", "ddim_27"),
-        Claim("Ten steps of DPM-Solver++ are better than ten of DDIM.", "named", "dpm_10", "ddim_10"),
-        Claim("Twenty steps of DPM-Solver++ are better than ten.", "named", "dpm_20", "dpm_10"),
+        Claim("Ten steps of DPM-Solver++ are better than ten of DDIM.", "named", "dpm_10", "ddim_10", ours=True),
+        Claim("Twenty steps of DPM-Solver++ are better than ten.", "named", "dpm_20", "dpm_10", ours=True),
     ),
     captions=128,
     draws=1,

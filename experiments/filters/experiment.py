@@ -52,7 +52,9 @@ EXPERIMENT = Experiment(
     measures={"missed": "foxes missed", "lost": "other pictures lost"},
     claims=(
         Claim("Fewer than 1% are missed.", "missed", "limit", f"foxes_{max(COUNTS)}"),
-        Claim("More labels cost fewer other pictures.", "lost", f"foxes_{min(COUNTS)}", f"foxes_{max(COUNTS)}"),
+        Claim(
+            "More labels cost fewer other pictures.", "lost", f"foxes_{min(COUNTS)}", f"foxes_{max(COUNTS)}", ours=True
+        ),
     ),
     captions=2048,  # new pictures of either kind
     draws=1,

@@ -32,8 +32,8 @@ EXPERIMENT = Experiment(
     ),
     measures={"likeness": "likeness", "kept": "factors kept"},
     claims=(
-        Claim("More steps reproduce the picture better.", "likeness", "own_100", "own_10"),
-        Claim("A hundred steps are better than twenty-five.", "likeness", "own_100", "own_25"),
+        Claim("More steps reproduce the picture better.", "likeness", "own_100", "own_10", ours=True),
+        Claim("A hundred steps are better than twenty-five.", "likeness", "own_100", "own_25", ours=True),
         Claim("x_T with another picture's embedding does not hold the picture.", "kept", "own_100", "next_100"),
     ),
     captions=128,

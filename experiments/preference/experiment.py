@@ -54,7 +54,7 @@ EXPERIMENT = Experiment(
     measures={"agrees": "agreement with new comparisons"},
     claims=(
         Claim("The probe tells which of two pictures is preferred.", "agrees", f"pairs_{max(COUNTS)}", "coin"),
-        Claim("More comparisons make it better.", "agrees", f"pairs_{max(COUNTS)}", f"pairs_{min(COUNTS)}"),
+        Claim("More comparisons make it better.", "agrees", f"pairs_{max(COUNTS)}", f"pairs_{min(COUNTS)}", ours=True),
     ),
     captions=1024,  # new pairs of pictures
     draws=1,

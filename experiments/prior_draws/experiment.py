@@ -13,8 +13,8 @@ EXPERIMENT = Experiment(
     measures={"named": "named factors right", "all": "all of a caption right", "variety": "open factors that differ"},
     claims=(
         Claim("Of two draws, the nearer to the text is better.", "named", "draws_2", "draws_1"),
-        Claim("The best of four is better than that of two.", "named", "draws_4", "draws_2"),
-        Claim("Choosing among draws costs diversity.", "variety", "draws_1", "draws_4"),
+        Claim("The best of four is better than that of two.", "named", "draws_4", "draws_2", ours=True),
+        Claim("Choosing among draws costs diversity.", "variety", "draws_1", "draws_4", ours=True),
     ),
     captions=256,
     draws=2,

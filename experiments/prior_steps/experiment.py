@@ -22,8 +22,8 @@ EXPERIMENT = Experiment(
     ),
     measures={"named": "named factors right", "all": "all of a caption right"},
     claims=(
-        Claim("Sixteen analytic steps are better than four.", "named", "analytic_16", "analytic_4"),
-        Claim("64 are better than sixteen.", "named", "analytic_64", "analytic_16"),
+        Claim("Sixteen analytic steps are better than four.", "named", "analytic_16", "analytic_4", ours=True),
+        Claim("64 are better than sixteen.", "named", "analytic_64", "analytic_16", ours=True),
         Claim("Four analytic steps are better than four of DDIM.", "named", "analytic_4", "ddim_4"),
     ),
     captions=128,

@@ -66,7 +66,7 @@ EXPERIMENT = Experiment(
     ),
     measures={"own": "nearer to the training picture", "found": "training picture is the nearest"},
     claims=(
-        Claim("Copies would be found.", "found", "copies", "others"),
+        Claim("The search finds copies more often than new pictures.", "found", "copies", "others", ours=True),
         Claim("What is drawn is no copy: copies are nearer to the training picture.", "own", "copies", "drawn"),
     ),
     captions=512,
