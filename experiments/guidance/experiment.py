@@ -20,7 +20,7 @@ EXPERIMENT = Experiment(
     claims=(
         Claim("Guidance makes GLIDE's pictures fit their captions better.", "named", "glide_4", "glide_1"),
         Claim("It costs GLIDE diversity.", "variety", "glide_1", "glide_4"),
-        Claim("unCLIP keeps more diversity than GLIDE at the same scale.", "variety", "unclip_4", "glide_4"),
+        Claim("unCLIP is more varied than GLIDE at the same scale.", "variety", "unclip_4", "glide_4"),
         Claim("GLIDE fits captions better than unCLIP, both guided.", "named", "glide_4", "unclip_4"),
     ),
     draws=2,

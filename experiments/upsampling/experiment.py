@@ -48,7 +48,7 @@ EXPERIMENT = Experiment(
     claims=(
         Claim("Blur in training helps with blurred pictures.", "blurred", "blur", "plain"),
         Claim("BSR in training helps with degraded pictures.", "degraded", "bsr", "plain"),
-        Claim("Captions help; the paper saw no benefit.", "plain", "caption", "plain"),
+        Claim("Captions help, where the paper saw no benefit.", "plain", "caption", "plain", ours=True),
     ),
     captions=128,
     draws=1,
