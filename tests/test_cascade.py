@@ -74,7 +74,10 @@ def test_each_guidance_scale_reaches_its_own_model(small, drawn):
 
 
 def test_guidance_scales_seeds_and_prompts_compile_nothing(cascade, small, drawn):
+    """Once there is a program that guides, and one that does not, for a scale of 1."""
     compiled = []
+    for scale in (1.0, 2.0):
+        small.generate(TEXTS, 0, scale, scale)
 
     def listen(event, seconds, **_):
         if event == "/jax/core/compile/backend_compile_duration":
