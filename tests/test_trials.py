@@ -249,9 +249,10 @@ def test_values_of_pictures_are_those_of_factor_scores():
             np.testing.assert_array_equal(variety[row], [np.mean(differ) if left else np.nan] * 2)
 
 
-def results(*gaps):
+def results(*gaps, ours=()):
+    """Of an arm for each gap and a claim for each; `ours`: numbers of those that no paper makes."""
     arms = [PLAIN, *(Arm(f"arm{k}", "") for k in range(len(gaps)))]
-    claims = tuple(Claim(f"claim {k}", "named", f"arm{k}", "plain") for k in range(len(gaps)))
+    claims = tuple(Claim(f"claim {k}", "named", f"arm{k}", "plain", k in ours) for k in range(len(gaps)))
     rng = np.random.default_rng(0)
     pairs = zip(arms, (0, *gaps), strict=True)
     values = {arm.name: {"named": gap + 0.1 * rng.normal(size=(1, 50, 2))} for arm, gap in pairs}
@@ -294,3 +295,6 @@ def test_the_verdict_of_all_claims():
     assert verdict(results(0.3, -0.2)) == "in part"
     assert verdict(results(-0.3)) == "not reproduced"
     assert verdict(results(-0.3, 0.0)) == "not reproduced"
+    found = results(-0.3, 0.3, -0.3, ours=(1, 2))
+    assert [line["verdict"] for line in found if "claim" in line] == ["not reproduced", "holds", "does not hold"]
+    assert verdict(found) == "not reproduced", "of the paper's claim alone"

@@ -76,10 +76,8 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A sentence of a paper that is true of these arms if `measure` is larger for one than for the other.
-
-    ours: no paper says so. It does not count in the verdict of the experiment.
-    """
+    """A sentence of a paper that is true of these arms if `measure` is larger for one than for the other. One of `ours`
+    is in no paper, and does not count in the experiment's verdict."""
 
     text: str
     measure: str

@@ -21,7 +21,7 @@ SCALES = 1.0, 3.0
 
 def measure(lab: Lab, cascade: Cascade, arm: Arm) -> Values:
     """Draws the held-out captions of one object: whether object, background and both are right, read from pixels."""
-    scenes, captions = zip(*emoji_scenes.scenes("single", "test"), strict=True)
+    scenes, captions = zip(*list(emoji_scenes.scenes("single", "test"))[: lab.experiment.captions], strict=True)
     asked = np.array([(scene.object, scene.colour) for scene in scenes])
     right = []
     for number in range(lab.experiment.draws):
