@@ -16,7 +16,7 @@ EXPERIMENT = Experiment(
         Claim("The best of four is better than that of two.", "named", "draws_4", "draws_2", ours=True),
         Claim("Choosing among draws costs diversity.", "variety", "draws_1", "draws_4", ours=True),
     ),
-    captions=256,
+    captions=128,
     draws=2,
     axis="embeddings drawn",
 )
