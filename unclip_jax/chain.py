@@ -28,7 +28,7 @@ from unclip_jax.keys import RowKeys, seed_key
 from unclip_jax.model import Model
 from unclip_jax.paths import SHIPPED, to_path
 from unclip_jax.pictures import to_float, to_uint8
-from unclip_jax.stages.conditions import Conditions, guidance
+from unclip_jax.stages.conditions import Conditions
 from unclip_jax.watching import Watch
 
 BYTES = 5  # of a colour of a pixel, as a float and as it is stored
@@ -306,14 +306,11 @@ class Chain:
     ) -> np.ndarray:
         """Draws by a model, guided where it can be; guidance_scale None is its config's. name: as in `models`.
         Rest: of `Model.draw`."""
-        sampling = model.stage.config.sampling
         check_finite(guidance_scale=guidance_scale)
         if not model.stage.guided and guidance_scale not in (None, 1.0):
             raise UserError(f"guidance {guidance_scale}: this model was never trained without captions, which guidance "
                             "needs: fine-tune it with --config.diffusion.drop_caption=0.2")  # fmt: skip
-        if model.stage.guided and "guidance_scale" in sampling:
-            scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-            conditions = conditions._replace(guidance_scale=guidance(float(scale)))
+        conditions = conditions._replace(guidance_scale=model.stage.guidance(guidance_scale))
         frozen = self.clip.params if model.stage.needs_clip else {}
         with self.watch.stage(name):
             watch = None if name == "prior" else self.watch

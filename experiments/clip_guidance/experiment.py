@@ -29,7 +29,7 @@ def arm(kind: str, scale: float) -> Arm:
     return Arm(f"{kind}_{scale:g}", f"{label}, {scale:g}", configs, options=options, x=scale, series=label)
 
 
-SCALES = {"free": (1, 2, 3, 5), "noised": (1, 2, 4), "clean": (2,)}  # the last takes five times as long
+SCALES = {"free": (1, 2, 3, 5), "noised": (1, 2, 4), "clean": (2,)}  # the last is slow
 ARMS = tuple(arm(kind, scale) for kind, scales in SCALES.items() for scale in scales)
 
 

@@ -13,7 +13,7 @@ from shrink import CONFIGS, random_batch, small_stage
 from unclip_jax.models.unet import read_context
 from unclip_jax.stages import make_stage
 from unclip_jax.stages.base import diffusion_loss
-from unclip_jax.stages.conditions import Conditions, captions, guidance
+from unclip_jax.stages.conditions import Conditions, captions
 from unclip_jax.training.leaves import named_leaves
 from unclip_jax.training.sharding import batch_sharding, gather_params, make_mesh, param_shardings, replicated
 
@@ -214,9 +214,10 @@ def test_without_a_guidance_scale_the_conditional_model_draws_in_half_the_time(n
     z = z / jnp.linalg.norm(z, axis=-1, keepdims=True)
     given = {"prior": {"text_embedding": z}, "decoder": {"image_embedding": z}}.get(name.split("_")[0], {})
     conditions = Conditions(**captions(batch), **given)
-    assert guidance(1.0) is None and guidance(2.0) == 2
+    assert stage.guidance(1) is None and stage.guidance(2.5) == 2.5
+    assert stage.guidance() in (None, stage.config.sampling.guidance_scale)
     drawn, flops = [], []
-    for scale in (guidance(1.0), jnp.float32(1)):
+    for scale in (stage.guidance(1), jnp.float32(1)):
         draw = jax.jit(stage.sample).lower(params, frozen, conditions._replace(guidance_scale=scale), jax.random.key(0))
         flops.append(draw.cost_analysis()["flops"])
         drawn.append(draw.compile()(params, frozen, conditions._replace(guidance_scale=scale), jax.random.key(0)))

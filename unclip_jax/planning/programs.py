@@ -21,7 +21,7 @@ from unclip_jax.planning import flops
 from unclip_jax.planning.fitting import remat_keys
 from unclip_jax.stages import Stage, make_stage
 from unclip_jax.stages.base import Sampler
-from unclip_jax.stages.conditions import Conditions, guidance
+from unclip_jax.stages.conditions import Conditions
 from unclip_jax.training.sharding import batch_sharding, make_mesh, replicated, split_kernels
 from unclip_jax.training.state import TrainState, abstract_state, init_state, make_train_step, root_key
 from unclip_jax.training.tuning import changed
@@ -138,7 +138,7 @@ def conditions(stage: Stage, rows: int) -> Conditions:
     if stage.needs_clip:
         given = "text_embedding" if config.stage.startswith("prior") else "image_embedding"
         spec[given] = (rows, config.model.embedding_dim), jnp.float32
-    if stage.guided and guidance(config.sampling.get("guidance_scale", 1.0)) is not None:
+    if stage.guidance() is not None:
         spec["guidance_scale"] = (), jnp.float32
     if config.model.get("factor"):
         side = config.model.image_size // config.model.factor

@@ -158,6 +158,15 @@ class Stage:
         """Tells whether the model knows what to draw without its condition, which classifier-free guidance needs."""
         return True
 
+    def guidance(self, scale: float | int | None = None) -> Float[Array, ""] | None:
+        """Makes the `guidance_scale` of conditions; None for the config's scale. Gives None for a scale of 1, where the
+        unconditional branch would be of no use, and where the model is not guided."""
+        sampling = self.config.sampling
+        if not self.guided or "guidance_scale" not in sampling:
+            return None
+        scale = sampling.guidance_scale if scale is None else scale
+        return None if scale == 1 else np.array(scale, np.float32)
+
     @property
     def runs_clip(self) -> bool:
         """Tells whether the loss runs CLIP, on pictures or captions in the batch."""

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from unclip_jax.arrays import Array
@@ -32,7 +31,7 @@ class Conditions(NamedTuple):
     # Pictures to be enlarged, for an upsampler.
     low_res: Float[Array, "B h w 3"] | None = None
     # Scale of classifier-free guidance: 1 is the conditional model alone, more is nearer to the condition. Without it
-    # nothing is drawn unconditionally, as `guidance` has it for 1.
+    # nothing is drawn unconditionally, as `Stage.guidance` has it for 1.
     guidance_scale: Float[Array, ""] | None = None
     # Noise to start from, in place of noise drawn from the key.
     x_T: Float[Array, " B *shape"] | None = None
@@ -60,11 +59,6 @@ class Conditions(NamedTuple):
     def branches(self) -> int:
         """Counts how often a network answers for each row: twice where there is a guidance scale, conditional first."""
         return 1 if self.guidance_scale is None else 2
-
-
-def guidance(scale: float) -> Float[Array, ""] | None:
-    """Makes the `guidance_scale` of conditions: None for 1, where the unconditional branch would be of no use."""
-    return None if scale == 1 else np.array(scale, np.float32)
 
 
 def captions(source: Mapping[str, Array] | Conditions) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from unclip_jax.stages.base import (
     to_float,
     to_uint8,
 )
-from unclip_jax.stages.conditions import Conditions, captions, guidance
+from unclip_jax.stages.conditions import Conditions, captions
 
 
 class Decoder(Stage):
@@ -171,6 +171,6 @@ class Decoder(Stage):
         conditions = Conditions(
             **captions(batch),
             image_embedding=self.embeddings(frozen, batch),
-            guidance_scale=guidance(self.config.sampling.guidance_scale),
+            guidance_scale=self.guidance(),
         )
         return {"drawn": to_uint8(self.sample(params, frozen, conditions, keys)), "true": batch["image"]}

@@ -28,7 +28,7 @@ from unclip_jax.stages.base import (
     to_float,
     to_uint8,
 )
-from unclip_jax.stages.conditions import Conditions, captions, guidance
+from unclip_jax.stages.conditions import Conditions, captions
 
 
 class Glide(Stage):
@@ -173,9 +173,7 @@ class Glide(Stage):
         """
         key_known, key_draw = split(keys)
         truth = to_float(batch["image"])
-        conditions = self._erase(Conditions(**captions(batch)), truth, key_known)
-        if self.guided and "guidance_scale" in self.config.sampling:
-            conditions = conditions._replace(guidance_scale=guidance(self.config.sampling.guidance_scale))
+        conditions = self._erase(Conditions(**captions(batch), guidance_scale=self.guidance()), truth, key_known)
         if self.config.model.factor:
             conditions = conditions._replace(low_res=rounded(area_downsample(truth, self.config.model.factor)))
         examples = {"drawn": to_uint8(self.sample(params, frozen, conditions, key_draw))}

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from unclip_jax.arrays import Array, Batch, Key, Params
 from unclip_jax.models.clip import normalize
 from unclip_jax.stages.base import MORE_ON_CHIP, ClipTowers, Scalars, Stage, clip_image
-from unclip_jax.stages.conditions import Conditions, captions, guidance
+from unclip_jax.stages.conditions import Conditions, captions
 
 
 class Prior(Stage):
@@ -45,8 +45,7 @@ class Prior(Stage):
     ) -> dict[str, Float[Array, "B dim"]]:
         """Draws embeddings for the captions, whose own embeddings are "text"."""
         z_i, z_t = self.embeddings(frozen, batch)
-        scale = guidance(self.config.sampling.guidance_scale)
-        conditions = Conditions(**captions(batch), text_embedding=z_t, guidance_scale=scale)
+        conditions = Conditions(**captions(batch), text_embedding=z_t, guidance_scale=self.guidance())
         return {"drawn": self.sample(params, frozen, conditions, keys), "text": z_t, "true": z_i}
 
     def score_examples(self, examples: Mapping[str, Array]) -> Scalars:

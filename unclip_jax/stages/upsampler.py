@@ -28,7 +28,7 @@ from unclip_jax.stages.base import (
     to_float,
     to_uint8,
 )
-from unclip_jax.stages.conditions import Conditions, captions, guidance
+from unclip_jax.stages.conditions import Conditions, captions
 
 
 class Upsampler(Stage):
@@ -161,9 +161,7 @@ class Upsampler(Stage):
         """Draws pictures from the true ones made small; "interpolated" are these enlarged without a model."""
         truth = batch["image"]
         small = rounded(area_downsample(to_float(truth), self.config.model.factor))
-        conditions = Conditions(**captions(batch), low_res=small)
-        if self.guided:
-            conditions = conditions._replace(guidance_scale=guidance(self.config.sampling.guidance_scale))
+        conditions = Conditions(**captions(batch), low_res=small, guidance_scale=self.guidance())
         drawn = to_uint8(self.sample(params, frozen, conditions, keys))
         return {"drawn": drawn, "interpolated": to_uint8(self._enlarged(small)), "true": truth}
 
